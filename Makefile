@@ -1,0 +1,61 @@
+# Every habit of the project is a target. `make help` lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+JOB    ?= launcher/jobs/nursery.yaml
+RUNS   ?= runs
+# One rank a GPU; without one, two CPU ranks, so that ZeRO-2 really shards.
+GPUS   := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | wc -l)
+NPROC  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+ARGS   ?=
+# Options of the `deepspeed` launcher itself: --hostfile, --master_port, ...
+LAUNCH ?=
+
+export TOKENIZERS_PARALLELISM ?= true
+
+.DEFAULT_GOAL := help
+.PHONY: help setup distill test test-data check format seeds lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: $(VENV)/.ready  ## make the virtual environment with pinned packages
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), expected Python >= 3.11: make setup PYTHON=python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+distill: setup  ## run a job: JOB=… RUNS=… NPROC=… ARGS="key=value …"
+	$(BIN)/deepspeed --quiet --num_gpus $(NPROC) $(LAUNCH) launcher/run.py $(JOB) --runs $(RUNS) $(ARGS)
+
+test: setup  ## run the tests (no GPU, no corpus needed)
+	$(BIN)/pytest -n 2 -m "not gpu and not data"
+
+test-data: setup  ## run the tests on real text: BABYLM_DATA=…
+	$(BIN)/pytest -m data
+
+check: setup  ## ruff, ruff format, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup  ## rewrite the code the way `check` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+seeds: setup  ## run JOB with seeds 1 to 5 and print the table of gains
+	for seed in 1 2 3 4 5; do $(MAKE) --no-print-directory distill ARGS="seed=$$seed $(ARGS)" || exit; done
+	$(BIN)/babyllama-ds gains $(foreach s,1 2 3 4 5,$(RUNS)/$(basename $(notdir $(JOB)))-$s)
+
+lock: setup  ## write the versions installed here to constraints.txt
+	$(BIN)/pip freeze --exclude-editable --exclude babyllama_ds | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
+	@touch $(VENV)/.ready
+
+clean:  ## remove the environment, caches and builds (runs stay)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,138 @@
+"""The command line: words enter, an exit status leaves.
+
+Commands import what they need when they run, so that `check` answers at once and needs neither
+torch nor a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from babyllama_ds import __version__
+from babyllama_ds.errors import EXIT_CODE, Stopped, UserError
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.resolved import dump_job
+from babyllama_ds.spec.shipped import find_job
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """`babyllama-ds COMMAND ...`."""
+    arguments = _parser().parse_intermixed_args(words)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    return exit_code_of(lambda: command(arguments))
+
+
+def check(job: str, overrides: Sequence[str]) -> None:
+    """Validate a job and print it with every default spelled out; on rank 0 only."""
+    resolved = load_job(find_job(job), overrides)
+    if _is_lead():
+        print(dump_job(resolved), end="")
+
+
+def run(job: str, overrides: Sequence[str], *, runs: Path) -> None:
+    """Run a job on the ranks that the launcher started (one, without it)."""
+    resolved = load_job(find_job(job), overrides)
+    from babyllama_ds.console import configure_logging
+    from babyllama_ds.pipeline import run_job
+
+    configure_logging(rank=int(os.environ.get("RANK", "0")))
+    run_job(resolved, runs=runs)
+
+
+def exit_code_of(work: Callable[[], None]) -> int:
+    """Do `work`; an expected end is told once, by rank 0, and becomes the exit status.
+
+    0: done. 2: an error that a user can mend, the same on every rank. 128 + signal: stopped as
+    asked. 1: our own mistake, with its trace from the rank where it happened.
+    """
+    try:
+        work()
+    except UserError as error:
+        if _is_lead():
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_CODE
+    except Stopped as stop:
+        if _is_lead():
+            print(
+                f"stopped ({stop.reason}); the same command goes on from here", file=sys.stderr
+            )
+        return stop.exit_code
+    except Exception as error:
+        # On the other ranks the same failure arrives as a RemoteError: one trace is enough.
+        if type(error).__name__ != "RemoteError":
+            traceback.print_exc()
+        return 1
+    return 0
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """JOB, overrides and the place for runs: what every command about a job takes."""
+    parser.add_argument("job", metavar="JOB", help="a job file, or the name of a shipped job")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="override a field: student.training.epochs=4",
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of run directories (default: runs)"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="babyllama-ds",
+        description="Distil small LLaMA models from ensembles of teachers, on little text.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    checker = commands.add_parser("check", help="validate a job and print it resolved")
+    add_job_arguments(checker)
+    checker.set_defaults(command=lambda args: check(args.job, args.overrides))
+
+    runner = commands.add_parser("run", help="run a job in this process alone (one rank)")
+    add_job_arguments(runner)
+    runner.set_defaults(command=lambda args: run(args.job, args.overrides, runs=args.runs))
+
+    reporter = commands.add_parser("report", help="write a run's report anew")
+    reporter.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    reporter.set_defaults(command=lambda args: _report(args.run_dir))
+
+    gains = commands.add_parser("gains", help="gains of distillation over several runs")
+    gains.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run directories")
+    gains.set_defaults(command=lambda args: _gains(args.run_dirs))
+
+    schema = commands.add_parser("schema", help="print the JSON schema of jobs")
+    schema.set_defaults(command=lambda _: _schema())
+    return parser
+
+
+def _report(run_dir: Path) -> None:
+    from babyllama_ds.report.write import write_report
+
+    write_report(run_dir)
+    print(run_dir / "report" / "report.md")
+
+
+def _gains(run_dirs: Sequence[Path]) -> None:
+    from babyllama_ds.report.gains import render_gains
+
+    print(render_gains(run_dirs), end="")
+
+
+def _schema() -> None:
+    import json
+
+    from babyllama_ds.spec.schema import job_schema
+
+    print(json.dumps(job_schema(), indent=2))
+
+
+def _is_lead() -> bool:
+    return os.environ.get("RANK", "0") == "0"

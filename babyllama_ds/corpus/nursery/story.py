@@ -1,0 +1,289 @@
+"""The state of one scene, and how its participants are referred to.
+
+Enters: draws and a tense. Leaves: clauses in which every entity is named so that a listener knows
+who is meant: indefinite when new, a pronoun when it was just mentioned and no rival could be
+meant, reflexive when it is the clause's own subject, a name or a definite phrase otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from babyllama_ds.corpus.nursery.grammar import (
+    OBJECT,
+    POSSESSIVE,
+    REFLEXIVE,
+    article,
+    be,
+    conjugate,
+    declare,
+    form_of,
+    join,
+    possessive,
+    quoted,
+    sentence,
+    with_adverb,
+)
+from babyllama_ds.corpus.nursery.held_out import Draw
+from babyllama_ds.corpus.nursery.lexicon import BE, Adjective, Noun, Verb
+
+
+class Spot(NamedTuple):
+    """Where something is: `under the bed`."""
+
+    preposition: str
+    base: Entity
+
+
+@dataclass(eq=False, slots=True)
+class Entity:
+    """Someone or something in a scene, or a group of its kind."""
+
+    noun: Noun
+    pronoun: str
+    """`he`, `she`, `it` or `they`: fixes agreement and reference."""
+    count: str = ""
+    """Before the plural when first mentioned: two, three, some."""
+    adjective: Adjective | None = None
+    """What tells it from others of its kind."""
+    mood: Adjective | None = None
+    """How a person or animal feels, or the passing state of a thing (dirty, empty)."""
+    owner: Entity | None = None
+    holder: Entity | None = None
+    spot: Spot | None = None
+    known: bool = False
+    """Whether it was mentioned before."""
+    gone: bool = False
+    """Eaten, or flown away."""
+    members: tuple[Entity, ...] = ()
+    """The two that act together (Anna and Tom)."""
+
+    @property
+    def plural(self) -> bool:
+        return self.pronoun == "they"
+
+    def is_a(self, kind: str) -> bool:
+        """Whether its noun is of the kind."""
+        return kind in self.noun.kinds
+
+
+class Happening(NamedTuple):
+    """Something told, kept so that it can be asked about."""
+
+    subject: Entity
+    verb: Verb
+    parts: tuple[str | Entity, ...]
+    form: str
+
+    @property
+    def thing(self) -> Entity | None:
+        """The direct object."""
+        first = self.parts[0] if self.parts else None
+        return first if isinstance(first, Entity) else None
+
+
+class Story:
+    """One scene while it is told."""
+
+    def __init__(self, draw: Draw, place: Noun, *, past: bool) -> None:
+        self.draw = draw
+        self.place = place
+        self.past = past
+        self.actors: list[Entity] = []
+        """People and animals."""
+        self.things: list[Entity] = []
+        self.furniture: list[Entity] = []
+        self.happenings: list[Happening] = []
+        self.sentences: list[str] = []
+        self.words = 0
+        self._focus: list[Entity] = []
+        self._now: list[Entity] = []
+        self._subject: Entity | None = None
+
+    # -- who is there ---------------------------------------------------------------------------
+
+    def may_do(self, entity: Entity, verb: Verb) -> bool:
+        """Whether the entity (every member of a pair) can do it and may be seen doing it."""
+        nouns = [member.noun for member in entity.members] or [entity.noun]
+        return all(self.draw.may_do(noun, verb) for noun in nouns)
+
+    def actor(self, test: Callable[[Entity], bool]) -> Entity | None:
+        """A person or animal that passes the test; the one just mentioned is likelier."""
+        return self._one_of([entity for entity in self.actors if test(entity)])
+
+    def thing(self, test: Callable[[Entity], bool]) -> Entity | None:
+        """A thing that passes the test."""
+        return self._one_of([entity for entity in self.things if not entity.gone and test(entity)])
+
+    def base(self, test: Callable[[Entity], bool]) -> Entity | None:
+        """A piece of furniture or a container that passes the test."""
+        return self._one_of([entity for entity in self.furniture if test(entity)])
+
+    def _one_of(self, found: Sequence[Entity]) -> Entity | None:
+        if not found:
+            return None
+        recent = [entity for entity in found if entity in self._focus]
+        if recent and self.draw.chance(0.4):
+            return recent[0]
+        return self.draw.even(found)
+
+    # -- tense ----------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """The form of what lasts."""
+        return "past" if self.past else "present"
+
+    def done(self) -> str:
+        """A form for what is over once it is told."""
+        if self.past:
+            return "past"
+        return self.draw.weighted(("past", "perfect", "present"), (0.5, 0.8, 1.0))
+
+    def going(self) -> str:
+        """A form for what goes on."""
+        if self.past:
+            return "past" if self.draw.chance(0.5) else "past progressive"
+        return "progressive" if self.draw.chance(0.8) else "present"
+
+    # -- reference ------------------------------------------------------------------------------
+
+    def is_clear(self, entity: Entity) -> bool:
+        """Whether a pronoun could only mean this entity."""
+        mentioned = self._focus + self._now
+        return entity in mentioned and not any(
+            other.pronoun == entity.pronoun and other is not entity for other in mentioned
+        )
+
+    def mention(self, entity: Entity) -> None:
+        """Note that the sentence in the making has it."""
+        entity.known = True
+        self._now.append(entity)
+
+    def subject(self, entity: Entity) -> str:
+        """The entity as a clause's subject."""
+        if self.is_clear(entity) and self.draw.chance(0.75):
+            text = entity.pronoun
+        else:
+            self._subject = None
+            text = self.describe(entity)
+        self._subject = entity
+        self.mention(entity)
+        return text
+
+    def object(self, entity: Entity, *, pronoun: bool = True) -> str:
+        """The entity after a verb or a preposition."""
+        if entity is self._subject:
+            return REFLEXIVE[entity.pronoun]
+        if pronoun and self.is_clear(entity) and self.draw.chance(0.65):
+            text = OBJECT[entity.pronoun]
+        else:
+            text = self.describe(entity)
+        self.mention(entity)
+        return text
+
+    def describe(self, entity: Entity) -> str:
+        """The entity by a name, a possessive, an indefinite or a definite phrase."""
+        if entity.members:
+            return " and ".join(self.describe(member) for member in entity.members)
+        if entity.noun.is_name:
+            return entity.noun.singular
+        twin = self.has_twin(entity)
+        owned = entity.owner is not None and (
+            entity.is_a("kin") or not entity.known or self.draw.chance(0.5)
+        )
+        with_adjective = twin or self.draw.chance(0.2 if entity.known else 0.6)
+        noun = self.noun_phrase(entity, adjective=with_adjective)
+        if owned and entity.owner is not None:
+            return f"{self._possessor(entity.owner)} {noun}"
+        if not entity.known:
+            entity.known = True
+            return indefinite(entity, noun)
+        return f"the {noun}"
+
+    def noun_phrase(self, entity: Entity, *, adjective: bool) -> str:
+        """Adjective and noun, without a determiner."""
+        noun = form_of(entity.noun, plural=entity.plural)
+        if adjective and entity.adjective is not None:
+            return f"{entity.adjective.base} {noun}"
+        return noun
+
+    def has_twin(self, entity: Entity) -> bool:
+        """Whether another of the same noun is around."""
+        everyone = self.things if entity in self.things else self.actors
+        return any(other.noun is entity.noun and other is not entity for other in everyone)
+
+    def _possessor(self, owner: Entity) -> str:
+        if owner is self._subject or (self.is_clear(owner) and self.draw.chance(0.7)):
+            return POSSESSIVE[owner.pronoun]
+        self.mention(owner)
+        return possessive(self.describe(owner))
+
+    # -- telling --------------------------------------------------------------------------------
+
+    def realise(self, *parts: str | Entity) -> str:
+        """Words as they are, entities as objects."""
+        return join(*(part if isinstance(part, str) else self.object(part) for part in parts))
+
+    def clause(
+        self,
+        subject: Entity,
+        verb: Verb,
+        *parts: str | Entity,
+        form: str = "",
+        negative: bool = False,
+        adverb: str = "",
+    ) -> str:
+        """A statement, not yet a sentence; `form` is the scene's state form if none is given."""
+        text = self.subject(subject)
+        finite = conjugate(verb, subject.pronoun, form or self.state)
+        rest = self.realise(*parts)
+        if adverb:
+            return with_adverb(text, finite, adverb, rest)
+        return declare(text, finite, rest, negative=negative)
+
+    def being(self, subject: Entity, *parts: str | Entity, negative: bool = False) -> str:
+        """`the dog is hungry`, not yet a sentence."""
+        return self.clause(subject, BE, *parts, negative=negative)
+
+    def emit(self, words: str, end: str = ".") -> None:
+        """Add a sentence; what it mentioned is now in focus."""
+        self._append(sentence(words, end))
+        if self._now:
+            self._focus, self._now = self._now, []
+        self._subject = None
+
+    def quote(self, speaker: Entity, words: str, end: str = ".") -> None:
+        """Add direct speech; nothing in it is in focus, its speaker is."""
+        self._now, self._subject = [], None
+        self._append(quoted(words, self.describe(speaker), end=end))
+        self._focus = [speaker]
+        speaker.known = True
+
+    def _append(self, text: str) -> None:
+        self.sentences.append(text)
+        self.words += text.count(" ") + 1
+
+    def tell(self, subject: Entity, verb: Verb, *parts: str | Entity, form: str) -> None:
+        """A sentence about something that happens, which can be asked about later."""
+        self.emit(self.clause(subject, verb, *parts, form=form))
+        self.remember(subject, verb, *parts, form=form)
+
+    def remember(self, subject: Entity, verb: Verb, *parts: str | Entity, form: str) -> None:
+        """Keep what happened; the forms of completed events are asked about in the past."""
+        if form in ("perfect", "present"):
+            form = "past"
+        self.happenings.append(Happening(subject, verb, parts, form))
+
+    def be(self, entity: Entity) -> str:
+        """The form of be that agrees, in the scene's tense."""
+        return be(entity.pronoun, past=self.past)
+
+
+def indefinite(entity: Entity, noun: str) -> str:
+    """`a dog`, `two dogs`, `some milk`."""
+    if entity.plural:
+        return f"{entity.count or 'some'} {noun}"
+    return f"some {noun}" if entity.noun.is_mass else article(noun)

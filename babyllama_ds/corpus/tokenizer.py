@@ -1,0 +1,259 @@
+"""Tokenizers: trained as BabyLlama's, or loaded; and what each token id stands for.
+
+Enters: cleaned lines, or the path of an existing tokenizer. Leaves: a fast Hugging Face tokenizer
+whose every id has a row in the embedding, and the id → bytes mapping that bits per byte and the
+comparison of vocabularies need. `shards` encodes the corpus with it.
+
+The trained tokenizer is the published one: byte-level BPE, NFKC, a leading space, min frequency 2,
+`<pad>` 0, `<s>` 1, `</s>` 2. Differences, all meant:
+
+- *All 256 bytes are in the vocabulary.* Published: only those seen in training, so that any other
+  vanishes from a text without a trace. The price is some sixty merges.
+- *The leading space stays.* Published: trained with `add_prefix_space=True`, then loaded as a
+  `GPT2TokenizerFast`, whose own default (in the transformers of then) turned it off.
+- *No `<|endoftext|>`.* Published: added by `GPT2TokenizerFast` as id 16000, one beyond the
+  embedding's last row.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from babyllama_ds.errors import DataError
+from babyllama_ds.files import cannot_write, hash_json, read_json, write_json
+from babyllama_ds.spec.job import TrainedTokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+"""In the order of their ids, from 0. None of them is ever in the training stream."""
+
+_BATCH_LINES = 4096
+
+
+def train_tokenizer(
+    spec: TrainedTokenizer,
+    texts: Iterator[str],
+    directory: Path,
+    *,
+    check: Callable[[], None] | None = None,
+) -> None:
+    """Learn `spec.vocab_size` tokens from `texts` and save the tokenizer in `directory`.
+
+    The same text gives the same files, whatever the number of threads. As in the published code,
+    each line counts as a text of its own and begins with a space. `check` is called between
+    batches of lines and may raise to stop. Raises `DataError` when the text has too few merges.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = BpeTrainer(
+        vocab_size=spec.vocab_size,
+        min_frequency=spec.min_frequency,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_batches(texts, check), trainer)
+    _check_size(tokenizer.get_vocab_size(), spec)
+    save_tokenizer(_as_fast(tokenizer), directory)
+    logger.info("tokenizer: %d tokens", spec.vocab_size)
+
+
+def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
+    """The tokenizer at a directory, in a `tokenizer.json`, or of a hub id; no remote code runs.
+
+    Raises `DataError` when there is none, when it is damaged, or when it is not a fast one.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(path_or_id).expanduser()
+    if not path.exists() and _is_local(path_or_id):
+        raise _cannot_load(path_or_id, "no such file or directory")
+    try:
+        if path.is_file():
+            return _load_file(path)
+        name = str(path) if path.exists() else path_or_id
+        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+    except Exception as error:  # the libraries raise a bare Exception for damaged files
+        raise _cannot_load(path_or_id, str(error).strip() or type(error).__name__) from error
+    if not tokenizer.is_fast:
+        got = f"{type(tokenizer).__name__}, a tokenizer written in Python"
+        raise _cannot_load(path_or_id, got)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Save as a Hugging Face directory that transformers 4 and 5 load alike."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer.save_pretrained(str(directory))
+    except OSError as error:
+        raise cannot_write(directory, error) from error
+    config_path = directory / "tokenizer_config.json"
+    config = read_json(config_path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        # transformers 5 writes its new name of the class, which 4 does not know; 5 knows both.
+        write_json(config_path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows that an embedding needs: the largest id, added tokens included, plus one."""
+    return 1 + int(max(tokenizer.get_vocab().values()))
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """The bytes that each id in [0, vocabulary_size) stands for; special tokens: none.
+
+    Byte-level BPE: exact (a token may be part of a character). SentencePiece-like vocabularies:
+    `▁` is a space and `<0x0A>` a byte. Others: the token as it is written, in UTF-8 (WordPiece's
+    `##` stays: it tells `ing` from `##ing`). Ids that no token has: none.
+    """
+    backend = tokenizer.backend_tokenizer
+    to_bytes = _byte_level if _is_byte_level(backend) else _sentence_piece
+    meanings = [b""] * vocabulary_size(tokenizer)
+    for token, index in backend.get_vocab(with_added_tokens=True).items():
+        meanings[index] = to_bytes(token)
+    for index, added in backend.get_added_tokens_decoder().items():
+        meanings[index] = b"" if added.special else added.content.encode()
+    return meanings
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of the id → bytes mapping; special tokens count by name.
+
+    Equal hashes mean that the logits of two models can be compared column by column.
+    """
+    return hash_json(_rows(tokenizer))
+
+
+def differing_ids(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> list[int]:
+    """The ids that do not stand for the same thing in both, those that only one has included."""
+    rows = zip_longest(_rows(a), _rows(b))
+    return [index for index, (row_a, row_b) in enumerate(rows) if row_a != row_b]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of all that decides the ids of a text: vocabulary, merges, normalizer and so on."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    return hash_json({key: backend[key] for key in sorted(backend) if key not in _TRANSIENT})
+
+
+_TRANSIENT = ("truncation", "padding")  # settings of the last call, not of the tokenizer
+
+
+# -- training and loading ------------------------------------------------------------------------
+
+
+def _batches(texts: Iterator[str], check: Callable[[], None] | None) -> Iterator[list[str]]:
+    # Lists cross into the Rust library much faster than single lines.
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == _BATCH_LINES:
+            if check is not None:
+                check()
+            yield batch
+            batch = []
+    yield batch
+
+
+def _check_size(size: int, spec: TrainedTokenizer) -> None:
+    if size < spec.vocab_size:
+        raise DataError.of(
+            "tokenizer.vocab_size",
+            got=f"text that supports {size} tokens at min_frequency {spec.min_frequency}",
+            expected=f"vocab_size ({spec.vocab_size})",
+            hint=f"set tokenizer.vocab_size to at most {size}, or give more text",
+        )
+    assert size == spec.vocab_size, "the trainer made more tokens than asked for"
+
+
+def _as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
+    from transformers import PreTrainedTokenizerFast
+
+    known = {name: token for name, token in SPECIAL_TOKENS.items() if _has(tokenizer, token)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **known
+    )
+
+
+def _has(tokenizer: Any, token: str) -> bool:
+    return tokenizer.token_to_id(token) is not None
+
+
+def _load_file(path: Path) -> PreTrainedTokenizerFast:
+    # A bare tokenizer.json does not say which tokens begin and end a text: ours are taken where
+    # they exist, and none is added, since it would lie outside the embedding.
+    from tokenizers import Tokenizer
+
+    return _as_fast(Tokenizer.from_file(str(path)))
+
+
+def _is_local(path_or_id: str) -> bool:
+    """Whether it can only be a path: a hub id is `name` or `owner/name`."""
+    return path_or_id.startswith(("/", "./", "../", "~")) or path_or_id.count("/") > 1
+
+
+def _cannot_load(path_or_id: str, got: str) -> DataError:
+    return DataError.of(
+        "tokenizer.path",
+        got=f"{path_or_id}: {got}",
+        expected="a fast tokenizer: a Hugging Face directory, a tokenizer.json, or a hub id",
+        hint="a fast tokenizer's directory has a tokenizer.json",
+    )
+
+
+# -- what ids stand for --------------------------------------------------------------------------
+
+
+def _rows(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """One description per id."""
+    rows = [f"text {meaning.hex()}" for meaning in token_bytes(tokenizer)]
+    for index in set(range(len(rows))).difference(tokenizer.get_vocab().values()):
+        rows[index] = "absent"
+    for index, added in tokenizer.backend_tokenizer.get_added_tokens_decoder().items():
+        if added.special:
+            rows[index] = f"special {added.content}"
+    return rows
+
+
+def _is_byte_level(backend: Any) -> bool:
+    decoder = json.loads(backend.to_str())["decoder"] or {}
+    parts = decoder.get("decoders", [decoder])
+    return any(part.get("type") == "ByteLevel" for part in parts)
+
+
+def _byte_level(token: str) -> bytes:
+    """The bytes of a token written in GPT-2's byte alphabet."""
+    return bytes(_BYTE_OF[character] for character in token)
+
+
+def _sentence_piece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes.fromhex(token[3:5])
+    return token.replace("▁", " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's one printable character per byte: itself where printable, else 256 and up."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()

@@ -1,0 +1,145 @@
+"""Windows: training examples of token ids, each a pure function of (seed, epoch, index).
+
+Enters: `TokenShards`. Leaves: batches of windows for `training` and the development windows for
+`evaluation`. A window is named by (epoch, index); which windows make up batch k of an epoch does
+not depend on ranks, micro-batches or what was asked for before.
+
+Randomness is a hash of counters, SplitMix64's output function (Steele, Lea and Flood, 2014): no
+state to keep, and, unlike a generator's stream, not subject to NumPy's version.
+
+Legend: N windows, L tokens in a window.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from babyllama_ds.corpus.shards import TokenShards
+from babyllama_ds.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+
+
+class TrainWindows:
+    """The training windows of one stage.
+
+    With T tokens, `fixed` gives T // length windows, window i at token i · length; `random` gives
+    T // length − 1 (published), window i at token i · length + offset, the offset drawn from
+    [0, length) for each (epoch, i). Raises `DataError` when that leaves no window.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenShards,
+        *,
+        length: int,
+        offsets: Literal["fixed", "random"],
+        seed: int,
+    ) -> None:
+        spare = 1 if offsets == "random" else 0  # room for the last window's offset
+        self.length = length
+        self.num_windows = tokens.num_tokens("train") // length - spare
+        self._tokens, self._random, self._seed = tokens, offsets == "random", seed
+        if self.num_windows < 1:
+            raise _too_short("train", tokens, length, needed=(1 + spare) * length)
+
+    def num_batches(self, batch_windows: int) -> int:
+        """Batches in an epoch, the last of which may be shorter."""
+        return -(-self.num_windows // batch_windows)
+
+    def order(self, epoch: int) -> Indices:
+        """The permutation of all window indices in which an epoch visits them; read-only."""
+        return _order(self._seed, epoch, self.num_windows)
+
+    def batch(self, epoch: int, k: int, batch_windows: int) -> Indices:
+        """Indices of the windows of global batch `k`; the last of an epoch may be shorter."""
+        return self.order(epoch)[k * batch_windows : (k + 1) * batch_windows]
+
+    def starts(self, epoch: int, indices: Indices) -> Indices:
+        """The first token of each window."""
+        indices = np.asarray(indices, np.int64)
+        starts = indices * self.length
+        if self._random:
+            draws = _draw(self._seed, _OFFSETS, epoch, indices)
+            # The remainder favours small offsets by less than length / 2^64.
+            starts += (draws % np.uint64(self.length)).astype(np.int64)
+        return starts
+
+    def windows(self, epoch: int, indices: Indices) -> npt.NDArray[np.int64]:
+        """The token ids of each window: [N, L]."""
+        return self._tokens.gather("train", self.starts(epoch, indices), self.length)
+
+    def window(self, epoch: int, index: int) -> npt.NDArray[np.int64]:
+        """The token ids of one window: [L]."""
+        return self.windows(epoch, np.array([index])).reshape(self.length)
+
+
+class DevWindows:
+    """The development windows: fixed, one after another, the same for every model.
+
+    The last tokens, too few for a window, are left out (published: N // length windows). `limit`
+    keeps that many, evenly spaced. Raises `DataError` when there is no window.
+    """
+
+    def __init__(self, tokens: TokenShards, length: int, limit: int | None = None) -> None:
+        self.length = length
+        available = tokens.num_tokens("dev") // length
+        if available < 1:
+            raise _too_short("dev", tokens, length, needed=length)
+        self.num_windows = available if limit is None else min(limit, available)
+        # Integer spacing: strictly increasing, since available >= num_windows.
+        chosen = np.arange(self.num_windows, dtype=np.int64) * available // self.num_windows
+        self._starts = chosen * length
+        self._tokens = tokens
+
+    def windows(self, indices: Indices) -> npt.NDArray[np.int64]:
+        """The token ids of the windows `indices`, each in [0, num_windows): [N, L]."""
+        return self._tokens.gather("dev", self._starts[indices], self.length)
+
+
+def _too_short(split: str, tokens: TokenShards, length: int, *, needed: int) -> DataError:
+    return DataError.of(
+        f"corpus ({split})",
+        got=f"{tokens.num_tokens(split)} tokens, a corpus shorter than one window",
+        expected=f"at least {needed} tokens for windows.length {length}",
+        hint="give more text, or set windows.length lower",
+    )
+
+
+# -- randomness ----------------------------------------------------------------------------------
+
+_ORDER, _OFFSETS = 1, 2  # what a draw is for
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64's increment
+
+
+@lru_cache(maxsize=4)  # an epoch's order is asked for at each of its steps
+def _order(seed: int, epoch: int, num_windows: int) -> Indices:
+    draws = _draw(seed, _ORDER, epoch, np.arange(num_windows))
+    order = np.argsort(draws, kind="stable")  # ties: 64 bits make them rare, stability harmless
+    order.flags.writeable = False
+    return order
+
+
+def _draw(seed: int, purpose: int, epoch: int, indices: Indices) -> npt.NDArray[np.uint64]:
+    """64 uniform bits for each index: element `index` of a SplitMix64 stream.
+
+    The stream's key is mixed from seed, purpose and epoch one after another, so that
+    (seed, epoch + 1) and (seed + 1, epoch) have nothing in common.
+    """
+    key = np.uint64(0)
+    for part in (seed, purpose, epoch):
+        key = _mix(np.array([(int(key) + part + 1) * _GOLDEN & _MASK], np.uint64))[0]
+    counters = indices.astype(np.uint64) + np.uint64(1)
+    return _mix(np.array([key]) + counters * np.uint64(_GOLDEN))
+
+
+def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """SplitMix64's output function: a bijection of 64-bit words (arithmetic modulo 2^64)."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

@@ -1,0 +1,105 @@
+"""Joining the other ranks: the launcher's environment enters, a process group leaves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+from babyllama_ds import ranks
+from babyllama_ds.errors import MachineError
+
+log = logging.getLogger(__name__)
+
+Device = Literal["cpu", "cuda"]
+
+
+def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
+    """The device that every rank computes on.
+
+    Raises:
+        MachineError: CUDA is asked for by name and there is none, or too few cards.
+    """
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    cards = torch.cuda.device_count()
+    if cards < local_ranks:
+        raise MachineError.of(
+            "deepspeed.device",
+            got=f"{cards} CUDA devices for {local_ranks} ranks on this machine",
+            expected="a CUDA device for every rank",
+            hint="start fewer ranks (NPROC, --num_gpus) or set deepspeed.device=cpu",
+        )
+    return "cuda"
+
+
+def start(device: Device) -> torch.device:
+    """Join the process group that the launcher describes (alone if there is none).
+
+    Returns this rank's device. Threads of CPU ranks are shared out, so that two ranks on two
+    cores run one thread each instead of four between them.
+    """
+    # Read at deepspeed's import: without it a CPU job on a machine with a GPU would start NCCL.
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    _describe_lone_rank()
+    import deepspeed
+
+    _skip_shared_memory_op(deepspeed)
+    quiet_known_noise()
+    if device == "cuda":
+        torch.cuda.set_device(ranks.local_rank())
+    else:
+        torch.set_num_threads(threads_per_rank())
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo")
+    ranks.start_control_group()
+    return torch.device(device, ranks.local_rank()) if device == "cuda" else torch.device("cpu")
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def threads_per_rank() -> int:
+    """This rank's share of the cores it may run on; `OMP_NUM_THREADS` overrides it."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+
+
+def quiet_known_noise() -> None:
+    """Silence warnings that say nothing about the job; all others stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"deepspeed\..*")
+
+
+def _describe_lone_rank() -> None:
+    """Give a process started without the launcher the environment of a world of one."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    lone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in lone.items()})
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
+def _skip_shared_memory_op(deepspeed: object) -> None:
+    """Do not let DeepSpeed compile its shared-memory all-reduce at start.
+
+    On CPU ranks it builds `deepspeed_shm_comm` with g++ and ninja (and fails without them), but
+    only tensor-parallel inference calls it: training reduces through gloo. Marked incompatible,
+    it is neither built nor loaded, and no compiler is needed.
+    """
+    compatible: dict[str, bool] = deepspeed.ops.__compatible_ops__  # type: ignore[attr-defined]
+    compatible["deepspeed_shm_comm"] = False

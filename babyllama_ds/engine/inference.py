@@ -1,0 +1,59 @@
+"""Frozen teachers: a model enters, its bf16 inference engine leaves.
+
+Shapes: B windows, S positions, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from babyllama_ds.engine.precision import float_buffers_kept
+from babyllama_ds.losses.heads import Head
+from babyllama_ds.models.parts import split_causal_lm
+
+
+class HiddenStates(nn.Module):
+    """A causal LM without its head: token ids in, final hidden states out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        """Final hidden states [B, S, D]."""
+        backbone, _ = split_causal_lm(self.model)
+        return backbone(input_ids_BS)
+
+
+class FrozenModel:
+    """A teacher in a `deepspeed.init_inference` engine on this rank's device.
+
+    Without kernel injection or tensor parallelism the engine computes exactly what the module
+    does; it neither freezes parameters nor leaves training mode, so both are done here.
+    """
+
+    def __init__(self, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+        import deepspeed
+
+        model.eval().requires_grad_(False).to(device)
+        with float_buffers_kept(model):
+            self._engine = deepspeed.init_inference(HiddenStates(model), dtype=dtype)
+        self._engine.eval()
+        self._model = model
+
+    @property
+    def head(self) -> Head:
+        """The output head."""
+        return split_causal_lm(self._model)[1]
+
+    @torch.inference_mode()
+    def hidden_states(self, input_ids_BS: Tensor) -> Tensor:
+        """Final hidden states [B, S, D], outside autograd."""
+        states: Tensor = self._engine(input_ids_BS)
+        return states
+
+    def destroy(self) -> None:
+        """Free the engine and the weights."""
+        self._engine.destroy()
+        del self._engine, self._model

@@ -1,0 +1,76 @@
+"""Provenance: where, with what and from which commit a run was made, for its report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from babyllama_ds import __version__
+
+PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "flash-attn")
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Commit, versions and hardware. What is not known is none."""
+    return {
+        "commit": _commit(),
+        "versions": {
+            "babyllama_ds": __version__,
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+            "cuda": torch.version.cuda,
+        },
+        "hardware": {
+            "host_cpu": _cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_gib": round(_memory_bytes() / 2**30, 1),
+            "cuda_device": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, `+changes` when the tree differs; none outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str | None:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return platform.processor() or None
+    return platform.processor() or None
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

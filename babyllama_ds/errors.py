@@ -1,0 +1,104 @@
+"""The family of errors that a user can cause.
+
+Enters: what a check found wrong. Leaves: one exception that names every place, what was got,
+what was expected and how to mend it. `launcher/run.py` and the command line print it once and
+exit with `EXIT_CODE`; nothing else in the package catches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+EXIT_CODE = 2
+"""Exit status of every rank after a `UserError`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong.
+
+    `where` is a key path (`student.training.warmup_steps`), a path on disk, or a stage;
+    `source` is `file:line` when the place came from a file.
+    """
+
+    where: str
+    got: str
+    expected: str
+    hint: str | None = None
+    source: str | None = None
+
+    def __str__(self) -> str:
+        place = f"{self.source}: {self.where}" if self.source else self.where
+        text = f"{place}: got {self.got}, expected {self.expected}"
+        return f"{text}\n    hint: {self.hint}" if self.hint else text
+
+
+class UserError(Exception):
+    """Base of the family: one or more `Problem`s, printed together."""
+
+    def __init__(self, *problems: Problem) -> None:
+        assert problems, "an error without a problem says nothing"
+        self.problems: tuple[Problem, ...] = problems
+        super().__init__("\n".join(str(problem) for problem in problems))
+
+    def __reduce__(self) -> tuple[type[UserError], tuple[Problem, ...]]:
+        return type(self), self.problems
+
+    @classmethod
+    def of(
+        cls,
+        where: object,
+        *,
+        got: object,
+        expected: object,
+        hint: str | None = None,
+        source: str | None = None,
+    ) -> Self:
+        """The error with a single problem."""
+        problem = Problem(
+            where=str(where), got=str(got), expected=str(expected), hint=hint, source=source
+        )
+        return cls(problem)
+
+    @classmethod
+    def all_of(cls, problems: Sequence[Problem]) -> Self:
+        """The error with several problems, reported together."""
+        return cls(*problems)
+
+
+class JobError(UserError):
+    """The job file, an override, or the DeepSpeed configuration is wrong."""
+
+
+class DataError(UserError):
+    """Text, tokenizer, token shards or evaluation files are missing or unfit."""
+
+
+class ModelError(UserError):
+    """A model cannot be built, loaded, or used beside the others."""
+
+
+class MachineError(UserError):
+    """The machine lacks what the job asks for by name."""
+
+
+class RunError(UserError):
+    """The run directory belongs to another job, is in use, damaged or unwritable."""
+
+
+class TrainingError(UserError):
+    """Training cannot go on: a loss or gradient is not finite."""
+
+
+class Stopped(Exception):  # noqa: N818 - an end that was asked for, not an error
+    """The run was asked to stop (`reason`) and did so at a safe point."""
+
+    def __init__(self, reason: str, exit_code: int = 143) -> None:
+        self.reason = reason
+        self.exit_code = exit_code
+        super().__init__(reason)
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[str, int]]:
+        return type(self), (self.reason, self.exit_code)

@@ -1,0 +1,151 @@
+"""One model's evaluation: a model (or its directory) enters, the object of its JSON file leaves.
+
+The caller writes it to `evaluation/<model>.json`. Accuracies are shares in [0, 1].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from babyllama_ds import ranks
+from babyllama_ds.evaluation.cross_entropy import (
+    DevScore,
+    WindowsOf,
+    bits_per_byte,
+    evaluate_cross_entropy,
+    perplexity,
+)
+from babyllama_ds.evaluation.forward import OnBatch
+from babyllama_ds.evaluation.minimal_pairs import (
+    PairScores,
+    Task,
+    TaskScore,
+    evaluate_minimal_pairs,
+)
+from babyllama_ds.models.build import count_parameters, load_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevWindows:
+    """Development text as windows."""
+
+    windows_of: WindowsOf
+    """Window indices to token ids [len(indices), S]."""
+    num_windows: int
+    """Windows there are."""
+    batch_windows: int
+    """Windows in one forward pass of one rank."""
+    byte_lengths: NDArray[Any] | None = None
+    """Bytes that each token id stands for; none: bits per byte are not computed."""
+
+
+def evaluate_model(
+    model: nn.Module | Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    name: str,
+    dev: DevWindows | None,
+    benchmarks: Mapping[str, Sequence[Task]],
+    leading_space: bool,
+    batch_tokens: int,
+    device: torch.device | str,
+    attention: str = "sdpa",
+    on_batch: OnBatch | None = None,
+) -> dict[str, Any]:
+    """Everything a model is measured on; called by every rank, the same on every rank.
+
+    A directory is loaded in the dtype it was exported in, with `attention` as kernel; a module is
+    taken as it is. `benchmarks` are lists of tasks by name.
+
+    Raises:
+        ModelError: the directory holds no loadable model, or its scores are not finite.
+        DataError: no development window, or a sentence longer than the model's positions.
+    """
+    if isinstance(model, Path):
+        model = _load(model, attention=attention, where=f"evaluation of {name}")
+    model = model.to(device)
+    vocab_size = len(tokenizer)
+    result: dict[str, Any] = {
+        "model": name,
+        "params": count_parameters(model),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dev": None,
+        "minimal_pairs": {},
+    }
+    if dev is not None:
+        score = evaluate_cross_entropy(
+            model,
+            dev.windows_of,
+            dev.num_windows,
+            device=device,
+            batch_windows=dev.batch_windows,
+            vocab_size=vocab_size,
+            byte_lengths=dev.byte_lengths,
+            on_batch=on_batch,
+        )
+        result["dev"] = dev_as_json(score)
+        logger.info("%s: dev cross-entropy %.4f nats/token", name, score.cross_entropy)
+    for benchmark, tasks in benchmarks.items():
+        scores = evaluate_minimal_pairs(
+            model,
+            tokenizer,
+            tasks,
+            leading_space=leading_space,
+            device=device,
+            batch_tokens=batch_tokens,
+            vocab_size=vocab_size,
+            on_batch=on_batch,
+        )
+        result["minimal_pairs"][benchmark] = pairs_as_json(scores)
+        logger.info("%s: %s %.2f %%", name, benchmark, 100 * scores.accuracy)
+    return result
+
+
+def dev_as_json(score: DevScore) -> dict[str, float | int | None]:
+    """Cross-entropy in nats per token, perplexity, bits per byte, and what they were taken over."""
+    return {
+        "ce": score.cross_entropy,
+        "perplexity": perplexity(score.nll_nats, score.num_tokens),
+        "bits_per_byte": bits_per_byte(score.nll_nats, score.num_bytes)
+        if score.num_bytes
+        else None,
+        "tokens": score.num_tokens,
+        "windows": score.num_windows,
+    }
+
+
+def pairs_as_json(scores: PairScores) -> dict[str, Any]:
+    """A benchmark: mean over tasks, share of all pairs, each task, and how sentences began."""
+    return {
+        "accuracy": scores.accuracy,
+        "pooled_accuracy": scores.pooled_accuracy,
+        "tasks": {task.name: _task_as_json(task) for task in scores.tasks},
+        "prefix": scores.prefix,
+        "leading_space": scores.leading_space,
+    }
+
+
+def _task_as_json(task: TaskScore) -> dict[str, float | int | str | None]:
+    return {
+        "accuracy": task.accuracy,
+        "pairs": task.pairs,
+        "ties": task.ties,
+        "term": task.term,
+    }
+
+
+def _load(directory: Path, *, attention: str, where: str) -> nn.Module:
+    return ranks.on_every_rank(
+        lambda: load_model(str(directory), attention=attention, where=where, dtype="auto")
+    )

@@ -1,0 +1,49 @@
+"""How evaluation runs a model: token ids enter, the negative log-likelihood of each token leaves.
+
+Shapes: B sequences, S positions, D width, N scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from babyllama_ds.losses.distillation import cross_entropy_sum
+from babyllama_ds.models.parts import split_causal_lm
+
+OnBatch = Callable[[int, int], None]
+"""Called after each batch with (batches done, batches) of this rank: for progress, and to stop."""
+
+Likelihood = Callable[[Tensor, Tensor], Tensor]
+"""Token ids [B, S] and which next tokens count [B, S-1] to their NLL in nats, fp32 [N]."""
+
+
+@contextmanager
+def likelihood_of(model: nn.Module, *, vocab_size: int) -> Iterator[Likelihood]:
+    """The model's next-token likelihood, in eval mode and without gradients while open.
+
+    Every module's own training mode is restored at the end: a frozen part of a model in training
+    stays in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    backbone, head = split_causal_lm(model)
+
+    def likelihood(tokens_BS: Tensor, counted_BT: Tensor) -> Tensor:
+        # Only positions that count reach the head, so that padding costs no logits.
+        hidden_ND = backbone(tokens_BS)[:, :-1][counted_BT]
+        labels_N = tokens_BS[:, 1:][counted_BT]
+        nll_N: Tensor = cross_entropy_sum(
+            hidden_ND, head, labels_N, vocab_size=vocab_size, chunk_tokens=None, per_token=True
+        )
+        return nll_N
+
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield likelihood
+    finally:
+        for module, training in modes:
+            module.training = training

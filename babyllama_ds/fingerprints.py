@@ -1,0 +1,134 @@
+"""What a stage's result depends on, hashed: the same fingerprint, the same result.
+
+Never in a fingerprint: rank count, micro-batch, logging, paths, device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from babyllama_ds import files
+from babyllama_ds.errors import ModelError
+from babyllama_ds.spec.job import (
+    JobSpec,
+    ModelSpec,
+    PretrainedModel,
+    TeacherSpec,
+    TrainingSpec,
+    WindowsSpec,
+)
+
+METHOD = 1
+"""Raised when a change of the code changes what the same job gives."""
+
+HOW_IT_RUNS = {"micro_batch", "log_every_steps", "checkpoint_every_steps"}
+
+
+def trained_fingerprint(
+    model: ModelSpec,
+    training: TrainingSpec,
+    *,
+    tokens_key: str,
+    windows: WindowsSpec,
+    seed: int,
+    precision: str,
+) -> str:
+    """Of a model trained here without teachers."""
+    return files.hash_json(
+        {
+            "method": METHOD,
+            "model": _model(model),
+            "training": training.model_dump(mode="json", exclude=HOW_IT_RUNS),
+            "tokens": tokens_key,
+            "windows": windows.model_dump(mode="json"),
+            "seed": seed,
+            "precision": precision,
+        }
+    )
+
+
+def student_fingerprint(alone: str, job: JobSpec, teachers: list[tuple[str, Path]]) -> str:
+    """Of the distilled model: what it would be without teachers, the teachers, and the loss."""
+    weights = {spec.name: spec.weight for spec in job.teachers}
+    return files.hash_json(
+        {
+            "alone": alone,
+            "teachers": [
+                [weights[name], sorted(weight_hashes(path).values())] for name, path in teachers
+            ],
+            "distillation": job.distillation.model_dump(mode="json", exclude={"chunk_tokens"}),
+        }
+    )
+
+
+def loaded_teacher_fingerprint(spec: TeacherSpec, tokenizer_key: str) -> str:
+    """Of a teacher taken in as it is."""
+    return files.hash_json(
+        {"method": METHOD, "model": _model(spec.model), "tokenizer": tokenizer_key}
+    )
+
+
+def evaluation_fingerprint(
+    model_dir: Path, job: JobSpec, tokens_key: str, pairs_dir: Path | None
+) -> str:
+    """Of a model's measurements: its weights, the text, the benchmarks' files."""
+    folders = [Path(pairs.path) for pairs in job.evaluation.minimal_pairs]
+    if pairs_dir is not None:
+        folders.append(pairs_dir)
+    return files.hash_json(
+        {
+            "method": METHOD,
+            "weights": weight_hashes(model_dir),
+            "tokens": tokens_key,
+            "length": job.windows.length,
+            "evaluation": job.evaluation.model_dump(
+                mode="json", exclude={"batch_tokens", "minimal_pairs"}
+            ),
+            "pairs": [
+                [name, {path.name: files.sha256_file(path) for path in sorted(folder.glob("*.jsonl"))}]
+                for name, folder in zip(
+                    [*(pairs.name for pairs in job.evaluation.minimal_pairs), "nursery"],
+                    folders,
+                    strict=False,
+                )
+            ],
+        }
+    )
+
+
+def weight_hashes(model_dir: Path) -> dict[str, str]:
+    """SHA-256 of a model directory's weight files; from its manifest where it has one."""
+    manifest = files.read_manifest(model_dir)
+    if manifest is not None:
+        return {
+            name: facts.sha256
+            for name, facts in manifest.files.items()
+            if name.endswith(".safetensors")
+        }
+    return {path.name: files.sha256_file(path) for path in sorted(model_dir.glob("*.safetensors"))}
+
+
+def _model(spec: ModelSpec) -> dict[str, Any]:
+    plain: dict[str, Any] = spec.model_dump(mode="json", exclude={"attention"})
+    if isinstance(spec, PretrainedModel):
+        plain["path"] = _pretrained_content(spec.path)
+    return plain
+
+
+def _pretrained_content(path: str) -> dict[str, str] | str:
+    """A local directory by the content of its weights; a hub id by its name."""
+    if not Path(path).is_dir():
+        return path
+    hashes = weight_hashes(Path(path))
+    if not hashes:
+        raise ModelError.of(
+            path,
+            got="a directory without *.safetensors",
+            expected="a model saved as safetensors",
+            hint="save it again with `save_pretrained(..., safe_serialization=True)`",
+        )
+    config = Path(path) / "config.json"
+    if config.exists():
+        hashes["config.json"] = files.sha256_file(config)
+    return hashes

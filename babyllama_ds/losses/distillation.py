@@ -1,0 +1,384 @@
+"""Cross-entropy and ensemble distillation from hidden states, without ever holding all logits.
+
+    L = α · Σ CE(z, y) / n_ce + (1 − α) · T² · Σ KL( p ‖ softmax(z/T) ) / n_kl
+
+    `mean_of: logits`         p = softmax( Σ w_k t_k / (T Σ w_k) )      (raw logits, as published)
+    `mean_of: probabilities`  p = Σ w_k softmax(t_k / T) / Σ w_k
+
+with student logits z, teacher logits t_k, labels y. CE is summed over labelled positions, the
+forward KL (teachers to student) over valid positions, each window's last included. The caller
+gives n_ce and n_kl (`weights.loss_counts`). Published as BabyLlama (arXiv 2308.02019) and
+BabyLlama-2 (arXiv 2409.17312); their code takes the mean of raw logits and
+`KLDivLoss("batchmean")` on [B, S, V]. The T² is Hinton et al.'s (arXiv 1503.02531, section 2).
+
+The gradient is made on the way, chunk by chunk over positions, from
+
+    ∂CE/∂z = softmax(z) − onehot(y)          ∂(T² KL)/∂z = T · (softmax(z/T) − p)
+
+so that no [N, V] tensor of any model exists, forward or backward; backward only scales what
+forward made. Matrix products run in the model's dtype, everything between them (`rows.py`) in
+fp32, or fp64 for fp64 models. The gradient of the head is summed over chunks in fp32.
+
+Hidden states, heads, labels, masks and counts enter; a scalar with a graph and two sums for
+logging leave, for the training step.
+
+Shapes: N positions (batch and time, flattened), C positions of a chunk, D hidden size (each model
+its own), V vocabulary, P rows of a head (P ≥ V, padded), 1 a dimension kept for broadcasting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from babyllama_ds.losses.heads import Head
+from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, row_losses
+
+IGNORED_LABEL = -100
+"""The label of a position without one."""
+
+_CPU_CHUNK_BYTES = 16 * 2**20
+_ACCELERATOR_CHUNK_BYTES = 128 * 2**20
+"""Size of one fp32 [C, V]. On a CPU three of them should share its last-level cache, while more
+rows mean fewer passes over the head's gradient; on an accelerator, fewer kernel launches."""
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """A teacher's final hidden states on the student's positions, and the weight of its vote."""
+
+    hidden_ND: Tensor
+    head: Head
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """`loss` has a graph; the sums, over this call's positions, are detached and unweighted.
+
+    `kl_sum` is without the factor T². All are fp32 (fp64 for fp64 models).
+    """
+
+    loss: Tensor
+    ce_sum: Tensor
+    kl_sum: Tensor
+
+
+@dataclass(frozen=True)
+class CrossEntropyLoss:
+    """`loss` has a graph; `ce_sum`, over this call's positions, is detached."""
+
+    loss: Tensor
+    ce_sum: Tensor
+
+
+def distillation_loss(
+    student_hidden_ND: Tensor,
+    student_head: Head,
+    labels_N: Tensor,
+    valid_N: Tensor,
+    teachers: Sequence[TeacherStates],
+    *,
+    alpha: float,
+    temperature: float,
+    mean_of: MeanOf,
+    ce_count: float,
+    kl_count: float,
+    vocab_size: int,
+    scale: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> DistillationLoss:
+    """The loss of the module's formula times `scale`, with its gradient already made.
+
+    `labels_N` int64 holds the next token of each position, or `IGNORED_LABEL`; `valid_N` bool is
+    false for padding. What lies at a position that is neither labelled nor valid has no effect,
+    even NaN. `ce_count` and `kl_count` (≥ 1) are those of the global optimizer batch; `scale`
+    undoes what the engine divides by (ranks × accumulation steps). With `alpha` 1 the KL is still
+    measured, with `alpha` 0 the CE. `chunk_tokens` bounds the positions whose logits exist at one
+    time; None chooses. Nothing of the teachers is kept for backward, so that their tensors may
+    come from inference mode.
+    """
+    total_weight = sum(teacher.weight for teacher in teachers)
+    objective = _Objective(
+        labels_N=labels_N,
+        valid_N=valid_N,
+        teachers=teachers,
+        mixture=Mixture(
+            shares=tuple(teacher.weight / total_weight for teacher in teachers),
+            temperature=temperature,
+            mean_of=mean_of,
+        ),
+        ce_weight=alpha * scale / ce_count,
+        kl_weight=(1 - alpha) * temperature**2 * scale / kl_count,
+        vocab_size=vocab_size,
+        chunk_tokens=chunk_tokens,
+    )
+    return _loss(student_hidden_ND, student_head, objective)
+
+
+def cross_entropy_loss(
+    hidden_ND: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    *,
+    ce_count: float,
+    vocab_size: int,
+    scale: float = 1.0,
+    chunk_tokens: int | None = None,
+) -> CrossEntropyLoss:
+    """Σ CE / `ce_count` · `scale`: the loss of training without teachers, by the same machinery."""
+    objective = _without_teachers(labels_N, scale / ce_count, vocab_size, chunk_tokens)
+    result = _loss(hidden_ND, head, objective)
+    return CrossEntropyLoss(result.loss, result.ce_sum)
+
+
+def cross_entropy_sum(
+    hidden_ND: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    *,
+    vocab_size: int,
+    chunk_tokens: int | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """Σ CE in nats, no graph; with `per_token` that of each position, `[N]`, 0 if unlabelled."""
+    objective = _without_teachers(labels_N, 1.0, vocab_size, chunk_tokens)
+    with torch.no_grad():
+        ce_N1 = _over_chunks(hidden_ND, head, objective, _Wanted()).ce_N1
+    return ce_N1.squeeze(1) if per_token else ce_N1.sum()
+
+
+# -- the graph ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Objective:
+    """What is summed over the positions, and with what weights it makes the loss."""
+
+    labels_N: Tensor
+    valid_N: Tensor
+    teachers: Sequence[TeacherStates]
+    mixture: Mixture
+    ce_weight: float
+    kl_weight: float
+    vocab_size: int
+    chunk_tokens: int | None
+
+
+def _without_teachers(
+    labels_N: Tensor, ce_weight: float, vocab_size: int, chunk_tokens: int | None
+) -> _Objective:
+    return _Objective(
+        labels_N=labels_N,
+        valid_N=torch.zeros_like(labels_N, dtype=torch.bool),
+        teachers=(),
+        mixture=Mixture(shares=(), temperature=1.0, mean_of="logits"),
+        ce_weight=ce_weight,
+        kl_weight=0.0,
+        vocab_size=vocab_size,
+        chunk_tokens=chunk_tokens,
+    )
+
+
+class _Wanted(NamedTuple):
+    """The gradients that autograd will ask for."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+class _GradientMadeInForward(torch.autograd.Function):
+    """(loss, Σ CE, Σ KL): forward makes the gradients of the loss, backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_PD: Tensor,
+        bias_P: Tensor | None,
+        objective: _Objective,
+        wanted: _Wanted,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sums = _over_chunks(hidden_ND, Head(weight_PD, bias_P), objective, wanted)
+        ce_sum, kl_sum = sums.ce_N1.sum(), sums.kl_N1.sum()
+        ctx.mark_non_differentiable(ce_sum, kl_sum)
+        ctx.save_for_backward(sums.grad_hidden_ND, sums.grad_weight_PD, sums.grad_bias_P)
+        return objective.ce_weight * ce_sum + objective.kl_weight * kl_sum, ce_sum, kl_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
+        return *grads, None, None
+
+
+@torch._disable_dynamo  # one clean graph break; torch.compiler.disable would import dynamo here
+def _loss(hidden_ND: Tensor, head: Head, objective: _Objective) -> DistillationLoss:
+    differentiable = hidden_ND, head.weight_PD, head.bias_P
+    wanted = _Wanted(
+        *(torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable)
+    )
+    results = _GradientMadeInForward.apply(*differentiable, objective, wanted)
+    return DistillationLoss(*results)
+
+
+# -- the pass over the chunks ---------------------------------------------------------------------
+
+
+@dataclass
+class _Sums:
+    """CE and KL of each position, and the gradients of the weighted sum, None if not wanted."""
+
+    ce_N1: Tensor
+    kl_N1: Tensor
+    grad_hidden_ND: Tensor | None
+    grad_weight_PD: Tensor | None
+    grad_bias_P: Tensor | None
+
+
+def _over_chunks(hidden_ND: Tensor, head: Head, objective: _Objective, wanted: _Wanted) -> _Sums:
+    """Logits, losses and gradients of one chunk of positions after another."""
+    _check_shapes(hidden_ND, head, objective)
+    sums = _zeros(hidden_ND, head, wanted)
+    dtype = sums.ce_N1.dtype
+    labelled_N1 = (objective.labels_N != IGNORED_LABEL)[:, None]
+    label_N1 = torch.where(labelled_N1, objective.labels_N[:, None], 0)
+    valid_N1 = objective.valid_N[:, None]
+    # Zeroed, what lies at an unused position cannot spoil a product, and nobody has to wait for
+    # a count of the used ones.
+    unused_N1 = ~(labelled_N1 | valid_N1)
+
+    for rows, buffers in _chunks(hidden_ND, objective, dtype):
+        hidden_CD = hidden_ND[rows].masked_fill(unused_N1[rows], 0)
+        student_CV = _logits_into(buffers.student_CV, hidden_CD, head)
+        teachers_CV = [
+            _logits_into(buffer, t.hidden_ND[rows].masked_fill(unused_N1[rows], 0), t.head)
+            for buffer, t in zip(buffers.teachers_CV, objective.teachers, strict=True)
+        ]
+        factors = Factors(
+            ce_C1=labelled_N1[rows].to(dtype) * objective.ce_weight,
+            kl_C1=valid_N1[rows].to(dtype) * (objective.kl_weight / objective.mixture.temperature),
+        )
+        ce_C1, kl_C1 = row_losses(
+            student_CV,
+            teachers_CV,
+            label_N1[rows],
+            objective.mixture,
+            factors if any(wanted) else None,
+            buffers.work_CV,
+        )
+        sums.ce_N1[rows] = ce_C1.masked_fill(~labelled_N1[rows], 0)
+        sums.kl_N1[rows] = kl_C1.masked_fill(~valid_N1[rows], 0)
+        _add_gradients(sums, rows, student_CV, hidden_CD, head)
+    return _in_dtypes_of(sums, head)
+
+
+def _check_shapes(hidden_ND: Tensor, head: Head, objective: _Objective) -> None:
+    num_positions = hidden_ND.shape[0]
+    assert hidden_ND.ndim == 2, "positions are to be flattened"
+    assert hidden_ND.dtype == head.weight_PD.dtype, "hidden states and head differ in dtype"
+    assert objective.labels_N.shape == (num_positions,), "not one label for each position"
+    assert objective.valid_N.shape == (num_positions,), "not one validity for each position"
+    assert all(t.hidden_ND.shape[0] == num_positions for t in objective.teachers), (
+        "teachers saw other positions"
+    )
+    assert objective.chunk_tokens is None or objective.chunk_tokens > 0, "an empty chunk"
+
+
+def _zeros(hidden_ND: Tensor, head: Head, wanted: _Wanted) -> _Sums:
+    """The sums before the first chunk, in fp32 or better, but for the gradient that is no sum."""
+    num_positions = hidden_ND.shape[0]
+    dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+    return _Sums(
+        ce_N1=hidden_ND.new_zeros(num_positions, 1, dtype=dtype),
+        kl_N1=hidden_ND.new_zeros(num_positions, 1, dtype=dtype),
+        grad_hidden_ND=torch.empty_like(hidden_ND) if wanted.hidden else None,
+        grad_weight_PD=torch.zeros_like(head.weight_PD, dtype=dtype) if wanted.weight else None,
+        grad_bias_P=torch.zeros_like(head.bias_P, dtype=dtype)
+        if head.bias_P is not None and wanted.bias
+        else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """Room for one chunk's logits, in the models' dtypes, and for the work on them.
+
+    Used by every chunk: on a CPU, fresh memory of this size costs its page faults each time.
+    """
+
+    student_CV: Tensor
+    teachers_CV: list[Tensor]
+    work_CV: list[Tensor]
+
+    def first(self, num_positions: int) -> _Buffers:
+        """The part for a chunk of so many positions."""
+        return _Buffers(
+            self.student_CV[:num_positions],
+            [buffer[:num_positions] for buffer in self.teachers_CV],
+            [buffer[:num_positions] for buffer in self.work_CV],
+        )
+
+
+def _chunks(
+    hidden_ND: Tensor, objective: _Objective, dtype: torch.dtype
+) -> Iterator[tuple[slice, _Buffers]]:
+    """The slices of positions, in order, each with its room."""
+    num_positions, vocab_size = hidden_ND.shape[0], objective.vocab_size
+    step = objective.chunk_tokens or _default_chunk_tokens(vocab_size, hidden_ND.device)
+    shape = min(step, num_positions), vocab_size
+    buffers = _Buffers(
+        hidden_ND.new_empty(shape),
+        [teacher.hidden_ND.new_empty(shape) for teacher in objective.teachers],
+        [hidden_ND.new_empty(shape, dtype=dtype) for _ in range(3 if objective.teachers else 1)],
+    )
+    for start in range(0, num_positions, step):
+        rows = slice(start, min(start + step, num_positions))
+        yield rows, buffers.first(rows.stop - rows.start)
+
+
+def _default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
+    """As many positions as fit the chunk's size, in sixteens (matrix units work in tiles)."""
+    size_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+    return max(16, size_bytes // (4 * vocab_size) // 16 * 16)
+
+
+def _logits_into(buffer_CV: Tensor, hidden_CD: Tensor, head: Head) -> Tensor:
+    """Logits of the vocabulary's rows of the head, written into the buffer."""
+    weight_VD, bias_V = head.rows(buffer_CV.shape[1])
+    if bias_V is None:
+        return torch.mm(hidden_CD, weight_VD.T, out=buffer_CV)
+    return torch.addmm(bias_V, hidden_CD, weight_VD.T, out=buffer_CV)
+
+
+def _add_gradients(
+    sums: _Sums, rows: slice, grad_logits_CV: Tensor, hidden_CD: Tensor, head: Head
+) -> None:
+    """A chunk's part of the gradients; padding rows of the head keep 0."""
+    vocab_size = grad_logits_CV.shape[1]
+    if sums.grad_hidden_ND is not None:
+        weight_VD, _ = head.rows(vocab_size)
+        torch.mm(grad_logits_CV, weight_VD, out=sums.grad_hidden_ND[rows])
+    if sums.grad_weight_PD is not None:
+        grad_VD = sums.grad_weight_PD[:vocab_size]
+        if grad_VD.dtype == hidden_CD.dtype:
+            grad_VD.addmm_(grad_logits_CV.T, hidden_CD)
+        else:
+            grad_VD.add_(grad_logits_CV.T @ hidden_CD)
+    if sums.grad_bias_P is not None:
+        sums.grad_bias_P[:vocab_size].add_(grad_logits_CV.sum(0, dtype=sums.grad_bias_P.dtype))
+
+
+def _in_dtypes_of(sums: _Sums, head: Head) -> _Sums:
+    """The head's gradients, summed, in the dtype that autograd expects of them."""
+    if sums.grad_weight_PD is not None:
+        sums.grad_weight_PD = sums.grad_weight_PD.to(head.weight_PD.dtype)
+    if sums.grad_bias_P is not None and head.bias_P is not None:
+        sums.grad_bias_P = sums.grad_bias_P.to(head.bias_P.dtype)
+    return sums

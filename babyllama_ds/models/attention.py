@@ -1,0 +1,68 @@
+"""Attention kernels: what the job asks for and the machine has enters, one kernel's name leaves.
+
+A kernel asked for by name is honoured or refused; only `auto` chooses.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import torch
+from transformers.utils import import_utils
+
+from babyllama_ds.errors import MachineError
+from babyllama_ds.spec.job import Attention
+
+Device = Literal["cpu", "cuda"]
+
+# Newest first: `auto` takes the first that is usable.
+FLASH_KERNELS: tuple[Attention, ...] = (
+    "flash_attention_4",
+    "flash_attention_3",
+    "flash_attention_2",
+)
+# The least compute capability (major version) that each kernel is built for.
+LEAST_CAPABILITY = {"flash_attention_2": 8, "flash_attention_3": 9, "flash_attention_4": 9}
+
+
+def resolve_attention(
+    requested: Attention, *, device: Device, precision: Literal["bf16", "fp32"], where: str
+) -> str:
+    """The kernel to give to transformers as `attn_implementation`.
+
+    Raises:
+        MachineError: a FlashAttention asked for by name is not usable here, with the reason.
+    """
+    if requested == "auto":
+        usable = (kernel for kernel in FLASH_KERNELS if not why_unusable(kernel, device, precision))
+        return next(usable, "sdpa")
+    if requested in FLASH_KERNELS:
+        reason = why_unusable(requested, device, precision)
+        if reason:
+            raise MachineError.of(
+                where,
+                got=f"{requested}, but {reason}",
+                expected="a kernel that is usable here",
+                hint="ask for `auto` or `sdpa`, or install the kernel (extra `flash`)",
+            )
+    return requested
+
+
+def why_unusable(kernel: str, device: Device, precision: str) -> str | None:
+    """Why a FlashAttention kernel cannot run here; none if it can."""
+    if device != "cuda":
+        return f"the device is {device}"
+    if precision != "bf16":
+        return f"the precision is {precision}, it needs bf16"
+    major = torch.cuda.get_device_capability()[0]
+    if major < LEAST_CAPABILITY[kernel]:
+        return f"the card's compute capability is {major}.x"
+    if not _installed(kernel):
+        return "it is not installed"
+    return None
+
+
+@cache
+def _installed(kernel: str) -> bool:
+    return bool(getattr(import_utils, f"is_flash_attn_{kernel[-1]}_available")())

@@ -1,0 +1,162 @@
+"""Building and loading: a `ModelSpec` enters, a causal language model on the CPU leaves.
+
+Random initialisation depends on the seed alone: weights are drawn in fp32 on the CPU, whatever
+the device, the precision or the number of ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from babyllama_ds.errors import ModelError
+from babyllama_ds.spec.job import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
+
+
+def build_model(
+    spec: ModelSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    attention: str,
+    where: str,
+) -> nn.Module:
+    """A model in fp32 on the CPU: randomly initialised from `seed`, or loaded.
+
+    Raises:
+        ModelError: a path that does not hold a loadable model, or a model without an
+            embedding row for every token id.
+    """
+    if isinstance(spec, PretrainedModel):
+        model = load_model(spec.path, attention=attention, where=where)
+    else:
+        config = model_config(spec, tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    check_vocabulary_fits(model, len(tokenizer), where=where)
+    return model
+
+
+def model_config(
+    spec: LlamaModel | Gpt2Model, tokenizer: PreTrainedTokenizerBase
+) -> PretrainedConfig:
+    """The transformers configuration of a model built from random initialisation."""
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if isinstance(spec, Gpt2Model):
+        return GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=spec.max_positions,
+            n_embd=spec.hidden_size,
+            n_layer=spec.num_layers,
+            n_head=spec.num_heads,
+            n_inner=spec.intermediate_size,
+            resid_pdrop=spec.dropout,
+            embd_pdrop=spec.dropout,
+            attn_pdrop=spec.dropout,
+            layer_norm_epsilon=spec.norm_epsilon,
+            initializer_range=spec.initializer_range,
+            tie_word_embeddings=spec.tied_embeddings,
+            **special,
+        )
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        num_hidden_layers=spec.num_layers,
+        num_attention_heads=spec.num_heads,
+        num_key_value_heads=spec.num_kv_heads or spec.num_heads,
+        max_position_embeddings=spec.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
+        rms_norm_eps=spec.norm_epsilon,
+        initializer_range=spec.initializer_range,
+        tie_word_embeddings=spec.tied_embeddings,
+        **special,
+    )
+
+
+def load_model(
+    path: str,
+    *,
+    attention: str,
+    where: str,
+    dtype: torch.dtype | str = torch.float32,
+) -> nn.Module:
+    """A causal language model from a Hugging Face directory or hub id; safetensors only.
+
+    Raises:
+        ModelError: nothing loadable at `path`.
+    """
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError.of(
+            where,
+            got=f"{path}: {reason}",
+            expected="a causal language model directory (config.json, model.safetensors) or hub id",
+            hint=None if Path(path).exists() else "no such directory here: is the path right?",
+        ) from error
+    return model
+
+
+def check_vocabulary_fits(model: nn.Module, vocab_size: int, *, where: str) -> None:
+    """Every token id has an embedding row (more rows are padding and are masked).
+
+    Raises:
+        ModelError: fewer rows than token ids.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if rows < vocab_size:
+        raise ModelError.of(
+            where,
+            got=f"an embedding of {rows} rows",
+            expected=f"at least {vocab_size}, the tokenizer's size",
+            hint="use the tokenizer that this model was trained with",
+        )
+
+
+def check_positions(model: nn.Module, length: int, *, where: str) -> None:
+    """Windows fit into the model's positions.
+
+    Raises:
+        ModelError: windows are longer than the model's positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and positions < length:
+        raise ModelError.of(
+            where,
+            got=f"{positions} positions",
+            expected=f"at least {length}, the length of a window",
+            hint="shorten `windows.length` or use a model with more positions",
+        )
+
+
+def load_config(path: str) -> PretrainedConfig:
+    """The configuration of a saved model."""
+    return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, a shared one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

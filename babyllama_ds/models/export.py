@@ -1,0 +1,35 @@
+"""A trained model enters; a Hugging Face directory leaves that needs nothing of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from babyllama_ds import files
+from babyllama_ds.models.build import count_parameters
+
+
+def export_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    summary: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+) -> None:
+    """Weights (safetensors, `dtype`), configuration, generation defaults, tokenizer, summary.
+
+    `dtype` is what the model was trained and evaluated in, so what is measured is what is given
+    away. `training.json` holds the summary that the report reads.
+    """
+    model.to(dtype)
+    model.config.dtype = dtype  # type: ignore[union-attr]
+    model.save_pretrained(directory)  # type: ignore[operator]
+    tokenizer.save_pretrained(directory)
+    params = count_parameters(model)
+    files.write_json(directory / "training.json", {**summary, "params": params})

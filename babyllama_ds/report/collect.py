@@ -1,0 +1,225 @@
+"""A run's directory enters, the dictionary that becomes `report.json` leaves.
+
+Cross-entropies are nats per token, accuracies shares in [0, 1], differences of accuracies
+percentage points. What a run does not have (yet) is null or absent, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from babyllama_ds.errors import RunError
+from babyllama_ds.files import hash_json, read_json
+from babyllama_ds.losses.weights import effective_token_weights
+
+logger = logging.getLogger(__name__)
+
+JOB_KEYS = ("name", "seed", "windows", "teachers", "student", "distillation")
+TRAINING_FACTS = (
+    "params",
+    "train_tokens",
+    "seconds",
+    "tokens_per_s",
+    "steps",
+    "best_step",
+    "best_dev_ce",
+    "final_dev_ce",
+)
+GAINS_NOTE = (
+    "Student minus the other model. In dev cross-entropy (nats per token) negative is better; in "
+    "minimal pairs (percentage points) positive is better. One run has one seed: a difference "
+    "says little before it is seen over several."
+)
+
+
+def collect_report(run_dir: Path) -> dict[str, Any]:
+    """Everything that a run says about itself.
+
+    Raises:
+        RunError: `job.yaml` is missing or not a resolved job, or a JSON file is garbled.
+    """
+    job = _read_job(run_dir / "job.yaml")
+    evaluations = _read_evaluations(run_dir / "evaluation")
+    models = {
+        name: _model(role, _read_optional(folder / "training.json"), evaluations.get(name, {}))
+        for name, role, folder in _models_of(job, run_dir)
+    }
+    return {
+        "name": run_dir.name,
+        "job": job,
+        "job_sha256": hash_json(job),
+        "environment": _read_optional(run_dir / "environment.json"),
+        "loss": _loss(job),
+        "models": models,
+        "gains": _gains(models),
+        "minimal_pairs": _benchmarks({name: evaluations.get(name, {}) for name in models}),
+        "last_logged_step": _last_logged_steps(run_dir / "metrics.jsonl"),
+    }
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def _read_job(path: Path) -> dict[str, Any]:
+    expected = "the resolved job that every run directory holds"
+    try:
+        job = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RunError.of(
+            path,
+            got=error.strerror or str(error),
+            expected=expected,
+            hint="is this the directory of a run, <runs>/<job name>?",
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError.of(path, got="text that is not YAML", expected=expected) from error
+    missing = [key for key in JOB_KEYS if not isinstance(job, dict) or key not in job]
+    if missing:
+        raise RunError.of(path, got=f"no {', '.join(missing)}", expected=expected)
+    return dict(job)
+
+
+def _read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: read_json(path) for path in sorted(directory.glob("*.json"))}
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty without the file, but not with a garbled one."""
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def _last_logged_steps(path: Path) -> dict[str, dict[str, Any]]:
+    """For each stage the last line of `metrics.jsonl` that logs a training step.
+
+    A line that a kill cut short is left out; a resumed run has written its step again.
+    """
+    last: dict[str, dict[str, Any]] = {}
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            logger.warning("%s:%d: not a JSON object, left out of the report", path, number)
+            continue
+        if "stage" in record and "loss" in record:
+            last[record["stage"]] = record
+    return last
+
+
+# -- models -------------------------------------------------------------------------------------
+
+
+def _models_of(job: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str, Path]]:
+    """Name, role and directory of each model of the job, in the order of their training."""
+    teachers = [
+        (teacher["name"], "teacher", run_dir / "teachers" / teacher["name"])
+        for teacher in job["teachers"]
+    ]
+    control = [("control", "control", run_dir / "control")] if job.get("control") else []
+    return [*teachers, *control, ("student", "student", run_dir / "student")]
+
+
+def _model(role: str, training: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    facts = {key: training.get(key) for key in TRAINING_FACTS}
+    if facts["params"] is None:  # a loaded teacher was not trained here
+        facts["params"] = evaluation.get("params")
+    dev = evaluation.get("dev") or {}
+    benchmarks = evaluation.get("minimal_pairs") or {}
+    return {
+        "role": role,
+        **facts,
+        "dev_ce": dev.get("ce"),
+        "perplexity": dev.get("perplexity"),
+        "bits_per_byte": dev.get("bits_per_byte"),
+        "minimal_pairs": {name: scores["accuracy"] for name, scores in benchmarks.items()},
+    }
+
+
+def _gains(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    student = models["student"]
+    others = {name: model for name, model in models.items() if model["role"] != "student"}
+    # The control first: it is the comparison that tells what distillation gave.
+    order = sorted(others, key=lambda name: others[name]["role"] != "control")
+    return {
+        "note": GAINS_NOTE,
+        "student_minus": {name: _difference(student, others[name]) for name in order},
+    }
+
+
+def _difference(student: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    both_measured = student["dev_ce"] is not None and other["dev_ce"] is not None
+    return {
+        "dev_ce": student["dev_ce"] - other["dev_ce"] if both_measured else None,
+        "minimal_pairs_points": {
+            name: 100 * (accuracy - other["minimal_pairs"][name])
+            for name, accuracy in student["minimal_pairs"].items()
+            if name in other["minimal_pairs"]
+        },
+    }
+
+
+def _benchmarks(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Per benchmark: how sentences were presented, and each task's accuracy by model."""
+    benchmarks: dict[str, Any] = {}
+    for model, evaluation in evaluations.items():
+        for name, scores in (evaluation.get("minimal_pairs") or {}).items():
+            benchmark = benchmarks.setdefault(
+                name,
+                {
+                    "prefix": scores["prefix"],
+                    "leading_space": scores["leading_space"],
+                    "pooled_accuracy": {},
+                    "tasks": {},
+                },
+            )
+            benchmark["pooled_accuracy"][model] = scores["pooled_accuracy"]
+            for task, score in scores["tasks"].items():
+                facts = {"pairs": score["pairs"], "term": score["term"]}
+                entry = benchmark["tasks"].setdefault(task, {**facts, "accuracy": {}, "ties": {}})
+                entry["accuracy"][model] = score["accuracy"]
+                entry["ties"][model] = score["ties"]
+    return benchmarks
+
+
+# -- the loss -----------------------------------------------------------------------------------
+
+
+def _loss(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The distillation settings and what they come to for one token."""
+    settings = job["distillation"]
+    length = job["windows"]["length"]
+    weights = effective_token_weights(
+        settings["alpha"], settings["temperature"], settings["soft_reduction"], length
+    )
+    return {
+        "alpha": settings["alpha"],
+        "temperature": settings["temperature"],
+        "soft_reduction": settings["soft_reduction"],
+        "mean_of": settings["mean_of"],
+        "window_length": length,
+        "weight_ce": weights.ce,
+        "weight_kl": weights.kl,
+        "explanation": _explain(weights.ce, weights.kl, settings["soft_reduction"], length),
+    }
+
+
+def _explain(ce: float, kl: float, soft_reduction: str, length: int) -> str:
+    if kl == 0:
+        return "The KL has no weight: the teachers do not take part (alpha is 1)."
+    if ce == 0:
+        return "The cross-entropy has no weight: the student learns from the teachers alone."
+    reason = (
+        f"the KL is summed over the {length} positions of a window and divided by windows only, "
+        "whereas the cross-entropy is a mean over tokens"
+        if soft_reduction == "sequence"
+        else "both are means over tokens"
+    )
+    return (
+        f"For one token, a nat of KL weighs {kl / ce:.4g} times a nat of cross-entropy: {reason}."
+    )

@@ -1,0 +1,81 @@
+"""Numbers and tables for people: values enter, Markdown text leaves. What is missing is a dash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MISSING = "–"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A Markdown table, aligned in the source too; the first `left` columns are text."""
+    cells = [[_cell(text) for text in row] for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = [
+        "-" * width if index < left else "-" * (width - 1) + ":"
+        for index, width in enumerate(widths)
+    ]
+    lines = [
+        [
+            text.ljust(width) if index < left else text.rjust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in (cells[0], rule, *cells[1:])
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float | None, digits: int, *, sign: bool = False) -> str:
+    """A number with a fixed count of decimals; with `sign`, a plus where it is positive."""
+    if value is None:
+        return MISSING
+    return f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    """A share as per cent, without the sign: headers carry the unit."""
+    return number(None if share is None else 100 * share, 2)
+
+
+def count(value: float | None) -> str:
+    """A count to three digits with its multiple: 58.3 M."""
+    if value is None:
+        return MISSING
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # Below one unit, but rounded to it: 999,999 is 1.00 M, not 1000 k.
+        if value >= 0.9995 * size:
+            return f"{_three_digits(value / size)} {unit}"
+    return f"{value:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as the two largest units of h, min, s."""
+    if seconds is None:
+        return MISSING
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Key paths and values of nested objects, as text."""
+    pairs: list[tuple[str, str]] = []
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            pairs += flat(item, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", MISSING if item is None else str(item)))
+    return pairs
+
+
+def _three_digits(value: float) -> str:
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,272 @@
+"""`report.md`: the report's dictionary enters, a readable page leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from babyllama_ds.report.formatting import (
+    MISSING,
+    count,
+    duration,
+    flat,
+    number,
+    percent,
+    table,
+)
+
+MOST_TASKS_SHOWN = 20
+"""A longer table of tasks is folded away."""
+
+
+def render_markdown(report: Mapping[str, Any]) -> str:
+    """The page: the result in a sentence, then the tables it rests on."""
+    sections = [
+        f"# {report['name']}",
+        headline(report),
+        provenance(report),
+        "## Models",
+        models_table(report),
+        *_gains(report),
+        *_loss(report),
+        *_last_logged(report),
+        *_tasks(report),
+        *_environment(report),
+        *_loading(),
+        *_job(report),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+# -- parts that the model card shares -----------------------------------------------------------
+
+
+def headline(report: Mapping[str, Any]) -> str:
+    """The result in a sentence or two."""
+    student = report["models"]["student"]
+    size = f" ({count(student['params'])} parameters)" if student["params"] is not None else ""
+    if student["dev_ce"] is None and not student["minimal_pairs"]:
+        return f"The student{size} has not been evaluated."
+    sentences = []
+    if student["dev_ce"] is not None:
+        sentences.append(
+            f"**The student{size} reaches a dev cross-entropy of {student['dev_ce']:.4f} "
+            f"nats/token{_compared(report)}.**"
+        )
+    for benchmark, accuracy in student["minimal_pairs"].items():
+        points = _points_over_control(report, benchmark)
+        sentences.append(f"It is right on {100 * accuracy:.2f} % of {benchmark}{points}.")
+    return " ".join(sentences)
+
+
+def models_table(report: Mapping[str, Any]) -> str:
+    """Models side by side."""
+    models = report["models"]
+    benchmarks = list(report["minimal_pairs"])
+    header = [
+        "model",
+        "role",
+        "parameters",
+        "tokens seen",
+        "training time",
+        "tokens/s",
+        "dev CE (nats/token)",
+        "perplexity",
+        "bits/byte",
+        *(f"{name} (%)" for name in benchmarks),
+    ]
+    rows = [
+        [
+            name,
+            model["role"],
+            count(model["params"]),
+            count(model["train_tokens"]),
+            duration(model["seconds"]),
+            number(model["tokens_per_s"], 0),
+            number(model["dev_ce"], 4),
+            number(model["perplexity"], 2),
+            number(model["bits_per_byte"], 4),
+            *(percent(model["minimal_pairs"].get(benchmark)) for benchmark in benchmarks),
+        ]
+        for name, model in models.items()
+    ]
+    return table(header, rows, left=2)
+
+
+def gains_table(report: Mapping[str, Any]) -> str:
+    """The student's difference from every other model."""
+    benchmarks = list(report["minimal_pairs"])
+    rows = [
+        [
+            name,
+            number(gain["dev_ce"], 4, sign=True),
+            *(number(gain["minimal_pairs_points"].get(b), 2, sign=True) for b in benchmarks),
+        ]
+        for name, gain in report["gains"]["student_minus"].items()
+    ]
+    header = ["student minus", "dev CE (nats/token)", *(f"{name} (points)" for name in benchmarks)]
+    return table(header, rows)
+
+
+def provenance(report: Mapping[str, Any]) -> str:
+    """What the numbers belong to: commit, job, seed, hardware."""
+    environment = report["environment"]
+    return (
+        f"commit {environment.get('commit') or MISSING} · "
+        f"job sha256 {report['job_sha256'][:12]} · seed {report['job']['seed']} · "
+        f"{_hardware(environment.get('hardware'))}"
+    )
+
+
+# -- sections -----------------------------------------------------------------------------------
+
+
+def _gains(report: Mapping[str, Any]) -> list[str]:
+    return ["## Gains", gains_table(report), report["gains"]["note"]]
+
+
+def _loss(report: Mapping[str, Any]) -> list[str]:
+    loss = report["loss"]
+    rows = [
+        ["alpha", f"{loss['alpha']:g}"],
+        ["temperature", f"{loss['temperature']:g}"],
+        ["soft_reduction", loss["soft_reduction"]],
+        ["mean of the teachers'", loss["mean_of"]],
+        ["weight of a token's CE", f"{loss['weight_ce']:g}"],
+        ["weight of a token's KL", f"{loss['weight_kl']:g}"],
+    ]
+    formula = "`L = alpha CE + (1 - alpha) T² KL(teachers ‖ student)`"
+    return ["## Loss", formula, table(["setting", "value"], rows), loss["explanation"]]
+
+
+def _last_logged(report: Mapping[str, Any]) -> list[str]:
+    columns = {"loss": 4, "ce": 4, "kl": 4, "grad_norm": 3, "tokens_per_s": 0}
+    header = ["stage", "step", "loss", "CE (nats)", "KL (nats)", "gradient norm", "tokens/s"]
+    rows = [
+        [stage, number(line.get("step"), 0), *(number(line.get(k), d) for k, d in columns.items())]
+        for stage, line in report["last_logged_step"].items()
+    ]
+    note = (
+        "Training loss; with teachers it is the weighted sum of the section above, so compare "
+        "models by CE, not by loss."
+    )
+    return ["## Last logged training step", table(header, rows), note] if rows else []
+
+
+def _tasks(report: Mapping[str, Any]) -> list[str]:
+    sections: list[str] = []
+    for name, benchmark in report["minimal_pairs"].items():
+        tasks = tasks_table(benchmark, list(report["models"]))
+        if len(benchmark["tasks"]) > MOST_TASKS_SHOWN:
+            summary = f"{len(benchmark['tasks'])} tasks"
+            tasks = f"<details><summary>{summary}</summary>\n\n{tasks}\n\n</details>"
+        sections += [f"## Minimal pairs: {name} (accuracy, %)", _presentation(benchmark), tasks]
+    return sections
+
+
+def tasks_table(benchmark: Mapping[str, Any], models: list[str]) -> str:
+    """Each task's accuracy by model, the unweighted mean over tasks, and the share of all pairs."""
+    measured = [model for model in models if model in benchmark["pooled_accuracy"]]
+    tasks = benchmark["tasks"]
+    rows = [
+        [
+            task,
+            scores["term"] or MISSING,
+            number(scores["pairs"], 0),
+            *(percent(scores["accuracy"].get(model)) for model in measured),
+        ]
+        for task, scores in tasks.items()
+    ]
+    num_pairs = number(sum(scores["pairs"] for scores in tasks.values()), 0)
+    means = [
+        sum(scores["accuracy"][model] for scores in tasks.values()) / len(tasks)
+        for model in measured
+    ]
+    pooled = [benchmark["pooled_accuracy"][model] for model in measured]
+    rows.append(["mean over tasks", "", num_pairs, *map(percent, means)])
+    rows.append(["share of all pairs", "", num_pairs, *map(percent, pooled)])
+    return table(["task", "term", "pairs", *measured], rows, left=2)
+
+
+def _presentation(benchmark: Mapping[str, Any]) -> str:
+    prefix = "no prefix token" if benchmark["prefix"] is None else f"prefix {benchmark['prefix']}"
+    space = "a leading space" if benchmark["leading_space"] else "no leading space"
+    ties: dict[str, int] = {}
+    for scores in benchmark["tasks"].values():
+        for model, number_of_ties in scores["ties"].items():
+            ties[model] = ties.get(model, 0) + number_of_ties
+    counted = ", ".join(f"{model} {n}" for model, n in ties.items() if n) or "none"
+    return (
+        f"Sum of log-probabilities; {prefix}, so the first token is not scored; {space}. "
+        f"Ties count as wrong (ties: {counted})."
+    )
+
+
+def _environment(report: Mapping[str, Any]) -> list[str]:
+    rows = [[key, value] for key, value in flat(report["environment"])]
+    if not rows:
+        return ["## Environment", "Not recorded."]
+    return ["## Environment", table(["what", "value"], rows, left=2)]
+
+
+def _loading() -> list[str]:
+    return ["## Loading the student", "From this run's directory:", loading_snippet("student")]
+
+
+def loading_snippet(path: str) -> str:
+    """Code that loads a model and lets it write."""
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{path}")
+model = AutoModelForCausalLM.from_pretrained("{path}")
+ids = tokenizer("The little dog", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=30, do_sample=True)[0]))
+```"""
+
+
+def _job(report: Mapping[str, Any]) -> list[str]:
+    text = yaml.safe_dump(dict(report["job"]), sort_keys=False, allow_unicode=True).rstrip()
+    return ["## Job", f"<details><summary>job.yaml</summary>\n\n```yaml\n{text}\n```\n\n</details>"]
+
+
+# -- helpers ------------------------------------------------------------------------------------
+
+
+def _compared(report: Mapping[str, Any]) -> str:
+    """The student's dev CE beside the control's and the best teacher's."""
+    models = report["models"]
+    gains = report["gains"]["student_minus"]
+    measured = [name for name, gain in gains.items() if gain["dev_ce"] is not None]
+    teachers = [name for name in measured if models[name]["role"] == "teacher"]
+    phrases = []
+    if "control" in measured and models["control"]["role"] == "control":
+        phrases.append(f"{_than(gains['control']['dev_ce'])} its undistilled control")
+    if teachers:
+        best = min(teachers, key=lambda name: models[name]["dev_ce"])
+        role = "the best of its teachers" if len(teachers) > 1 else "its teacher"
+        phrases.append(f"{_than(gains[best]['dev_ce'])} {role} ({best})")
+    return ", " + " and ".join(phrases) if phrases else ""
+
+
+def _than(difference: float) -> str:
+    if f"{abs(difference):.4f}" == "0.0000":
+        return "level with"
+    word = "better (lower)" if difference < 0 else "worse (higher)"
+    return f"{abs(difference):.4f} {word} than"
+
+
+def _points_over_control(report: Mapping[str, Any], benchmark: str) -> str:
+    gain = report["gains"]["student_minus"].get("control", {})
+    points = gain.get("minimal_pairs_points", {}).get(benchmark)
+    if points is None:
+        return ""
+    return f" ({points:+.2f} points against the control)"
+
+
+def _hardware(hardware: Any) -> str:
+    if isinstance(hardware, Mapping):
+        return ", ".join(f"{key} {value}" for key, value in flat(hardware))
+    return str(hardware) if hardware else f"hardware {MISSING}"

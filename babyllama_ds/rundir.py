@@ -1,0 +1,116 @@
+"""A run's directory: the job enters; its resolved text, its state and its stages' fingerprints stay.
+
+One directory belongs to one experiment. What does not change a result may change between starts
+(ranks, micro-batch, device, logging, evaluation); anything else is refused, never mixed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from babyllama_ds import files
+from babyllama_ds.errors import Problem, RunError
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.spec.loading import dump_job
+
+# Keys that change no model: how it runs, where inputs lie (their content is compared by each
+# stage's fingerprint instead), and what is measured afterwards.
+FREE_KEYS = re.compile(
+    r"evaluation(\..*)?"
+    r"|deepspeed\.(device|config)"
+    r"|distillation\.chunk_tokens"
+    r"|.*\.(micro_batch|log_every_steps|checkpoint_every_steps|attention)"
+    r"|corpus\.(train|split\.dev)(\..*)?"
+    r"|(tokenizer|.*\.model)\.path"
+)
+
+
+class RunDirectory:
+    """`<runs>/<job name>/`, on rank 0."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def open(self, job: JobSpec) -> None:
+        """Claim the directory for `job` and write `job.yaml`.
+
+        Raises:
+            RunError: it holds another experiment; the differing keys are named.
+        """
+        resolved = self.path / "job.yaml"
+        if resolved.exists():
+            problems = [
+                Problem(
+                    where=f"{self.path}: {key}",
+                    got=f"{theirs!r} in the run that is there",
+                    expected=f"{ours!r}, as this job says",
+                    hint="give the job another `name`, or remove the directory",
+                )
+                for key, theirs, ours in differing_keys(_read_yaml(resolved), _plain(job))
+            ]
+            if problems:
+                raise RunError.all_of(problems)
+        files.write_atomic(resolved, dump_job(job))
+
+    def claim_stage(self, stage: str, fingerprint: str, *, made_from: str) -> None:
+        """Remember what a stage is made from, or refuse another.
+
+        Raises:
+            RunError: the directory holds this stage made from something else.
+        """
+        path = self.path / "stages.json"
+        stages = files.read_json(path) if path.exists() else {}
+        known = stages.setdefault(stage, fingerprint)
+        if known != fingerprint:
+            raise RunError.of(
+                f"{self.path}: {stage}",
+                got=f"fingerprint {known[:12]} in the run that is there",
+                expected=f"{fingerprint[:12]}: {made_from} changed since",
+                hint="give the job another `name`, or remove the directory",
+            )
+        files.write_json(path, stages)
+
+    def set_state(self, status: str, **facts: object) -> None:
+        """Write `state.json`: running, done, stopped or failed, for schedulers and people."""
+        files.write_json(self.path / "state.json", {"status": status, **facts})
+
+
+def differing_keys(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Key paths whose values differ and matter, with both values."""
+    left, right = dict(_flat(theirs)), dict(_flat(ours))
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key) and not FREE_KEYS.fullmatch(key):
+            yield key, left.get(key), right.get(key)
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _flat(inner, f"{path}.{index}")
+    else:
+        yield path, value
+
+
+def _plain(job: JobSpec) -> dict[str, Any]:
+    plain: dict[str, Any] = job.model_dump(mode="json")
+    return plain
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError.of(
+            path, got=str(error).splitlines()[0], expected="the job of the run that is there"
+        ) from error
+    return dict(loaded)

@@ -1,0 +1,52 @@
+"""The jobs and DeepSpeed configurations that come with the package.
+
+In the repository they stand at the top, in `launcher/jobs` and `ds_configs`, where people look;
+`babyllama_ds/jobs` and `babyllama_ds/ds_configs` are links to them, so that a checkout, an
+editable install and a wheel (which holds copies) are all read the same way.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from babyllama_ds.errors import JobError
+from babyllama_ds.spec.explain import did_you_mean
+
+Room = Literal["ds_configs", "jobs"]
+SUFFIX: dict[Room, str] = {"ds_configs": ".json", "jobs": ".yaml"}
+
+
+def shipped_names(room: Room) -> list[str]:
+    """Names of the shipped files, without suffix, sorted."""
+    return sorted(path.stem for path in _folder(room).glob(f"*{SUFFIX[room]}"))
+
+
+def shipped_path(room: Room, name: str) -> Path:
+    """The shipped file of that name (`nursery` or `nursery.yaml`). Raises `JobError`."""
+    path = _folder(room) / f"{name.removesuffix(SUFFIX[room])}{SUFFIX[room]}"
+    if path.parent != _folder(room) or not path.is_file():
+        hint = did_you_mean(name, shipped_names(room))
+        kind = "job" if room == "jobs" else "DeepSpeed configuration"
+        raise JobError.of(
+            name, got="no such file", expected=f"a path or a shipped {kind}", hint=hint
+        )
+    return path
+
+
+def find_file(room: Room, text: str) -> Path:
+    """The file at the path `text`, or the shipped one of that name. Raises `JobError`."""
+    path = Path(text)
+    if path.is_file() or len(path.parts) > 1:
+        return path  # reading it says what is wrong, if anything is
+    return shipped_path(room, text)
+
+
+def find_job(text: str) -> Path:
+    """The job file that a user means: a path, or the bare name of a shipped job."""
+    return find_file("jobs", text)
+
+
+def _folder(room: Room) -> Path:
+    return Path(str(files("babyllama_ds"))) / room

@@ -1,0 +1,1 @@
+"""Teachers: token ids enter, what the loss needs of every frozen teacher leaves."""

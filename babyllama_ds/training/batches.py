@@ -1,0 +1,141 @@
+"""Batches: a step's number enters, this rank's micro-batches and the global counts leave.
+
+Which windows form batch k of epoch e depends on the seed alone, never on ranks, micro-batches
+or accumulation. The last batch of an epoch may be short: the windows missing to a full batch are
+padding, in which nothing is labelled or valid, so every rank still makes every micro-step.
+
+Shapes: B windows of a micro-batch, S positions, N = B * S.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from babyllama_ds.losses.distillation import IGNORED_LABEL
+from babyllama_ds.spec.job import TrainingSpec
+
+
+class WindowSource(Protocol):
+    """What `corpus.windows.TrainWindows` offers."""
+
+    @property
+    def num_windows(self) -> int:
+        """Windows in an epoch."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+
+    def batch(self, epoch: int, k: int, batch_windows: int) -> NDArray[np.int64]:
+        """Ids of the windows of batch `k`; the last batch of an epoch may be short."""
+
+    def windows(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Token ids [n, length] of these windows."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass of one rank."""
+
+    input_ids_BS: Tensor
+    labels_N: Tensor
+    valid_N: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One optimizer step: which windows, of all ranks, and this rank's share of them."""
+
+    epoch: int
+    window_ids: NDArray[np.int64]
+    length: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of the global batch."""
+        return len(self.window_ids)
+
+    @property
+    def num_labelled(self) -> int:
+        """Positions of the global batch with a label: all but each window's last."""
+        return self.num_windows * (self.length - 1)
+
+    @property
+    def num_valid(self) -> int:
+        """Positions of the global batch."""
+        return self.num_windows * self.length
+
+
+class BatchPlan:
+    """All batches of one training, as one rank sees them."""
+
+    def __init__(
+        self,
+        windows: WindowSource,
+        training: TrainingSpec,
+        *,
+        rank: int,
+        num_ranks: int,
+        micro_batch: int,
+        device: torch.device,
+    ) -> None:
+        self._windows = windows
+        self._batch_windows = training.batch_windows
+        self._share = (rank, num_ranks, micro_batch)
+        self._device = device
+        self.steps_per_epoch = math.ceil(windows.num_windows / training.batch_windows)
+        self.total_steps = total_steps(training, windows.num_windows, windows.length)
+
+    def batch(self, step: int) -> Batch:
+        """The batch of optimizer step `step`, from 0."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        ids = self._windows.batch(epoch, k, self._batch_windows)
+        return Batch(
+            epoch=epoch,
+            window_ids=ids,
+            length=self._windows.length,
+            micro_batches=tuple(self._micro_batches(epoch, ids)),
+        )
+
+    def _micro_batches(self, epoch: int, ids: NDArray[np.int64]) -> Iterator[MicroBatch]:
+        rank, num_ranks, size = self._share
+        slots = np.full(self._batch_windows, -1, dtype=np.int64)
+        slots[: len(ids)] = ids
+        for row in slots.reshape(-1, num_ranks, size)[:, rank]:
+            real = row >= 0
+            tokens_BS = np.zeros((size, self._windows.length), dtype=np.int64)
+            if real.any():
+                tokens_BS[real] = self._windows.windows(epoch, row[real])
+            yield micro_batch(
+                torch.from_numpy(tokens_BS).to(self._device),
+                torch.from_numpy(real).to(self._device),
+            )
+
+
+def micro_batch(input_ids_BS: Tensor, real_B: Tensor) -> MicroBatch:
+    """Labels (each position's next token, the last one's none) and validity of real windows."""
+    labels_BS = torch.full_like(input_ids_BS, IGNORED_LABEL)
+    labels_BS[:, :-1] = input_ids_BS[:, 1:]
+    labels_BS[~real_B] = IGNORED_LABEL
+    valid_BS = real_B[:, None].expand_as(input_ids_BS)
+    return MicroBatch(input_ids_BS, labels_BS.flatten(), valid_BS.flatten())
+
+
+def total_steps(training: TrainingSpec, num_windows: int, length: int) -> int:
+    """Optimizer steps until the first of the job's limits; at least one."""
+    per_epoch = math.ceil(num_windows / training.batch_windows)
+    limits = [math.ceil(training.epochs * per_epoch)]
+    if training.max_steps is not None:
+        limits.append(training.max_steps)
+    if training.max_tokens is not None:
+        limits.append(training.max_tokens // (training.batch_windows * length))
+    return max(1, min(limits))

@@ -1,0 +1,306 @@
+"""The loop: a model, its data and its teachers enter; the trained model and a summary leave.
+
+It resumes from the newest checkpoint by itself, evaluates, keeps the best weights, and stops at a
+step boundary when it is asked to, all ranks at the same one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from babyllama_ds import ranks
+from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder
+from babyllama_ds.engine.schedule import learning_rate
+from babyllama_ds.engine.training import TrainingEngine
+from babyllama_ds.errors import TrainingError
+from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
+from babyllama_ds.evaluation.evaluate import DevWindows
+from babyllama_ds.models.build import count_parameters
+from babyllama_ds.spec.job import DistillationSpec, TrainingSpec
+from babyllama_ds.stopping import StopRequest, stopped
+from babyllama_ds.teachers.ensemble import Ensemble
+from babyllama_ds.training.batches import Batch, BatchPlan, WindowSource
+from babyllama_ds.training.metrics import MetricsLog
+from babyllama_ds.training.objective import Objective
+from babyllama_ds.training.step import StepSums, train_step
+
+log = logging.getLogger(__name__)
+
+PLAIN_LINE_EVERY_S = 10.0
+"""Seconds between lines for people when there is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What is trained, and how."""
+
+    name: str
+    """`student`, `control` or `teachers/NAME`."""
+    model: nn.Module
+    training: TrainingSpec
+    distillation: DistillationSpec | None
+    """The loss of a distilled model; none: plain cross-entropy."""
+    vocab_size: int
+    seed: int
+    micro_batch: int
+    """Windows in one forward pass of one rank."""
+    deepspeed: Mapping[str, Any]
+    """DeepSpeed's configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What the stage needs from its run."""
+
+    run_dir: Path
+    device: torch.device
+    stop: StopRequest
+    checkpoints: CheckpointFolder
+
+
+def train(
+    stage: Stage,
+    surroundings: Surroundings,
+    *,
+    windows: WindowSource,
+    dev: DevWindows,
+    ensemble: Ensemble | None,
+) -> dict[str, Any]:
+    """Train `stage.model` to its limits; rank 0's module then holds the kept weights.
+
+    Returns the summary that the report reads (`training.json`).
+
+    Raises:
+        TrainingError: a loss or gradient is not finite.
+        Stopped: the run was asked to stop; a checkpoint was written.
+    """
+    trainer = _Trainer(stage, surroundings, windows, dev, ensemble)
+    try:
+        trainer.run()
+        return trainer.finish()
+    finally:
+        trainer.engine.destroy()
+
+
+class _Trainer:
+    """One training in progress: the engine, where it stands, and the best weights so far."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        surroundings: Surroundings,
+        windows: WindowSource,
+        dev: DevWindows,
+        ensemble: Ensemble | None,
+    ) -> None:
+        self.stage = stage
+        self.around = surroundings
+        self.dev = dev
+        self.ensemble = ensemble
+        self.batches = BatchPlan(
+            windows,
+            stage.training,
+            rank=ranks.rank(),
+            num_ranks=ranks.world_size(),
+            micro_batch=stage.micro_batch,
+            device=surroundings.device,
+        )
+        self.objective = Objective(
+            stage.model, vocab_size=stage.vocab_size, distillation=stage.distillation
+        )
+        self.engine = TrainingEngine(
+            self.objective,
+            training=stage.training,
+            config=stage.deepspeed,
+            device=surroundings.device,
+        )
+        self.best = BestWeights()
+        self.progress = surroundings.checkpoints.resume(self.engine, self.best)
+        self.clock = _Clock(self.progress.seconds)
+
+    def run(self) -> None:
+        """Steps until the last one, with evaluations and checkpoints where they are due."""
+        first, total = self.progress.step, self.batches.total_steps
+        with MetricsLog(
+            self.around.run_dir, self.stage.name, first_step=first, total_steps=total
+        ) as metrics:
+            for step in range(first, total):
+                self._stop_if_asked()
+                self._step(step, metrics)
+                if self._due_evaluation():
+                    self._evaluate(metrics)
+                if self._due_checkpoint():
+                    self._checkpoint()
+
+    def finish(self) -> dict[str, Any]:
+        """Put the kept weights in place and sum up."""
+        progress, kept = self.progress, "last"
+        if self.stage.training.keep == "best" and progress.best_step is not None:
+            self.best.put(self.objective)
+            kept = "best"
+        return {
+            "params": count_parameters(self.stage.model),
+            "steps": progress.step,
+            "train_tokens": progress.tokens,
+            "seconds": progress.seconds,
+            "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
+            "kept": kept,
+            "best_dev_ce": progress.best_dev_ce,
+            "best_step": progress.best_step,
+            "final_dev_ce": progress.last_dev_ce,
+        }
+
+    # -- one step ---------------------------------------------------------------------------------
+
+    def _step(self, step: int, metrics: MetricsLog) -> None:
+        batch = self.batches.batch(step)
+        rate = learning_rate(self.stage.training, step, self.batches.total_steps)
+        with self.clock:
+            sums = train_step(
+                self.engine,
+                self.objective,
+                self.ensemble,
+                batch,
+                rate=rate,
+                seed=self.stage.seed,
+                step=step,
+            )
+        if self.engine.overflowed:
+            raise self._not_finite("a gradient", step, batch)
+        self.progress = replace(
+            self.progress,
+            step=step + 1,
+            tokens=self.progress.tokens + batch.num_valid,
+            seconds=self.clock.seconds,
+        )
+        if self._due_log():
+            self._log(step, batch, sums, rate, metrics)
+        metrics.advance()
+
+    def _log(
+        self, step: int, batch: Batch, sums: StepSums, rate: float, metrics: MetricsLog
+    ) -> None:
+        with self.clock:  # .item() waits for the device: that time belongs to the steps
+            ce_sum, kl_sum = ranks.sum_floats(sums.ce_sum.item(), sums.kl_sum.item())
+        loss = self.objective.value(ce_sum, kl_sum, sums.counts)
+        grad_norm = self.engine.grad_norm
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise self._not_finite(f"a loss of {loss}, gradient norm {grad_norm}", step, batch)
+        shown = {"loss": loss, "ce": ce_sum / sums.counts.ce}
+        if self.stage.distillation is not None:
+            shown["kl"] = kl_sum / batch.num_valid
+        tokens_per_s = self.clock.rate(self.progress.tokens)
+        metrics.write(
+            self.progress.step,
+            {
+                "epoch": step / self.batches.steps_per_epoch,
+                "tokens": self.progress.tokens,
+                **shown,
+                "lr": rate,
+                "grad_norm": grad_norm,
+                "tokens_per_s": tokens_per_s,
+            },
+        )
+        if self.clock.line_due(last=self.progress.step == self.batches.total_steps):
+            left_s = (self.batches.total_steps - self.progress.step) * self.clock.seconds_a_step(
+                self.progress.step
+            )
+            metrics.show(self.progress.step, shown, tokens_per_s=tokens_per_s, seconds_left=left_s)
+
+    def _not_finite(self, what: str, step: int, batch: Batch) -> TrainingError:
+        windows = ", ".join(map(str, batch.window_ids.tolist()))
+        return TrainingError.of(
+            f"{self.stage.name}: step {step}",
+            got=f"{what} that is not finite, in epoch {batch.epoch}, windows {windows}",
+            expected="finite numbers",
+            hint="lower the learning rate or lengthen the warm-up; last good checkpoint: "
+            f"{self.around.checkpoints.newest_name()}",
+        )
+
+    # -- between steps ----------------------------------------------------------------------------
+
+    def _stop_if_asked(self) -> None:
+        reason = self.around.stop.agreed()
+        if reason is None:
+            return
+        if self.progress.step > 0:
+            self._checkpoint()
+        raise stopped(reason)
+
+    def _evaluate(self, metrics: MetricsLog) -> None:
+        score = evaluate_cross_entropy(
+            self.stage.model,
+            self.dev.windows_of,
+            self.dev.num_windows,
+            device=self.around.device,
+            batch_windows=self.dev.batch_windows,
+            vocab_size=self.stage.vocab_size,
+        )
+        dev_ce, step = score.cross_entropy, self.progress.step
+        self.progress = replace(self.progress, last_dev_ce=dev_ce)
+        if self.progress.best_dev_ce is None or dev_ce < self.progress.best_dev_ce:
+            self.progress = replace(self.progress, best_dev_ce=dev_ce, best_step=step)
+            self.best.take(self.objective)
+        metrics.write(step, {"tokens": self.progress.tokens, "dev_ce": dev_ce})
+        log.info("%s  step %d  dev cross-entropy %.4f", self.stage.name, step, dev_ce)
+
+    def _checkpoint(self) -> None:
+        self.around.checkpoints.save(self.engine, self.progress, self.best)
+
+    def _due_log(self) -> bool:
+        step = self.progress.step
+        every = self.stage.training.log_every_steps
+        return step % every == 0 or step in (1, self.batches.total_steps)
+
+    def _due_evaluation(self) -> bool:
+        every = self.stage.training.evaluate_every_steps or self.batches.steps_per_epoch
+        return self.progress.step % every == 0 or self.progress.step == self.batches.total_steps
+
+    def _due_checkpoint(self) -> bool:
+        every = self.stage.training.checkpoint_every_steps
+        if every is None:
+            return self._due_evaluation()
+        return self.progress.step % every == 0
+
+
+class _Clock:
+    """Time spent in optimizer steps, evaluations and checkpoints left out."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._entered = 0.0
+        self._rate_from: tuple[float, int] | None = None
+        self._line_at = -math.inf
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._entered
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second since the last call."""
+        since_s, since_tokens = self._rate_from or (0.0, 0)
+        self._rate_from = (self.seconds, tokens)
+        return (tokens - since_tokens) / max(self.seconds - since_s, 1e-9)
+
+    def seconds_a_step(self, steps: int) -> float:
+        """Seconds of a step, on average over the training so far."""
+        return self.seconds / max(steps, 1)
+
+    def line_due(self, *, last: bool) -> bool:
+        """Whether people should see a line now."""
+        now = time.monotonic()
+        if not last and now - self._line_at < PLAIN_LINE_EVERY_S:
+            return False
+        self._line_at = now
+        return True

@@ -1,0 +1,125 @@
+"""What people watch: numbers of logged steps enter; metrics.jsonl, TensorBoard and a bar leave.
+
+Only rank 0 writes. A resumed training first takes back what was logged after its checkpoint, so
+that every step stands once in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from babyllama_ds import files, ranks
+
+log = logging.getLogger(__name__)
+
+Metrics = Mapping[str, float | int | str | None]
+UNPLOTTED = ("stage", "step", "epoch", "tokens")
+
+
+class MetricsLog:
+    """The metrics of one stage: a line per logged step, scalars, and a progress bar."""
+
+    def __init__(self, run_dir: Path, stage: str, *, first_step: int, total_steps: int) -> None:
+        self.stage = stage
+        self._total_steps = total_steps
+        self._file: Path | None = None
+        self._bar: tqdm[Any] | None = None
+        self._board: SummaryWriter | None = None
+        if ranks.rank() == 0:
+            self._file = run_dir / "metrics.jsonl"
+            forget_later_steps(self._file, stage, first_step)
+            self._board = SummaryWriter(
+                str(run_dir / "tensorboard" / stage), purge_step=first_step + 1
+            )
+            self._bar = tqdm(
+                total=total_steps,
+                initial=first_step,
+                desc=stage,
+                unit="step",
+                disable=not sys.stderr.isatty(),
+                dynamic_ncols=True,
+            )
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def advance(self) -> None:
+        """One step further on the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def write(self, step: int, values: Metrics) -> None:
+        """Record what was measured after `step` updates."""
+        if self._file is None or self._board is None:
+            return
+        line = json.dumps({"stage": self.stage, "step": step, **values})
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+        for key, value in values.items():
+            if key not in UNPLOTTED and isinstance(value, float):
+                self._board.add_scalar(key, value, step)
+
+    def show(self, step: int, values: Metrics, *, tokens_per_s: float, seconds_left: float) -> None:
+        """The line for people: on the bar, or in the log when there is no terminal."""
+        if self._bar is None:
+            return
+        shown = "  ".join(
+            f"{key} {value:.4g}" for key, value in values.items() if _is_number(value)
+        )
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"{shown}  {tokens_per_s:,.0f} tok/s", refresh=False)
+            return
+        log.info(
+            "%s  step %d/%d  %s  %s tok/s  %s left",
+            self.stage,
+            step,
+            self._total_steps,
+            shown,
+            f"{tokens_per_s:,.0f}",
+            duration(seconds_left),
+        )
+
+
+def forget_later_steps(path: Path, stage: str, last_step: int) -> None:
+    """Drop the lines of `stage` after `last_step`, and a last line cut short by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            entry = json.loads(line)
+            if entry["stage"] != stage or entry["step"] <= last_step:
+                kept.append(line)
+    files.write_atomic(path, "".join(line + "\n" for line in kept))
+
+
+def duration(seconds: float) -> str:
+    """`75` to `1:15`, `3675` to `1:01:15`."""
+    minutes, whole = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{whole:02d}" if hours else f"{minutes}:{whole:02d}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

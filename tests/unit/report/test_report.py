@@ -1,0 +1,531 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from babyllama_ds.errors import RunError
+from babyllama_ds.report.card import render_model_card
+from babyllama_ds.report.collect import collect_report
+from babyllama_ds.report.formatting import count, duration, number, percent, table
+from babyllama_ds.report.markdown import render_markdown
+from babyllama_ds.report.write import write_report
+
+TRAINING = {
+    "batch_windows": 32,
+    "epochs": 6.0,
+    "learning_rate": 0.0007,
+    "schedule": "cosine",
+    "warmup_steps": 20,
+    "weight_decay": 0.1,
+}
+
+
+def make_job(**changes):
+    job = {
+        "name": "demo-{seed}",
+        "seed": 11,
+        "corpus": {"kind": "nursery", "words": 150000},
+        "windows": {"length": 128, "offsets": "random"},
+        "teachers": [
+            {"name": "wide", "model": {"kind": "gpt2"}, "training": TRAINING},
+            {"name": "deep", "model": {"kind": "llama"}, "training": TRAINING},
+        ],
+        "student": {"model": {"kind": "llama"}, "training": TRAINING},
+        "control": {"training": None},
+        "distillation": {
+            "alpha": 0.5,
+            "temperature": 2.0,
+            "soft_reduction": "sequence",
+            "mean_of": "logits",
+            "chunk_tokens": None,
+        },
+    }
+    return {**job, **changes}
+
+
+def training(params: int, seconds: float) -> dict:
+    return {
+        "params": params,
+        "train_tokens": 2_000_000,
+        "seconds": seconds,
+        "tokens_per_s": 2_000_000 / seconds,
+        "steps": 488,
+        "best_dev_ce": 4.5,
+        "best_step": 400,
+        "final_dev_ce": 4.6,
+        "more": "than is shown",
+    }
+
+
+def evaluation(name: str, ce: float, accuracies: list[float], num_ties: int = 0) -> dict:
+    tasks = {
+        f"task_{index}": {
+            "accuracy": accuracy,
+            "pairs": 100 * (index + 1),
+            "ties": num_ties,
+            "term": "agreement" if index == 0 else None,
+        }
+        for index, accuracy in enumerate(accuracies)
+    }
+    pairs = sum(task["pairs"] for task in tasks.values())
+    return {
+        "model": name,
+        "params": 999,
+        "dtype": "bfloat16",
+        "dev": {
+            "ce": ce,
+            "perplexity": math.exp(ce),
+            "bits_per_byte": ce / 3,
+            "tokens": 1270,
+            "windows": 10,
+        },
+        "minimal_pairs": {
+            "blimp": {
+                "accuracy": sum(accuracies) / len(accuracies),
+                "pooled_accuracy": sum(t["accuracy"] * t["pairs"] for t in tasks.values()) / pairs,
+                "tasks": tasks,
+                "prefix": None,
+                "leading_space": True,
+            }
+        },
+    }
+
+
+ENVIRONMENT = {
+    "commit": "0123abc",
+    "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+    "hardware": "2 CPU cores",
+    "ranks": 2,
+    "zero_stage": 2,
+    "device": "cpu",
+    "attention": "sdpa",
+    "precision": "bf16",
+    "seeds": {"student": 5, "teachers/wide": 6},
+}
+
+METRICS = [
+    {"stage": "teachers/wide", "step": 10, "loss": 5.0, "ce": 5.0, "grad_norm": 1.5},
+    {"stage": "student", "step": 10, "loss": 90.0, "ce": 6.0, "kl": 0.9, "tokens_per_s": 900.0},
+    {"stage": "student", "step": 20, "loss": 30.5, "ce": 5.1, "kl": 0.25, "tokens_per_s": 1234.4},
+    {"stage": "student", "step": 20, "dev_ce": 4.9},
+]
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    run = tmp_path / "demo-11"
+    run.mkdir()
+    (run / "job.yaml").write_text(yaml.safe_dump(make_job()))
+    write(run / "environment.json", ENVIRONMENT)
+    write(run / "teachers" / "wide" / "training.json", training(3_200_000, 100.0))
+    write(run / "teachers" / "deep" / "training.json", training(2_500_000, 125.0))
+    write(run / "control" / "training.json", training(1_290_000, 50.0))
+    write(run / "student" / "training.json", training(1_290_000, 160.0))
+    write(run / "evaluation" / "wide.json", evaluation("wide", 4.683, [0.60, 0.50]))
+    write(run / "evaluation" / "deep.json", evaluation("deep", 4.663, [0.64, 0.70]))
+    write(run / "evaluation" / "control.json", evaluation("control", 4.654, [0.61, 0.51]))
+    write(run / "evaluation" / "student.json", evaluation("student", 4.642, [0.63, 0.53]))
+    lines = [json.dumps(line) for line in METRICS]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n" + '{"stage": "stud')
+    return run
+
+
+def parsed_tables(page: str) -> list[list[list[str]]]:
+    """Tables of a Markdown page as rows of cells; escaped bars stay inside their cell."""
+    tables: list[list[list[str]]] = []
+    inside = False
+    for line in page.splitlines():
+        if not line.startswith("|"):
+            inside = False
+            continue
+        if not inside:
+            tables.append([])
+        inside = True
+        assert line.endswith("|")
+        cells = line.replace("\\|", "\0").strip("|").split("|")
+        tables[-1].append([cell.strip().replace("\0", "|") for cell in cells])
+    return tables
+
+
+def find_table(page: str, first_header: str) -> list[list[str]]:
+    return next(t for t in parsed_tables(page) if t[0][0] == first_header)
+
+
+# -- collecting ---------------------------------------------------------------------------------
+
+
+def test_models_side_by_side(run_dir: Path) -> None:
+    report = collect_report(run_dir)
+    assert list(report["models"]) == ["wide", "deep", "control", "student"]
+    assert [m["role"] for m in report["models"].values()] == [
+        "teacher",
+        "teacher",
+        "control",
+        "student",
+    ]
+    student = report["models"]["student"]
+    assert student == {
+        "role": "student",
+        "params": 1_290_000,
+        "train_tokens": 2_000_000,
+        "seconds": 160.0,
+        "tokens_per_s": 12_500.0,
+        "steps": 488,
+        "best_step": 400,
+        "best_dev_ce": 4.5,
+        "final_dev_ce": 4.6,
+        "dev_ce": 4.642,
+        "perplexity": math.exp(4.642),
+        "bits_per_byte": 4.642 / 3,
+        "minimal_pairs": {"blimp": pytest.approx(0.58)},
+    }
+    assert report["name"] == "demo-11"
+    assert report["job"] == make_job()
+    assert report["environment"] == ENVIRONMENT
+
+
+def test_gains_are_student_minus_the_other(run_dir: Path) -> None:
+    gains = collect_report(run_dir)["gains"]
+    assert "negative is better" in gains["note"]
+    assert list(gains["student_minus"]) == ["control", "wide", "deep"]
+    expected = {"control": (-0.012, 2.0), "wide": (-0.041, 3.0), "deep": (-0.021, -9.0)}
+    for name, (dev_ce, points) in expected.items():
+        gain = gains["student_minus"][name]
+        assert gain["dev_ce"] == pytest.approx(dev_ce)
+        assert gain["minimal_pairs_points"] == {"blimp": pytest.approx(points)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "ce", "kl", "words"),
+    [
+        ({}, 0.5, 256.0, "weighs 512 times a nat of cross-entropy: the KL is summed over the 128"),
+        ({"temperature": 1.0}, 0.5, 64.0, "weighs 128 times"),
+        ({"soft_reduction": "token"}, 0.5, 2.0, "weighs 4 times a nat of cross-entropy: both are"),
+        ({"alpha": 1.0}, 1.0, 0.0, "The KL has no weight"),
+        ({"alpha": 0.0}, 0.0, 512.0, "The cross-entropy has no weight"),
+    ],
+)
+def test_effective_weights_of_a_token(run_dir: Path, settings, ce, kl, words) -> None:
+    distillation = {**make_job()["distillation"], **settings}
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(distillation=distillation)))
+    loss = collect_report(run_dir)["loss"]
+    assert (loss["weight_ce"], loss["weight_kl"], loss["window_length"]) == (ce, kl, 128)
+    assert words in loss["explanation"]
+    assert {key: loss[key] for key in settings} == settings
+
+
+def test_tasks_keep_each_models_accuracy(run_dir: Path) -> None:
+    blimp = collect_report(run_dir)["minimal_pairs"]["blimp"]
+    assert (blimp["prefix"], blimp["leading_space"]) == (None, True)
+    assert blimp["tasks"]["task_0"] == {
+        "pairs": 100,
+        "term": "agreement",
+        "accuracy": {"wide": 0.60, "deep": 0.64, "control": 0.61, "student": 0.63},
+        "ties": {"wide": 0, "deep": 0, "control": 0, "student": 0},
+    }
+    assert blimp["pooled_accuracy"]["deep"] == pytest.approx((64 + 140) / 300)
+
+
+def test_last_logged_step_of_each_stage_and_a_line_cut_short(run_dir: Path, caplog) -> None:
+    last = collect_report(run_dir)["last_logged_step"]
+    assert last == {"teachers/wide": METRICS[0], "student": METRICS[2]}
+    assert "metrics.jsonl:5: not a JSON object" in caplog.text
+
+
+def test_the_job_is_named_by_its_hash(run_dir: Path) -> None:
+    first = collect_report(run_dir)["job_sha256"]
+    assert collect_report(run_dir)["job_sha256"] == first
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(seed=12)))
+    assert collect_report(run_dir)["job_sha256"] != first
+
+
+def test_a_loaded_teacher_has_its_parameters_from_its_evaluation(run_dir: Path) -> None:
+    (run_dir / "teachers" / "wide" / "training.json").unlink()
+    wide = collect_report(run_dir)["models"]["wide"]
+    assert (wide["params"], wide["train_tokens"], wide["seconds"]) == (999, None, None)
+
+
+def test_without_a_control(run_dir: Path) -> None:
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(control=None)))
+    report = collect_report(run_dir)
+    assert list(report["models"]) == ["wide", "deep", "student"]
+    assert list(report["gains"]["student_minus"]) == ["wide", "deep"]
+    page = render_markdown(report)
+    assert "control" not in page.split("## Job")[0].split("## Models")[0]
+    assert "0.0210 better (lower) than the best of its teachers (deep)" in page
+
+
+def test_an_old_controls_evaluation_does_not_come_back(run_dir: Path) -> None:
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(control=None)))
+    tasks = collect_report(run_dir)["minimal_pairs"]["blimp"]["tasks"]
+    assert set(tasks["task_0"]["accuracy"]) == {"wide", "deep", "student"}
+
+
+def test_a_run_with_nothing_but_its_job(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(make_job()))
+    report = write_report(tmp_path)
+    assert report["models"]["student"]["dev_ce"] is None
+    assert report["gains"]["student_minus"]["control"] == {
+        "dev_ce": None,
+        "minimal_pairs_points": {},
+    }
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "The student has not been evaluated." in page
+    assert all(len(row) == len(t[0]) for t in parsed_tables(page) for row in t)
+    assert "Not evaluated." in render_model_card(report, "student")
+
+
+def test_one_model_not_evaluated_yet(run_dir: Path) -> None:
+    (run_dir / "evaluation" / "control.json").unlink()
+    report = collect_report(run_dir)
+    assert report["gains"]["student_minus"]["control"]["dev_ce"] is None
+    page = render_markdown(report)
+    row = next(row for row in find_table(page, "model") if row[0] == "control")
+    assert row[6:] == ["–", "–", "–", "–"]
+    assert "undistilled control" not in page.split("## Models")[0]
+
+
+def test_missing_or_unfit_job_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"job\.yaml: got No such file.*\n.*is this the directory"):
+        collect_report(tmp_path)
+    (tmp_path / "job.yaml").write_text("name: [")
+    with pytest.raises(RunError, match=r"job\.yaml: got text that is not YAML"):
+        collect_report(tmp_path)
+    (tmp_path / "job.yaml").write_text("name: x\nseed: 1\nwindows: {}\n")
+    with pytest.raises(RunError, match=r"got no teachers, student, distillation, expected the res"):
+        collect_report(tmp_path)
+
+
+def test_a_garbled_evaluation_is_an_error(run_dir: Path) -> None:
+    (run_dir / "evaluation" / "deep.json").write_text('{"dev": ')
+    with pytest.raises(RunError, match=r"deep\.json"):
+        collect_report(run_dir)
+
+
+# -- the page -----------------------------------------------------------------------------------
+
+
+def test_tables_are_well_formed_and_aligned(run_dir: Path) -> None:
+    page = render_markdown(collect_report(run_dir))
+    tables = parsed_tables(page)
+    assert len(tables) == 6
+    for rows in tables:
+        assert len({len(row) for row in rows}) == 1
+        assert all(set(cell) <= {"-", ":"} and len(cell) >= 3 for cell in rows[1])
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    widths = [len(line) for line in lines]
+    assert len(set(widths)) == len(tables)  # each table's lines are of one width
+
+
+def test_headline(run_dir: Path) -> None:
+    text = render_markdown(collect_report(run_dir)).split("\n\n")[1]
+    assert text == (
+        "**The student (1.29 M parameters) reaches a dev cross-entropy of 4.6420 nats/token, "
+        "0.0120 better (lower) than its undistilled control and 0.0210 better (lower) than the "
+        "best of its teachers (deep).** "
+        "It is right on 58.00 % of blimp (+2.00 points against the control)."
+    )
+
+
+def test_headline_of_a_student_that_lost(run_dir: Path) -> None:
+    write(run_dir / "evaluation" / "student.json", evaluation("student", 4.663, [0.5, 0.5]))
+    text = render_markdown(collect_report(run_dir)).split("\n\n")[1]
+    assert "0.0090 worse (higher) than its undistilled control" in text
+    assert "level with the best of its teachers (deep)" in text
+    assert "(-6.00 points against the control)" in text
+
+
+def test_models_and_gains_tables(run_dir: Path) -> None:
+    page = render_markdown(collect_report(run_dir))
+    models = find_table(page, "model")
+    assert models[0] == [
+        "model",
+        "role",
+        "parameters",
+        "tokens seen",
+        "training time",
+        "tokens/s",
+        "dev CE (nats/token)",
+        "perplexity",
+        "bits/byte",
+        "blimp (%)",
+    ]
+    assert models[-1] == [
+        "student",
+        "student",
+        "1.29 M",
+        "2.00 M",
+        "2 min 40 s",
+        "12,500",
+        "4.6420",
+        f"{math.exp(4.642):.2f}",
+        "1.5473",
+        "58.00",
+    ]
+    gains = find_table(page, "student minus")
+    assert gains[2:] == [
+        ["control", "-0.0120", "+2.00"],
+        ["wide", "-0.0410", "+3.00"],
+        ["deep", "-0.0210", "-9.00"],
+    ]
+    assert "negative is better" in page
+
+
+def test_loss_steps_tasks_and_environment(run_dir: Path) -> None:
+    page = render_markdown(collect_report(run_dir))
+    assert ["weight of a token's KL", "256"] in find_table(page, "setting")
+    steps = find_table(page, "stage")
+    assert steps[-1] == ["student", "20", "30.5000", "5.1000", "0.2500", "–", "1,234"]
+    tasks = find_table(page, "task")
+    assert tasks[2:] == [
+        ["task_0", "agreement", "100", "60.00", "64.00", "61.00", "63.00"],
+        ["task_1", "–", "200", "50.00", "70.00", "51.00", "53.00"],
+        ["mean over tasks", "", "300", "55.00", "67.00", "56.00", "58.00"],
+        ["share of all pairs", "", "300", "53.33", "68.00", "54.33", "56.33"],
+    ]
+    assert "no prefix token, so the first token is not scored; a leading space" in page
+    assert "ties: none" in page
+    environment = find_table(page, "what")
+    assert ["versions.torch", "2.13.0"] in environment
+    assert ["zero_stage", "2"] in environment
+    assert "commit 0123abc · job sha256 " in page
+    assert "· seed 11 · 2 CPU cores" in page
+    assert 'AutoModelForCausalLM.from_pretrained("student")' in page
+
+
+def test_ties_are_shown(run_dir: Path) -> None:
+    write(run_dir / "evaluation" / "wide.json", evaluation("wide", 4.7, [0.0, 0.5], num_ties=3))
+    assert "(ties: wide 6)" in render_markdown(collect_report(run_dir))
+
+
+@pytest.mark.parametrize(("num_tasks", "folded"), [(20, False), (21, True)])
+def test_many_tasks_are_folded_away(run_dir: Path, num_tasks: int, folded: bool) -> None:
+    for name in ("wide", "deep", "control", "student"):
+        scores = evaluation(name, 4.6, [0.5] * num_tasks)
+        write(run_dir / "evaluation" / f"{name}.json", scores)
+    page = render_markdown(collect_report(run_dir))
+    assert (f"<details><summary>{num_tasks} tasks</summary>\n\n| task" in page) is folded
+    assert page.count("<details>") == page.count("</details>")
+
+
+# -- the model card -----------------------------------------------------------------------------
+
+
+def front_matter(card: str) -> dict:
+    _, front, _ = card.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_card_of_the_student(run_dir: Path) -> None:
+    card = render_model_card(collect_report(run_dir), "student")
+    front = front_matter(card)
+    assert front["language"] == "en"
+    assert front["library_name"] == "transformers"
+    assert {"llama", "knowledge-distillation"} <= set(front["tags"])
+    assert "license" not in front
+    assert "distilled from an ensemble of 2 teachers (wide, deep)" in card
+    assert "alpha 0.5, T 2, the mean of the teachers' logits, `soft_reduction: sequence`" in card
+    assert "weighs 512 times" in card
+    rows = find_table(card, "model")
+    assert {row[0]: row[6] for row in rows[2:]} == {
+        "wide": "4.6830",
+        "deep": "4.6630",
+        "control": "4.6540",
+        "student": "4.6420",
+    }
+    for citation in ("2308.02019", "2409.17312", "AutoModelForCausalLM.from_pretrained"):
+        assert citation in card
+    assert "learning rate 0.0007 (cosine, 20 warm-up steps), weight decay 0.1" in card
+
+
+def test_cards_of_the_others(run_dir: Path) -> None:
+    own = {**TRAINING, "learning_rate": 0.001}
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(control={"training": own})))
+    report = collect_report(run_dir)
+    control = render_model_card(report, "control", license_id="mit")
+    assert front_matter(control)["license"] == "mit"
+    assert "knowledge-distillation" not in front_matter(control)["tags"]
+    assert "without teachers" in control
+    assert "learning rate 0.001 " in control
+    assert "KL(" not in control
+    teacher = render_model_card(report, "wide")
+    assert "gpt2" in front_matter(teacher)["tags"]
+    assert "a teacher, from which the student" in teacher
+
+
+def test_card_of_a_run_without_a_control_and_with_a_loaded_teacher(run_dir: Path) -> None:
+    loaded = {"name": "big", "model": {"kind": "pretrained", "path": "x"}, "training": None}
+    job = make_job(control=None, teachers=[loaded])
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(job))
+    report = collect_report(run_dir)
+    assert "distilled from one teacher (big), frozen" in render_model_card(report, "student")
+    card = render_model_card(report, "big")
+    assert "Loaded, not trained here." in card
+    assert "pretrained" not in front_matter(card)["tags"]
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+def test_both_files_are_written_and_agree(run_dir: Path) -> None:
+    report = write_report(run_dir)
+    folder = run_dir / "report"
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert (folder / "report.md").read_text() == render_markdown(report)
+    assert sorted(path.name for path in folder.iterdir()) == ["report.json", "report.md"]
+    assert write_report(run_dir) == report  # again, over the first
+
+
+# -- formatting ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (0, "0"),
+        (999, "999"),
+        (1_000, "1.00 k"),
+        (9_996, "10.0 k"),
+        (999_999, "1.00 M"),
+        (58_343_936, "58.3 M"),
+        (704_928_768, "705 M"),
+        (1_500_000_000, "1.50 B"),
+    ],
+)
+def test_counts_have_three_digits(value, text) -> None:
+    assert count(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "–"), (7.26, "7.3 s"), (59.99, "1 min 0 s"), (160, "2 min 40 s"), (7_380, "2 h 3 min")],
+)
+def test_durations(seconds, text) -> None:
+    assert duration(seconds) == text
+
+
+def test_numbers() -> None:
+    assert number(-1234.5678, 2) == "-1,234.57"
+    assert number(0.25, 3, sign=True) == "+0.250"
+    assert percent(0.6666) == "66.66"
+    assert percent(None) == "–"
+
+
+def test_table_escapes_what_would_break_it() -> None:
+    text = table(["a|b", "n"], [["x\ny", "1"], ["long text", "22"]])
+    assert text.splitlines() == [
+        "| a\\|b      |   n |",
+        "| --------- | --: |",
+        "| x y       |   1 |",
+        "| long text |  22 |",
+    ]
