@@ -14,6 +14,10 @@ ARGS   ?=
 LAUNCH ?=
 
 export TOKENIZERS_PARALLELISM ?= true
+# Spares DeepSpeed's search for an accelerator, and its warning that it found none.
+ifeq ($(filter-out 0,$(GPUS)),)
+export DS_ACCELERATOR ?= cpu
+endif
 
 .DEFAULT_GOAL := help
 .PHONY: help setup distill test test-data check format seeds lock clean

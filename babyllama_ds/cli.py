@@ -22,7 +22,7 @@ from babyllama_ds.spec.shipped import find_job
 
 def main(words: Sequence[str] | None = None) -> int:
     """`babyllama-ds COMMAND ...`."""
-    arguments = _parser().parse_intermixed_args(words)
+    arguments = parse(_parser(), words)
     command: Callable[[argparse.Namespace], None] = arguments.command
     return exit_code_of(lambda: command(arguments))
 
@@ -58,9 +58,7 @@ def exit_code_of(work: Callable[[], None]) -> int:
         return EXIT_CODE
     except Stopped as stop:
         if _is_lead():
-            print(
-                f"stopped ({stop.reason}); the same command goes on from here", file=sys.stderr
-            )
+            print(f"stopped ({stop.reason}); the same command goes on from here", file=sys.stderr)
         return stop.exit_code
     except Exception as error:
         # On the other ranks the same failure arrives as a RemoteError: one trace is enough.
@@ -68,6 +66,20 @@ def exit_code_of(work: Callable[[], None]) -> int:
             traceback.print_exc()
         return 1
     return 0
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with `KEY=VALUE` overrides allowed anywhere among the options.
+
+    argparse alone takes them only right behind JOB, and its intermixed mode knows no commands.
+    """
+    arguments, rest = parser.parse_known_args(words)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(overrides) < len(rest) or (overrides and "overrides" not in arguments):
+        parser.parse_args(words)  # says what it does not know, and exits
+    if overrides:
+        arguments.overrides = [*arguments.overrides, *overrides]
+    return arguments
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:

@@ -86,7 +86,10 @@ def evaluation_fingerprint(
                 mode="json", exclude={"batch_tokens", "minimal_pairs"}
             ),
             "pairs": [
-                [name, {path.name: files.sha256_file(path) for path in sorted(folder.glob("*.jsonl"))}]
+                [
+                    name,
+                    {path.name: files.sha256_file(path) for path in sorted(folder.glob("*.jsonl"))},
+                ]
                 for name, folder in zip(
                     [*(pairs.name for pairs in job.evaluation.minimal_pairs), "nursery"],
                     folders,

@@ -19,11 +19,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from babyllama_ds import files, ranks
-from babyllama_ds.corpus.prepare import PreparedCorpus, prepare_corpus
+from babyllama_ds.corpus.prepare import Corpus, CorpusEntries, open_corpus, prepare_corpus
 from babyllama_ds.corpus.tokenizer import differing_ids, load_tokenizer
 from babyllama_ds.corpus.windows import DevWindows as DevText
 from babyllama_ds.corpus.windows import TrainWindows
@@ -52,6 +53,7 @@ from babyllama_ds.spec.job import (
     DistillationSpec,
     JobSpec,
     ModelSpec,
+    PretrainedModel,
     TeacherSpec,
     TrainingSpec,
 )
@@ -80,7 +82,9 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
         with held_by_rank_zero(RunLock(directory.path, launcher_pid=stop.launcher_pid)):
             ranks.on_rank_zero(lambda: directory.open(job))
             with _state_kept(directory):
-                Pipeline(job, directory, Store(runs / "store", while_waiting=stop.check), device, stop).run()
+                Pipeline(
+                    job, directory, Store(runs / "store", while_waiting=stop.check), device, stop
+                ).run()
     finally:
         stop.uninstall()
         distributed.stop()
@@ -122,27 +126,23 @@ class Pipeline:
 
     # -- before training --------------------------------------------------------------------------
 
-    def prepare(self) -> PreparedCorpus:
+    def prepare(self) -> Corpus:
         """Tokenizer and token shards, from the store or made now."""
-        ranks.on_rank_zero(lambda: prepare_corpus(self.job, self.store, self.stop.check))
-        # Made once, by rank 0; the other ranks find the finished entries.
-        corpus = ranks.on_every_rank(
-            lambda: prepare_corpus(self.job, self.store, self.stop.check)
-        )
-        ranks.on_rank_zero(lambda: self._link_corpus(corpus))
-        return corpus
+        entries = ranks.on_rank_zero(lambda: prepare_corpus(self.job, self.store, self.stop.check))
+        ranks.on_rank_zero(lambda: self._link_corpus(entries))
+        return ranks.on_every_rank(lambda: open_corpus(entries))
 
-    def _link_corpus(self, corpus: PreparedCorpus) -> None:
-        for stage, key in (("tokenizer", corpus.tokenizer_key), ("tokens", corpus.tokens_key)):
+    def _link_corpus(self, entries: CorpusEntries) -> None:
+        for stage, key in (("tokenizer", entries.tokenizer_key), ("tokens", entries.tokens_key)):
             self.directory.claim_stage(stage, key, made_from="the text or the tokenizer")
-        link_entry(corpus.tokenizer_dir, self.run_dir / "tokenizer")
-        link_entry(corpus.tokens_dir, self.run_dir / "tokens")
+        link_entry(entries.tokenizer_dir, self.run_dir / "tokenizer")
+        link_entry(entries.tokens_dir, self.run_dir / "tokens")
 
-    def check(self, corpus: PreparedCorpus) -> None:
+    def check(self, corpus: Corpus) -> None:
         """Everything that can be known to fail, before hours of training."""
         ranks.on_every_rank(lambda: self._check(corpus))
 
-    def _check(self, corpus: PreparedCorpus) -> None:
+    def _check(self, corpus: Corpus) -> None:
         for where, model, training in self._models():
             self._attention(where, model)
             if training is not None:
@@ -156,13 +156,14 @@ class Pipeline:
         self._dev_text(corpus, None)
         self._benchmarks(corpus)
         for spec in self.job.teachers:
-            if spec.model.kind == "pretrained":
-                self._check_loaded_teacher(spec, corpus)
+            if isinstance(spec.model, PretrainedModel):
+                self._check_loaded(f"teachers.{spec.name}.model", spec.model, corpus)
+        if isinstance(self.job.student.model, PretrainedModel):
+            self._check_loaded("student.model", self.job.student.model, corpus)
 
-    def _check_loaded_teacher(self, spec: TeacherSpec, corpus: PreparedCorpus) -> None:
-        """Its vocabulary, positions and head fit."""
-        where = f"teachers.{spec.name}.model"
-        theirs = load_tokenizer(spec.model.path)
+    def _check_loaded(self, where: str, model_spec: PretrainedModel, corpus: Corpus) -> None:
+        """The vocabulary, positions and head of a loaded model fit."""
+        theirs = load_tokenizer(model_spec.path)
         different = differing_ids(corpus.tokenizer, theirs)
         if different:
             shown = ", ".join(map(str, different[:8]))
@@ -170,19 +171,17 @@ class Pipeline:
                 where,
                 got=f"a vocabulary that differs in {len(different)} ids ({shown}, …)",
                 expected="the student's: the same bytes for every id",
-                hint=f"use this teacher's tokenizer: tokenizer={{kind: pretrained, "
-                f"path: {spec.model.path}}}",
+                hint=f"use this model's tokenizer: tokenizer={{kind: pretrained, "
+                f"path: {model_spec.path}}}",
             )
-        attention = self._attention(where, spec.model)
-        model = build_model(spec.model, corpus.tokenizer, seed=0, attention=attention, where=where)
+        attention = self._attention(where, model_spec)
+        model = build_model(model_spec, corpus.tokenizer, seed=0, attention=attention, where=where)
         check_positions(model, self.job.windows.length, where=where)
         check_plain_head(model, where=where)
 
-    def describe(self, corpus: PreparedCorpus) -> None:
+    def describe(self, corpus: Corpus) -> None:
         """Say what runs where, and keep it for the report."""
-        attention = {
-            where: self._attention(where, model) for where, model, _ in self._models()
-        }
+        attention = {where: self._attention(where, model) for where, model, _ in self._models()}
         facts: dict[str, Any] = {
             **describe_environment(self.device),
             "ranks": ranks.world_size(),
@@ -196,13 +195,11 @@ class Pipeline:
             "seeds": {where: self.job.stage_seed(where) for where in attention},
             "fingerprints": {
                 "job": files.hash_json(self.job.model_dump(mode="json")),
-                "tokenizer": corpus.tokenizer_key,
-                "tokens": corpus.tokens_key,
+                "tokenizer": corpus.entries.tokenizer_key,
+                "tokens": corpus.entries.tokens_key,
             },
         }
-        ranks.on_rank_zero(
-            lambda: files.write_json(self.run_dir / "environment.json", facts)
-        )
+        ranks.on_rank_zero(lambda: files.write_json(self.run_dir / "environment.json", facts))
         log.info(
             "%s: %d ranks on %s (%d threads each), ZeRO-%d, %s, attention %s, in %s",
             self.job.run_name,
@@ -217,7 +214,7 @@ class Pipeline:
 
     # -- training ---------------------------------------------------------------------------------
 
-    def teacher(self, spec: TeacherSpec, corpus: PreparedCorpus) -> Path:
+    def teacher(self, spec: TeacherSpec, corpus: Corpus) -> Path:
         """The teacher's model directory in the store: found, trained, or taken in."""
         stage = f"teachers/{spec.name}"
         key = ranks.on_rank_zero(lambda: self._teacher_key(spec, corpus))
@@ -234,21 +231,19 @@ class Pipeline:
         ranks.on_rank_zero(lambda: link_entry(found, self.run_dir / "teachers" / spec.name))
         return found
 
-    def _teacher_key(self, spec: TeacherSpec, corpus: PreparedCorpus) -> str:
+    def _teacher_key(self, spec: TeacherSpec, corpus: Corpus) -> str:
         if spec.training is None:
-            return loaded_teacher_fingerprint(spec, corpus.tokenizer_key)
+            return loaded_teacher_fingerprint(spec, corpus.entries.tokenizer_key)
         return trained_fingerprint(
             spec.model,
             spec.training,
-            tokens_key=corpus.tokens_key,
+            tokens_key=corpus.entries.tokens_key,
             windows=self.job.windows,
             seed=self.job.stage_seed(f"teachers/{spec.name}"),
             precision=self.precision,
         )
 
-    def _make_teacher(
-        self, spec: TeacherSpec, corpus: PreparedCorpus, stage: str, key: str
-    ) -> Path:
+    def _make_teacher(self, spec: TeacherSpec, corpus: Corpus, stage: str, key: str) -> Path:
         model = self._build(stage, spec.model, corpus, seed=self.job.stage_seed(stage))
         summary = {"params": None, "steps": 0, "train_tokens": 0, "seconds": 0.0}
         checkpoints = CheckpointFolder(self.run_dir / "checkpoints" / stage, fingerprint=key)
@@ -264,7 +259,7 @@ class Pipeline:
         ranks.on_rank_zero(checkpoints.remove)
         return entry
 
-    def student(self, corpus: PreparedCorpus, teachers: dict[str, Path]) -> Path:
+    def student(self, corpus: Corpus, teachers: dict[str, Path]) -> Path:
         """The distilled model."""
         training = self.job.student.training
         key = student_fingerprint(
@@ -283,18 +278,18 @@ class Pipeline:
             "student", training, corpus, key, self.job.distillation, ensemble
         )
 
-    def control(self, corpus: PreparedCorpus) -> Path:
+    def control(self, corpus: Corpus) -> Path:
         """The student's twin, trained without teachers."""
         assert self.job.control is not None
         training = self.job.control.training or self.job.student.training
         key = self._student_key(training, corpus)
         return self._trained_in_run("control", training, corpus, key, None, None)
 
-    def _student_key(self, training: TrainingSpec, corpus: PreparedCorpus) -> str:
+    def _student_key(self, training: TrainingSpec, corpus: Corpus) -> str:
         return trained_fingerprint(
             self.job.student.model,
             training,
-            tokens_key=corpus.tokens_key,
+            tokens_key=corpus.entries.tokens_key,
             windows=self.job.windows,
             seed=self.job.stage_seed("student"),
             precision=self.precision,
@@ -304,7 +299,7 @@ class Pipeline:
         self,
         stage: str,
         training: TrainingSpec,
-        corpus: PreparedCorpus,
+        corpus: Corpus,
         key: str,
         distillation: DistillationSpec | None,
         make_ensemble: Callable[[], Ensemble] | None,
@@ -316,14 +311,10 @@ class Pipeline:
         if ranks.on_rank_zero(lambda: files.read_manifest(target) is not None):
             log.info("%s: done before", stage)
             return target
-        model = self._build(
-            stage, self.job.student.model, corpus, seed=self.job.stage_seed(stage)
-        )
+        model = self._build(stage, self.job.student.model, corpus, seed=self.job.stage_seed(stage))
         ensemble = make_ensemble() if make_ensemble else None
         checkpoints = CheckpointFolder(self.run_dir / "checkpoints" / stage, fingerprint=key)
-        summary = self._train(
-            stage, model, training, corpus, checkpoints, distillation, ensemble
-        )
+        summary = self._train(stage, model, training, corpus, checkpoints, distillation, ensemble)
         if ensemble is not None:
             ensemble.destroy()
 
@@ -343,7 +334,7 @@ class Pipeline:
         stage: str,
         model: nn.Module,
         training: TrainingSpec,
-        corpus: PreparedCorpus,
+        corpus: Corpus,
         checkpoints: CheckpointFolder,
         distillation: DistillationSpec | None,
         ensemble: Ensemble | None,
@@ -379,11 +370,13 @@ class Pipeline:
 
     # -- after training ---------------------------------------------------------------------------
 
-    def evaluate(self, name: str, path: Path, corpus: PreparedCorpus) -> None:
+    def evaluate(self, name: str, path: Path, corpus: Corpus) -> None:
         """Measure a finished model, unless the same measurement stands."""
         result_path = self.run_dir / "evaluation" / f"{name}.json"
         fingerprint = ranks.on_rank_zero(
-            lambda: evaluation_fingerprint(path, self.job, corpus.tokens_key, corpus.pairs_dir)
+            lambda: evaluation_fingerprint(
+                path, self.job, corpus.entries.tokens_key, corpus.entries.pairs_dir
+            )
         )
         if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
             log.info("evaluation of %s: done before", name)
@@ -447,7 +440,7 @@ class Pipeline:
             where=_training_key(stage),
         )
 
-    def _build(self, where: str, model: ModelSpec, corpus: PreparedCorpus, *, seed: int) -> nn.Module:
+    def _build(self, where: str, model: ModelSpec, corpus: Corpus, *, seed: int) -> nn.Module:
         attention = self._attention(where, model)
         return ranks.on_every_rank(
             lambda: build_model(
@@ -458,25 +451,23 @@ class Pipeline:
     def _frozen(self, spec: TeacherSpec, path: Path) -> FrozenModel:
         where = f"teachers/{spec.name}"
         attention = self._attention(where, spec.model)
-        model = load_model(
-            str(path.resolve()), attention=attention, where=where, dtype=self._dtype
-        )
+        model = load_model(str(path.resolve()), attention=attention, where=where, dtype=self._dtype)
         return FrozenModel(model, device=self.device, dtype=self._dtype)
 
-    def _dev_text(self, corpus: PreparedCorpus, limit: int | None) -> DevWindows:
+    def _dev_text(self, corpus: Corpus, limit: int | None) -> DevWindows:
         text = DevText(corpus.shards, length=self.job.windows.length, limit=limit)
         per_pass = self.job.evaluation.batch_tokens // self.job.windows.length
         return DevWindows(
-            windows_of=text.windows,
+            windows_of=lambda ids: text.windows(np.asarray(ids, dtype=np.int64)),
             num_windows=text.num_windows,
             batch_windows=max(1, per_pass),
             byte_lengths=corpus.byte_lengths,
         )
 
-    def _benchmarks(self, corpus: PreparedCorpus) -> dict[str, list[Task]]:
+    def _benchmarks(self, corpus: Corpus) -> dict[str, list[Task]]:
         folders = {pairs.name: Path(pairs.path) for pairs in self.job.evaluation.minimal_pairs}
-        if corpus.pairs_dir is not None:
-            folders["nursery"] = corpus.pairs_dir
+        if corpus.entries.pairs_dir is not None:
+            folders["nursery"] = corpus.entries.pairs_dir
         limit = self.job.evaluation.max_pairs_per_task
         return {name: load_tasks(path, max_pairs=limit) for name, path in folders.items()}
 
@@ -516,10 +507,7 @@ def _state_kept(directory: RunDirectory) -> Iterator[None]:
 
 
 def _stands(result_path: Path, fingerprint: str) -> bool:
-    return (
-        result_path.exists()
-        and files.read_json(result_path).get("fingerprint") == fingerprint
-    )
+    return result_path.exists() and files.read_json(result_path).get("fingerprint") == fingerprint
 
 
 def _training_key(stage: str) -> str:

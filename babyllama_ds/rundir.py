@@ -1,4 +1,4 @@
-"""A run's directory: the job enters; its resolved text, its state and its stages' fingerprints stay.
+"""A run's directory: the job enters; its text, its state and its stages' fingerprints stay.
 
 One directory belongs to one experiment. What does not change a result may change between starts
 (ranks, micro-batch, device, logging, evaluation); anything else is refused, never mixed.
@@ -16,7 +16,7 @@ import yaml
 from babyllama_ds import files
 from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.spec.job import JobSpec
-from babyllama_ds.spec.loading import dump_job
+from babyllama_ds.spec.resolved import dump_job
 
 # Keys that change no model: how it runs, where inputs lie (their content is compared by each
 # stage's fingerprint instead), and what is measured afterwards.

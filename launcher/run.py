@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the `deepspeed` launcher starts on every rank: arguments in, `run_job` out.
 
-    deepspeed --num_gpus 2 launcher/run.py JOB.yaml [key=value ...] [--runs DIR] [--check]
+deepspeed --num_gpus 2 launcher/run.py JOB.yaml [key=value ...] [--runs DIR] [--check]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from babyllama_ds.cli import add_job_arguments, check, exit_code_of, run
+from babyllama_ds.cli import add_job_arguments, check, exit_code_of, parse, run
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     add_job_arguments(parser)
     parser.add_argument("--check", action="store_true", help="validate and print the job, no more")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher
-    arguments = parser.parse_intermixed_args()
+    arguments = parse(parser, None)
     if arguments.check:
         return exit_code_of(lambda: check(arguments.job, arguments.overrides))
     runs: Path = arguments.runs

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -33,9 +35,9 @@ if TYPE_CHECKING:
 INDEX_NAME = "shards.json"
 SHARD_TOKENS = 1 << 28
 """Tokens in a shard file, at most (512 MiB of uint16)."""
-BLOCK_CHARS = 1 << 16
-"""Characters encoded in one go, about; short enough to stay in the processor's caches."""
-BATCH_BLOCKS = 32
+BLOCK_CHARS = 1 << 14
+"""Characters encoded in one go, about; much longer ones leave the processor's caches."""
+BATCH_BLOCKS = 128
 """Blocks encoded together, so about 2 MiB of text."""
 
 Texts = Iterable[tuple[str, Iterator[str]]]
@@ -134,7 +136,8 @@ _PLACE_TO_CUT = re.compile(r"(?<=\S)[ \n]")
 def _find_cut(text: str, start: int, may_cut: Callable[[str, str], bool]) -> int | None:
     for place in _PLACE_TO_CUT.finditer(text, start, max(start, len(text) - _CONTEXT_CHARS)):
         cut = place.start()
-        if may_cut(text[cut - _CONTEXT_CHARS : cut], text[cut : cut + _CONTEXT_CHARS]):
+        left = text[max(0, cut - _CONTEXT_CHARS) : cut]
+        if may_cut(left, text[cut : cut + _CONTEXT_CHARS]):
             return cut
     return None
 
@@ -171,21 +174,27 @@ class _Encoder:
         )
 
     def encode(self, blocks: Iterator[_Block]) -> Iterator[tuple[_Block, list[int]]]:
-        """Each block with its token ids."""
-        batch: list[_Block] = []
-        for block in blocks:
-            batch.append(block)
-            if len(batch) == BATCH_BLOCKS:
-                yield from self._encode_batch(batch)
-                batch = []
-        yield from self._encode_batch(batch)
+        """Each block with its token ids, in order.
 
-    def _encode_batch(self, batch: list[_Block]) -> Iterator[tuple[_Block, list[int]]]:
+        While a batch is encoded (outside Python's lock), the next one is read and the one before
+        is written.
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            batch, running = list(islice(blocks, BATCH_BLOCKS)), None
+            while batch or running:
+                done, running = running, pool.submit(self._encode_batch, batch) if batch else None
+                if done:
+                    yield from done.result()
+                batch = list(islice(blocks, BATCH_BLOCKS))
+
+    def _encode_batch(self, batch: list[_Block]) -> list[tuple[_Block, list[int]]]:
         texts = [block.text if block.begins_file else self._ANCHOR + block.text for block in batch]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        for block, encoding in zip(batch, encodings, strict=True):
-            ids: list[int] = encoding.ids
-            yield block, ids if block.begins_file else ids[len(self._anchor_ids) :]
+        num_anchor = len(self._anchor_ids)
+        return [
+            (block, encoding.ids[0 if block.begins_file else num_anchor :])
+            for block, encoding in zip(batch, encodings, strict=True)
+        ]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids

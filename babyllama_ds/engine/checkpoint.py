@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -168,7 +169,7 @@ class BestWeights:
 
 def _reader(path: Path) -> Callable[[str, torch.Size], Tensor]:
     """Rank 0 reads a tensor and hands it to the others, so that only its disk is needed."""
-    source = safe_open(path, framework="pt") if ranks.rank() == 0 else None
+    source: Any = safe_open(path, framework="pt") if ranks.rank() == 0 else None
 
     def read(key: str, shape: torch.Size) -> Tensor:
         tensor: Tensor = source.get_tensor(key) if source else torch.empty(shape)

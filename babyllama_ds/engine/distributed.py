@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import MachineError
@@ -80,6 +81,9 @@ def quiet_known_noise() -> None:
     """Silence warnings that say nothing about the job; all others stay."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*")
     warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"deepspeed\..*")
+    # DeepSpeed calls collectives by names that torch is about to drop.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    transformers_logging.disable_progress_bar()
 
 
 def _describe_lone_rank() -> None:

@@ -54,6 +54,8 @@ class FrozenModel:
         return states
 
     def destroy(self) -> None:
-        """Free the engine and the weights."""
-        self._engine.destroy()
+        """Free the engine and the weights.
+
+        The engine's own `destroy` frees the workspace of injected kernels and fails without one.
+        """
         del self._engine, self._model

@@ -43,6 +43,7 @@ class TrainingEngine:
                 config=dict(config),
                 dist_init_required=False,
             )
+        self._make_moments()
         self.accumulation_steps: int = self._engine.gradient_accumulation_steps()
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -75,7 +76,7 @@ class TrainingEngine:
         """Master weights and moments, whole, in fp32 on the CPU, one after another.
 
         Keys are `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`. A collective: every rank
-        iterates to the end. At least one update must have been made.
+        iterates to the end.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -91,7 +92,8 @@ class TrainingEngine:
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        self._make_moments(step)
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"].fill_(step)
         for name, parameter in self.module.named_parameters():
             shape, device = parameter.shape, parameter.device
             safe_set_full_fp32_param(parameter, read(f"master/{name}", shape).to(device))
@@ -101,16 +103,20 @@ class TrainingEngine:
         # The bf16 weights are the masters, rounded, as after every update.
         self._engine.optimizer.update_lp_params()
 
-    def _make_moments(self, step: int) -> None:
-        """Give AdamW the state that it would otherwise make at its first update."""
+    def _make_moments(self) -> None:
+        """Make AdamW's state now, all of it.
+
+        AdamW would make it at its first update. DeepSpeed then connects parameters with their
+        slices of it after the first group's update, and never again: the second group's moments
+        (norms, biases) would stay unknown to `safe_get_full_optimizer_state`.
+        """
         zero = self._engine.optimizer
         adam: torch.optim.AdamW = zero.optimizer
         for partition in zero.single_partition_of_fp32_groups:
-            state = adam.state[partition]
-            state["step"] = torch.tensor(float(step), device=_step_device(adam, partition))
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(partition)
-        # Connects parameters' names with slices of the moments; the engine does it lazily.
+            adam.state[partition] = {
+                "step": torch.zeros((), dtype=torch.float32, device=partition.device),
+                **{key: torch.zeros_like(partition) for key in MOMENTS},
+            }
         zero._lazy_init_hp_params_optimizer_state()
 
     def destroy(self) -> None:
@@ -143,9 +149,3 @@ def adamw(module: nn.Module, training: TrainingSpec) -> torch.optim.AdamW:
         eps=training.epsilon,
         fused=True,
     )
-
-
-def _step_device(adam: torch.optim.AdamW, partition: Tensor) -> torch.device:
-    """Fused AdamW counts its steps on the parameters' device, the others on the CPU."""
-    fused = any(group.get("fused") for group in adam.param_groups)
-    return partition.device if fused else torch.device("cpu")

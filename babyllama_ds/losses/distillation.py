@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from babyllama_ds.losses.heads import Head
@@ -218,13 +219,16 @@ class _GradientMadeInForward(torch.autograd.Function):
         return *grads, None, None
 
 
-@torch._disable_dynamo  # one clean graph break; torch.compiler.disable would import dynamo here
+# One clean graph break. The public torch.compiler.disable would import all of dynamo right here.
+@_disable_dynamo
 def _loss(hidden_ND: Tensor, head: Head, objective: _Objective) -> DistillationLoss:
     differentiable = hidden_ND, head.weight_PD, head.bias_P
     wanted = _Wanted(
         *(torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable)
     )
-    results = _GradientMadeInForward.apply(*differentiable, objective, wanted)
+    results = _GradientMadeInForward.apply(  # type: ignore[no-untyped-call]
+        *differentiable, objective, wanted
+    )
     return DistillationLoss(*results)
 
 
@@ -298,7 +302,7 @@ def _zeros(hidden_ND: Tensor, head: Head, wanted: _Wanted) -> _Sums:
     return _Sums(
         ce_N1=hidden_ND.new_zeros(num_positions, 1, dtype=dtype),
         kl_N1=hidden_ND.new_zeros(num_positions, 1, dtype=dtype),
-        grad_hidden_ND=torch.empty_like(hidden_ND) if wanted.hidden else None,
+        grad_hidden_ND=hidden_ND.new_empty(hidden_ND.shape) if wanted.hidden else None,
         grad_weight_PD=torch.zeros_like(head.weight_PD, dtype=dtype) if wanted.weight else None,
         grad_bias_P=torch.zeros_like(head.bias_P, dtype=dtype)
         if head.bias_P is not None and wanted.bias

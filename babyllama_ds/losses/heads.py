@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,6 @@ class Head:
 
     weight_PD: Tensor
     bias_P: Tensor | None = None
-
-    @property
-    def hidden_size(self) -> int:
-        """D, the width of the hidden states that this head takes."""
-        return self.weight_PD.shape[1]
 
     def rows(self, vocab_size: int) -> tuple[Tensor, Tensor | None]:
         """Weight `[V, D]` and bias `[V]` of the real tokens (views, not copies)."""
@@ -44,4 +39,4 @@ def logits(hidden_ND: Tensor, head: Head, vocab_size: int) -> Tensor:
     holds more than a chunk of these.
     """
     weight_VD, bias_V = head.rows(vocab_size)
-    return F.linear(hidden_ND, weight_VD, bias_V)
+    return torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)

@@ -28,7 +28,7 @@ def export_model(
     away. `training.json` holds the summary that the report reads.
     """
     model.to(dtype)
-    model.config.dtype = dtype  # type: ignore[union-attr]
+    model.config.dtype = dtype
     model.save_pretrained(directory)  # type: ignore[operator]
     tokenizer.save_pretrained(directory)
     params = count_parameters(model)

@@ -161,7 +161,7 @@ _Elements = Annotated[int, Field(strict=False, gt=0)]
 class ZeroBlock(Spec):
     """ZeRO: what is sharded, and how gradients travel."""
 
-    stage: Literal[0, 1, 2]
+    stage: Annotated[int, Field(ge=0, le=2)]
     """0: nothing is sharded; 1: the optimizer's state; 2: gradients too. 3 is not supported:
     teachers and checkpoints here assume whole parameters on every rank."""
     contiguous_gradients: bool = True

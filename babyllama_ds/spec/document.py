@@ -10,7 +10,6 @@ Scalars follow YAML 1.2's core schema, not PyYAML's 1.1: `3e-4` is a number, onl
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -36,14 +35,34 @@ class Place:
     order: int
 
 
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong in a document, to become a `Problem`."""
+
+    place: Place
+    path: KeyPath
+    got: str
+    expected: str
+    hint: str | None
+
+    def problem(self) -> Problem:
+        """As the user sees it."""
+        return Problem(
+            where=key_text(self.path) or WHOLE,
+            got=self.got,
+            expected=self.expected,
+            hint=self.hint,
+            source=self.place.source,
+        )
+
+
 @dataclass
 class Document:
-    """Plain data with the place of every key path, and the problems found in reading it."""
+    """Plain data with the place of every key path, and what was found to be wrong."""
 
     data: Any
     places: dict[KeyPath, Place]
-    found: list[tuple[int, KeyPath, Problem]] = field(default_factory=list)
-    """Order of the place, key path, problem."""
+    found: list[Finding] = field(default_factory=list)
 
     def place(self, path: KeyPath) -> Place:
         """The place of `path`, or of the nearest mapping around it."""
@@ -61,17 +80,13 @@ class Document:
         self, place: Place, path: KeyPath, *, got: object, expected: object, hint: str | None = None
     ) -> None:
         """Note a problem of `path` that stands at another place than the path's own."""
-        where = key_text(path) or WHOLE
-        problem = Problem(
-            where=where, got=str(got), expected=str(expected), hint=hint, source=place.source
-        )
-        self.found.append((place.order, path, problem))
+        self.found.append(Finding(place, path, str(got), str(expected), hint))
 
     def raise_problems(self) -> None:
         """Raise `JobError` with every problem noted, by place and then by key path."""
         if self.found:
-            self.found.sort(key=lambda item: (item[0], key_text(item[1])))
-            raise JobError(*(problem for _, _, problem in self.found))
+            found = sorted(self.found, key=lambda one: (one.place.order, key_text(one.path)))
+            raise JobError(*(one.problem() for one in found))
 
 
 def key_text(path: KeyPath) -> str:
@@ -148,10 +163,7 @@ def _to_int(text: str) -> int:
 
 
 def _to_float(text: str) -> float:
-    special = text.lower().lstrip("+-").lstrip(".")
-    if special in ("inf", "nan"):
-        return math.nan if special == "nan" else math.inf
-    return float(text)
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 _SCALARS: Mapping[str, Callable[[str], Any]] = {

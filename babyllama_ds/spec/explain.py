@@ -68,10 +68,10 @@ def explain(
     `refused` maps key paths that exist but may not be set here to the reason, which becomes
     the hint. Paths that already have a problem get no second one.
     """
-    settled = {path for _, path, _ in document.found}
+    settled = {one.path for one in document.found}
     for details in error.errors(include_url=False):
         at = locate(root, document.data, details["loc"])
-        if at.path in settled:
+        if at.path in settled or _echoes_its_items(details):
             continue
         cause = details.get("ctx", {}).get("error")
         if isinstance(cause, MismatchError):
@@ -142,6 +142,12 @@ def _kind(model: type[BaseModel]) -> str:
     return str(get_args(model.model_fields["kind"].annotation)[0])
 
 
+def _echoes_its_items(details: ErrorDetails) -> bool:
+    """Whether a list is "too short" only because its items, reported themselves, were wrong."""
+    least = details.get("ctx", {}).get("min_length", 0)
+    return details["type"] == "too_short" and len(details["input"]) >= least
+
+
 def _unknown_key(
     document: Document, at: Located, value: object, refused: Mapping[str, str]
 ) -> None:
@@ -172,7 +178,7 @@ def _below(name: str, prefix: str) -> bool:
 def _wrong_kind(document: Document, at: Located, value: Mapping[str, Any]) -> None:
     """A union's `kind` is missing or none of those there are."""
     kinds = [_kind(model) for model in _models_in(at.annotation)]
-    expected = f"one of {', '.join(kinds)}"
+    expected = f"one of {', '.join(map(repr, kinds))}"
     path = (*at.path, "kind")
     if "kind" not in value:
         document.complain(path, got="nothing", expected=expected)
@@ -195,6 +201,8 @@ def _wrong_value(document: Document, at: Located, details: ErrorDetails) -> None
 _TYPES = {
     "missing": "a value",
     "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number",
     "bool_type": "true or false",
@@ -229,6 +237,8 @@ def _hint(kind: str, value: object, context: Mapping[str, Any]) -> str | None:
         return did_you_mean(
             value, context["expected"].replace(" or ", ", ").replace("'", "").split(", ")
         )
+    if value == "auto":
+        return "write a value or leave it out: `auto` has no meaning here"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
     if kind in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):

@@ -15,6 +15,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def _apply(document: Document, override: str, place: Place) -> None:
         return
     _set(document, path, value.data, place)
     document.places.update({(*path, *inner): place for inner in value.places})
-    document.found += [(place.order, (*path, *inner), found) for _, inner, found in value.found]
+    document.found += [replace(one, path=(*path, *one.path)) for one in value.found]
 
 
 def _resolve(document: Document, key: str, place: Place) -> KeyPath | None:
@@ -142,7 +143,7 @@ def _set(document: Document, path: KeyPath, value: Any, place: Place) -> None:
     """Put `value` at `path`, making the mappings on the way; the replaced part's places go."""
     for known in [known for known in document.places if known[: len(path)] == path]:
         del document.places[known]
-    document.found = [item for item in document.found if item[1][: len(path)] != path]
+    document.found = [one for one in document.found if one.path[: len(path)] != path]
     here = document.data
     for depth, key in enumerate(path[:-1], start=1):
         if isinstance(here, dict) and here.get(str(key)) is None:

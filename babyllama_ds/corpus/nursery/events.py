@@ -6,71 +6,8 @@ the scene: who holds what, where things are, who is hungry or sad. It returns wh
 
 from __future__ import annotations
 
-from babyllama_ds.corpus.nursery.grammar import OBJECT, be, join
-from babyllama_ds.corpus.nursery.lexicon import (
-    ANGRY,
-    ANIMALS,
-    BARK,
-    BITE,
-    BREAK,
-    BROKEN,
-    CARRY,
-    CATCH,
-    CHASE,
-    CLEAN,
-    CLIMB,
-    CRY,
-    DIRTY,
-    DRAW,
-    DRINK,
-    EAT,
-    EMPTY,
-    FALL,
-    FIND,
-    FIX,
-    FLY,
-    GIVE,
-    GO,
-    HAPPY,
-    HAVE,
-    HELP,
-    HIDE,
-    HOLD,
-    HUG,
-    HUNGRY,
-    HURT,
-    JUMP,
-    LAUGH,
-    LOOK,
-    LOSE,
-    MAKE,
-    OPEN,
-    PLAY,
-    PUSH,
-    PUT,
-    READ,
-    RIDE,
-    ROLL,
-    RUN,
-    SAD,
-    SCARED,
-    SEE,
-    SING,
-    SIT,
-    SLEEP,
-    SWIM,
-    TAKE,
-    THIRSTY,
-    THROW,
-    TIRED,
-    WALK,
-    WANT,
-    WASH,
-    WEAR,
-    WET,
-    Adjective,
-    Verb,
-)
+from babyllama_ds.corpus.nursery import lexicon as lex
+from babyllama_ds.corpus.nursery.grammar import OBJECT, article, be, join
 from babyllama_ds.corpus.nursery.story import Entity, Spot, Story
 
 Parts = tuple[str | Entity, ...]
@@ -84,7 +21,7 @@ def take(story: Story) -> bool:
     thing = story.thing(lambda it: it.holder is None and it.is_a("portable"))
     if thing is None:
         return False
-    verb = FIND if thing.spot and story.draw.chance(0.5) else TAKE
+    verb = lex.FIND if thing.spot and story.draw.chance(0.5) else lex.TAKE
     taker = story.actor(lambda one: one.is_a("person") and story.may_do(one, verb))
     if taker is None:
         return False
@@ -95,7 +32,7 @@ def take(story: Story) -> bool:
 
 def hold(story: Story) -> bool:
     """Someone holds or carries what they have."""
-    verb = story.draw.even((HOLD, CARRY))
+    verb = story.draw.even((lex.HOLD, lex.CARRY))
     thing = story.thing(lambda it: it.holder is not None and story.may_do(it.holder, verb))
     if thing is None or thing.holder is None or not thing.is_a("portable"):
         return False
@@ -105,7 +42,7 @@ def hold(story: Story) -> bool:
 
 def give(story: Story) -> bool:
     """A thing changes hands; the new holder may say thank you."""
-    thing = story.thing(lambda it: it.holder is not None and story.may_do(it.holder, GIVE))
+    thing = story.thing(lambda it: it.holder is not None and story.may_do(it.holder, lex.GIVE))
     if thing is None or thing.holder is None:
         return False
     giver = thing.holder
@@ -116,12 +53,12 @@ def give(story: Story) -> bool:
         parts: Parts = (thing, "to", taker)
     else:
         parts = (taker, thing)
-    story.tell(giver, GIVE, *parts, form=story.done())
+    story.tell(giver, lex.GIVE, *parts, form=story.done())
     thing.holder = taker
     if not taker.plural and story.draw.chance(0.3):
         story.quote(taker, "thank you")
     elif story.draw.chance(0.4):
-        feel(story, taker, HAPPY)
+        feel(story, taker, lex.HAPPY)
     return True
 
 
@@ -134,9 +71,9 @@ def want(story: Story) -> bool:
     wanter = story.actor(lambda one: one.is_a("person") and one is not holder)
     if wanter is None:
         return False
-    words = story.clause(wanter, WANT, thing)
+    words = story.clause(wanter, lex.WANT, thing)
     if story.draw.chance(0.5):
-        words = f"{words}, but {story.clause(holder, HAVE, thing)}"
+        words = f"{words}, but {story.clause(holder, lex.HAVE, thing)}"
     story.emit(words)
     if not wanter.plural and story.draw.chance(0.35):
         _plead(story, wanter, holder, thing)
@@ -167,9 +104,9 @@ def play(story: Story) -> bool:
     if toy is None:
         return False
     player = toy.holder or story.actor(lambda one: one.is_a("person"))
-    if player is None or not story.may_do(player, PLAY):
+    if player is None or not story.may_do(player, lex.PLAY):
         return False
-    story.tell(player, PLAY, "with", toy, form=story.going())
+    story.tell(player, lex.PLAY, "with", toy, form=story.going())
     toy.holder, toy.spot = player, None
     return True
 
@@ -177,18 +114,18 @@ def play(story: Story) -> bool:
 def throw(story: Story) -> bool:
     """A ball flies to someone, who catches it or does not."""
     thing = story.thing(lambda it: it.is_a("throwable") and it.holder is not None)
-    if thing is None or thing.holder is None or not story.may_do(thing.holder, THROW):
+    if thing is None or thing.holder is None or not story.may_do(thing.holder, lex.THROW):
         return False
     thrower = thing.holder
-    catcher = story.actor(lambda one: one is not thrower and story.may_do(one, CATCH))
+    catcher = story.actor(lambda one: one is not thrower and story.may_do(one, lex.CATCH))
     if catcher is None:
         return False
-    story.tell(thrower, THROW, thing, "to", catcher, form=story.done())
+    story.tell(thrower, lex.THROW, thing, "to", catcher, form=story.done())
     if story.draw.chance(0.65):
-        story.tell(catcher, CATCH, thing, form="past")
+        story.tell(catcher, lex.CATCH, thing, form="past")
         thing.holder = catcher
         return True
-    missed = story.clause(catcher, CATCH, thing, form="past", negative=True)
+    missed = story.clause(catcher, lex.CATCH, thing, form="past", negative=True)
     story.emit(missed)
     return _roll_away(story, thing)
 
@@ -196,28 +133,28 @@ def throw(story: Story) -> bool:
 def _roll_away(story: Story, thing: Entity) -> bool:
     base = story.base(lambda it: it.is_a("furniture"))
     thing.holder = None
-    if base is not None and story.may_do(thing, ROLL):
+    if base is not None and story.may_do(thing, lex.ROLL):
         spot = Spot(story.draw.even(("under", "behind")), base)
-        story.tell(thing, ROLL, spot.preposition, base, form=story.done())
+        story.tell(thing, lex.ROLL, spot.preposition, base, form=story.done())
         thing.spot = spot
     return True
 
 
 def roll(story: Story) -> bool:
     """Something round rolls away."""
-    thing = story.thing(lambda it: story.may_do(it, ROLL))
+    thing = story.thing(lambda it: story.may_do(it, lex.ROLL))
     return thing is not None and _roll_away(story, thing)
 
 
 def push(story: Story) -> bool:
     """Someone pushes a car."""
     car = story.thing(lambda it: it.is_a("vehicle") or it.is_a("pushable"))
-    pusher = story.actor(lambda one: story.may_do(one, PUSH))
+    pusher = story.actor(lambda one: story.may_do(one, lex.PUSH))
     if car is None or pusher is None or car.holder not in (None, pusher):
         return False
     base = story.base(lambda it: it is not car)
     parts: Parts = (car, "to", base) if base and story.draw.chance(0.4) else (car,)
-    story.tell(pusher, PUSH, *parts, form=story.going())
+    story.tell(pusher, lex.PUSH, *parts, form=story.going())
     if car.is_a("portable"):
         car.holder, car.spot = pusher, None
     return True
@@ -225,7 +162,7 @@ def push(story: Story) -> bool:
 
 def put(story: Story) -> bool:
     """Someone puts down or hides what they have."""
-    verb = story.draw.even((PUT, PUT, HIDE))
+    verb = story.draw.even((lex.PUT, lex.PUT, lex.HIDE))
     thing = story.thing(
         lambda it: (
             it.holder is not None
@@ -243,7 +180,7 @@ def put(story: Story) -> bool:
     open_places = ("on", "near") if base.is_a("top") else ("near",)
     if base.is_a("container"):
         hidden, open_places = ("in", "behind"), ("in",)
-    spot = Spot(story.draw.even(hidden if verb is HIDE else open_places), base)
+    spot = Spot(story.draw.even(hidden if verb is lex.HIDE else open_places), base)
     story.tell(thing.holder, verb, thing, spot.preposition, base, form=story.done())
     thing.holder, thing.spot = None, spot
     return True
@@ -251,21 +188,21 @@ def put(story: Story) -> bool:
 
 def lose(story: Story) -> bool:
     """Someone loses a thing, and misses it."""
-    thing = story.thing(lambda it: it.is_a("portable") and not it.is_a("food"))
-    loser = (thing and (thing.holder or thing.owner)) or None
-    if thing is None or loser is None or not story.may_do(loser, LOSE):
+    thing = story.thing(lambda it: it.holder is not None and not it.is_a("food"))
+    loser = thing.holder if thing is not None else None
+    if thing is None or loser is None or not story.may_do(loser, lex.LOSE):
         return False
-    story.tell(loser, LOSE, thing, form="past" if story.past else "perfect")
+    story.tell(loser, lex.LOSE, thing, form="past" if story.past else "perfect")
     base = story.base(lambda it: it.is_a("furniture") and not it.is_a("openable"))
     thing.holder, thing.spot = None, Spot("under", base) if base else None
     if story.draw.chance(0.4):
-        feel(story, loser, SAD)
+        feel(story, loser, lex.SAD)
     if not loser.plural and story.draw.chance(0.4):
         verb, noun = be(thing.pronoun), story.noun_phrase(thing, adjective=False)
         story.quote(loser, f"where {verb} my {noun}", "?")
-    finder = story.actor(lambda one: one.is_a("person") and story.may_do(one, FIND))
+    finder = story.actor(lambda one: one.is_a("person") and story.may_do(one, lex.FIND))
     if finder is not None and base is not None and story.draw.chance(0.6):
-        story.tell(finder, FIND, thing, "under", base, form=story.done())
+        story.tell(finder, lex.FIND, thing, "under", base, form=story.done())
         thing.holder, thing.spot = finder, None
     return True
 
@@ -273,10 +210,10 @@ def lose(story: Story) -> bool:
 def open_up(story: Story) -> bool:
     """Someone opens a box and sees what is in it."""
     box = story.base(lambda it: it.is_a("openable"))
-    opener = story.actor(lambda one: story.may_do(one, OPEN))
+    opener = story.actor(lambda one: story.may_do(one, lex.OPEN))
     if box is None or opener is None:
         return False
-    story.tell(opener, OPEN, box, form=story.done())
+    story.tell(opener, lex.OPEN, box, form=story.done())
     inside = story.thing(lambda it: it.spot is not None and it.spot.base is box)
     if inside is not None and box.is_a("container"):
         noun = story.describe(inside)
@@ -290,54 +227,56 @@ def break_it(story: Story) -> bool:
     thing = story.thing(
         lambda it: (
             it.is_a("breakable")
-            and it.mood is not BROKEN
+            and it.mood is not lex.BROKEN
             and not it.is_a("flyer")
-            and story.draw.may_be(it.noun, BROKEN)
+            and story.draw.may_be(it.noun, lex.BROKEN)
         )
     )
     if thing is None:
         return False
-    breaker = story.actor(lambda one: story.may_do(one, BREAK))
+    breaker = story.actor(lambda one: story.may_do(one, lex.BREAK))
     if breaker is None:
         return False
-    story.tell(breaker, BREAK, thing, form=story.done())
-    thing.mood = BROKEN
+    story.tell(breaker, lex.BREAK, thing, form=story.done())
+    thing.mood = lex.BROKEN
     if story.draw.chance(0.4):
         story.emit(story.being(thing, "broken"))
     if thing.owner is not None and thing.owner is not breaker:
-        feel(story, thing.owner, story.draw.even((SAD, ANGRY)))
+        feel(story, thing.owner, story.draw.even((lex.SAD, lex.ANGRY)))
     return fix(story) if story.draw.chance(0.5) else True
 
 
 def fix(story: Story) -> bool:
     """A grown-up mends what is broken."""
-    thing = story.thing(lambda it: it.mood is BROKEN)
-    fixer = story.actor(lambda one: story.may_do(one, FIX))
+    thing = story.thing(lambda it: it.mood is lex.BROKEN)
+    fixer = story.actor(lambda one: story.may_do(one, lex.FIX))
     if thing is None or fixer is None:
         return thing is not None
-    story.tell(fixer, FIX, thing, form="past" if story.past else story.draw.even(("past", "will")))
+    story.tell(
+        fixer, lex.FIX, thing, form="past" if story.past else story.draw.even(("past", "will"))
+    )
     thing.mood = None
     return True
 
 
 def wash(story: Story) -> bool:
     """Someone washes what is dirty, or themselves."""
-    washer = story.actor(lambda one: story.may_do(one, WASH))
+    washer = story.actor(lambda one: story.may_do(one, lex.WASH))
     if washer is None:
         return False
-    if washer.mood in (DIRTY, WET) or story.draw.chance(0.4):
-        story.tell(washer, WASH, washer, form=story.done())
+    if washer.mood in (lex.DIRTY, lex.WET) or story.draw.chance(0.4):
+        story.tell(washer, lex.WASH, washer, form=story.done())
         washer.mood = None
         return True
-    dirty = story.thing(lambda it: WASH.takes_object(it.noun)) or story.actor(
-        lambda one: one is not washer and WASH.takes_object(one.noun)
+    dirty = story.thing(lambda it: lex.WASH.takes_object(it.noun)) or story.actor(
+        lambda one: one is not washer and lex.WASH.takes_object(one.noun)
     )
     if dirty is None:
         return False
-    if dirty.mood is None and story.draw.chance(0.5) and feel(story, dirty, DIRTY):
-        dirty.mood = DIRTY
-    story.tell(washer, WASH, dirty, form=story.going())
-    if story.draw.may_be(dirty.noun, CLEAN) and story.draw.chance(0.5):
+    if dirty.mood is None and story.draw.chance(0.5) and feel(story, dirty, lex.DIRTY):
+        dirty.mood = lex.DIRTY
+    story.tell(washer, lex.WASH, dirty, form=story.going())
+    if story.draw.may_be(dirty.noun, lex.CLEAN) and story.draw.chance(0.5):
         story.emit(join("now", story.being(dirty, "clean")))
     dirty.mood = None
     return True
@@ -348,10 +287,10 @@ def wear(story: Story) -> bool:
     cloth = story.thing(lambda it: it.is_a("clothing"))
     if cloth is None:
         return False
-    wearer = cloth.holder or cloth.owner or story.actor(lambda one: story.may_do(one, WEAR))
-    if wearer is None or not story.may_do(wearer, WEAR):
+    wearer = cloth.holder or cloth.owner or story.actor(lambda one: story.may_do(one, lex.WEAR))
+    if wearer is None or not story.may_do(wearer, lex.WEAR):
         return False
-    story.tell(wearer, WEAR, cloth, form="past progressive" if story.past else "progressive")
+    story.tell(wearer, lex.WEAR, cloth, form="past progressive" if story.past else "progressive")
     cloth.holder, cloth.spot = wearer, None
     return True
 
@@ -361,39 +300,38 @@ def read(story: Story) -> bool:
     book = story.thing(lambda it: it.is_a("readable"))
     if book is None:
         return False
-    reader = book.holder or story.actor(lambda one: story.may_do(one, READ))
-    if reader is None or not story.may_do(reader, READ):
+    reader = book.holder or story.actor(lambda one: story.may_do(one, lex.READ))
+    if reader is None or not story.may_do(reader, lex.READ):
         return False
     listener = story.actor(lambda one: one.is_a("person") and one is not reader)
     parts: Parts = (book,)
     if listener is not None and story.draw.chance(0.5):
         parts = (book, "to", listener)
-    story.tell(reader, READ, *parts, form="past progressive" if story.past else "progressive")
+    story.tell(reader, lex.READ, *parts, form="past progressive" if story.past else "progressive")
     book.holder, book.spot = reader, None
     return True
 
 
 def sketch(story: Story) -> bool:
     """A child draws an animal, a tree, or itself."""
-    artist = story.actor(lambda one: story.may_do(one, DRAW))
+    artist = story.actor(lambda one: story.may_do(one, lex.DRAW))
     if artist is None:
         return False
     if story.draw.chance(0.15):
-        story.tell(artist, DRAW, artist, form=story.done())
+        story.tell(artist, lex.DRAW, artist, form=story.done())
         return True
-    model = story.draw.pick(ANIMALS)
-    drawn = Entity(model, "it", adjective=None)
-    story.tell(artist, DRAW, drawn, form=story.going())
+    model = story.draw.pick(lex.ANIMALS)
+    story.tell(artist, lex.DRAW, article(model.singular), form=story.going())
     return True
 
 
 def cook(story: Story) -> bool:
     """Someone makes something to eat."""
-    food = story.thing(lambda it: MAKE.takes_object(it.noun) and it.holder is None)
-    maker = story.actor(lambda one: story.may_do(one, MAKE))
+    food = story.thing(lambda it: lex.MAKE.takes_object(it.noun) and it.holder is None)
+    maker = story.actor(lambda one: story.may_do(one, lex.MAKE))
     if food is None or maker is None or food.known:
         return False
-    story.tell(maker, MAKE, food, form=story.going())
+    story.tell(maker, lex.MAKE, food, form=story.going())
     table = story.base(lambda it: it.noun.singular == "table")
     food.spot = Spot("on", table) if table else None
     return True
@@ -402,18 +340,18 @@ def cook(story: Story) -> bool:
 def eat(story: Story) -> bool:
     """Someone eats; what is eaten is gone, and so is the hunger."""
     food = story.thing(lambda it: it.is_a("food"))
-    eater = story.actor(lambda one: story.may_do(one, EAT) and one.mood is HUNGRY) or story.actor(
-        lambda one: story.may_do(one, EAT)
-    )
+    eater = story.actor(
+        lambda one: story.may_do(one, lex.EAT) and one.mood is lex.HUNGRY
+    ) or story.actor(lambda one: story.may_do(one, lex.EAT))
     if food is None or eater is None or food.holder not in (None, eater):
         return False
     if story.draw.chance(0.4):
-        story.tell(eater, EAT, food, form=story.going())
+        story.tell(eater, lex.EAT, food, form=story.going())
         food.holder, food.spot = eater, None
         return True
-    story.tell(eater, EAT, food, form=story.done())
+    story.tell(eater, lex.EAT, food, form=story.done())
     food.gone = True
-    _satisfied(story, eater, HUNGRY)
+    _satisfied(story, eater, lex.HUNGRY)
     if story.draw.chance(0.25):
         noun = food.noun.plural or food.noun.singular
         verb = be("it" if food.noun.is_mass else "they", past=story.past)
@@ -424,20 +362,20 @@ def eat(story: Story) -> bool:
 def drink(story: Story) -> bool:
     """Someone drinks."""
     milk = story.thing(lambda it: it.is_a("drink"))
-    drinker = story.actor(lambda one: story.may_do(one, DRINK))
+    drinker = story.actor(lambda one: story.may_do(one, lex.DRINK))
     if milk is None or drinker is None or milk.holder not in (None, drinker):
         return False
-    story.tell(drinker, DRINK, milk, form=story.draw.even((story.going(), story.done())))
+    story.tell(drinker, lex.DRINK, milk, form=story.draw.even((story.going(), story.done())))
     cup = story.thing(lambda it: it.noun.singular == "cup" and it.holder is drinker)
-    if cup is not None and story.draw.may_be(cup.noun, EMPTY):
-        cup.mood = EMPTY
+    if cup is not None and story.draw.may_be(cup.noun, lex.EMPTY):
+        cup.mood = lex.EMPTY
         story.emit(join("now", story.being(cup, "empty")))
-    _satisfied(story, drinker, THIRSTY)
+    _satisfied(story, drinker, lex.THIRSTY)
     milk.gone = True
     return True
 
 
-def _satisfied(story: Story, one: Entity, need: Adjective) -> None:
+def _satisfied(story: Story, one: Entity, need: lex.Adjective) -> None:
     if one.mood is need:
         one.mood = None
         if story.draw.chance(0.6):
@@ -447,7 +385,7 @@ def _satisfied(story: Story, one: Entity, need: Adjective) -> None:
 # -- people and animals -------------------------------------------------------------------------
 
 
-def feel(story: Story, one: Entity, mood: Adjective) -> bool:
+def feel(story: Story, one: Entity, mood: lex.Adjective) -> bool:
     """Say how someone feels now."""
     nouns = [member.noun for member in one.members] or [one.noun]
     if one.mood is mood or not all(story.draw.may_be(noun, mood) for noun in nouns):
@@ -460,31 +398,31 @@ def feel(story: Story, one: Entity, mood: Adjective) -> bool:
 
 def fall(story: Story) -> bool:
     """Someone falls, is hurt, cries and is comforted."""
-    faller = story.actor(lambda one: one.is_a("person") and story.may_do(one, FALL))
+    faller = story.actor(lambda one: one.is_a("person") and story.may_do(one, lex.FALL))
     if faller is None:
         return False
-    words = story.clause(faller, FALL, form="past")
+    words = story.clause(faller, lex.FALL, form="past")
     if story.draw.chance(0.7):
-        words = join(words, "and", HURT.past, story.object(faller))
+        words = join(words, "and", lex.HURT.past, story.object(faller))
     story.emit(words)
-    story.remember(faller, FALL, form="past")
-    if not story.may_do(faller, CRY):
+    story.remember(faller, lex.FALL, form="past")
+    if not story.may_do(faller, lex.CRY):
         return True
-    faller.mood = SAD
-    cause = join("because", faller.pronoun, FALL.past)
+    faller.mood = lex.SAD
+    cause = join("because", faller.pronoun, lex.FALL.past)
     if story.draw.chance(0.6):
-        story.tell(faller, CRY, form="past" if story.past else "progressive")
+        story.tell(faller, lex.CRY, form="past" if story.past else "progressive")
     elif not story.past:
         story.emit(f"why {story.be(faller)} {story.subject(faller)} crying", "?")
         story.emit(cause)
     helper = story.actor(
         lambda one: (
-            one is not faller and HUG.takes_object(faller.noun) and story.may_do(one, HUG)
+            one is not faller and lex.HUG.takes_object(faller.noun) and story.may_do(one, lex.HUG)
         )
     )
     if helper is not None and story.draw.chance(0.7):
-        story.tell(helper, HUG, faller, form=story.done())
-        if feel(story, faller, HAPPY):
+        story.tell(helper, lex.HUG, faller, form=story.done())
+        if feel(story, faller, lex.HAPPY):
             return True
         faller.mood = None
     return True
@@ -492,38 +430,38 @@ def fall(story: Story) -> bool:
 
 def chase(story: Story) -> bool:
     """One runs after another, who gets away."""
-    hunter = story.actor(lambda one: story.may_do(one, CHASE))
+    hunter = story.actor(lambda one: story.may_do(one, lex.CHASE))
     if hunter is None:
         return False
     prey = story.actor(
         lambda one: (
             one is not hunter
-            and CHASE.takes_object(one.noun)
+            and lex.CHASE.takes_object(one.noun)
             and not one.is_a("grown")
             and one.noun is not hunter.noun
         )
     )
     if prey is None:
         return False
-    story.tell(hunter, CHASE, prey, form=story.going())
+    story.tell(hunter, lex.CHASE, prey, form=story.going())
     if story.draw.chance(0.6):
         _flee(story, prey)
     elif story.draw.chance(0.5):
-        feel(story, prey, SCARED)
+        feel(story, prey, lex.SCARED)
     return True
 
 
 def _flee(story: Story, prey: Entity) -> None:
     base = story.base(lambda it: it.is_a("furniture"))
-    options: list[tuple[Verb, Parts]] = []
-    if story.may_do(prey, FLY):
-        options.append((FLY, ("away",)))
-    elif story.may_do(prey, RUN):
-        options.append((RUN, ("away",)))
-    if base is not None and story.may_do(prey, HIDE):
-        options.append((HIDE, (story.draw.even(("behind", "under")), base)))
-    if base is not None and base.is_a("climbable") and story.may_do(prey, CLIMB):
-        options.append((CLIMB, (base,)))
+    options: list[tuple[lex.Verb, Parts]] = []
+    if story.may_do(prey, lex.FLY):
+        options.append((lex.FLY, ("away",)))
+    elif story.may_do(prey, lex.RUN):
+        options.append((lex.RUN, ("away",)))
+    if base is not None and story.may_do(prey, lex.HIDE):
+        options.append((lex.HIDE, (story.draw.even(("behind", "under")), base)))
+    if base is not None and base.is_a("climbable") and story.may_do(prey, lex.CLIMB):
+        options.append((lex.CLIMB, (base,)))
     if options:
         verb, parts = story.draw.even(options)
         story.tell(prey, verb, *parts, form=story.done())
@@ -534,11 +472,26 @@ def move(story: Story) -> bool:
     one = story.actor(lambda _: True)
     if one is None:
         return False
-    verb = story.draw.pick((RUN, PLAY, SLEEP, JUMP, SIT, WALK, LAUGH, SING, SWIM, FLY, HIDE, BARK))
-    if not story.may_do(one, verb):
+    verb = story.draw.pick(
+        (
+            lex.RUN,
+            lex.PLAY,
+            lex.SLEEP,
+            lex.JUMP,
+            lex.SIT,
+            lex.WALK,
+            lex.LAUGH,
+            lex.SING,
+            lex.SWIM,
+            lex.FLY,
+            lex.HIDE,
+            lex.BARK,
+        )
+    )
+    if not story.may_do(one, verb) or (verb is lex.SLEEP and one.mood not in (None, lex.TIRED)):
         return False
     form = story.going()
-    if not story.past and verb is not SLEEP and story.draw.chance(0.15):
+    if not story.past and verb is not lex.SLEEP and story.draw.chance(0.15):
         form = "want" if one.is_a("person") else "can"
     tail = _tail(story, verb, one)
     if tail is None:
@@ -546,45 +499,44 @@ def move(story: Story) -> bool:
     story.emit(story.clause(one, verb, *tail, form=form))
     if form not in ("want", "can"):
         story.remember(one, verb, *tail, form="progressive" if form == "present" else form)
-    if verb is SLEEP:
-        one.mood = TIRED
+    if verb is lex.SLEEP:
+        one.mood = lex.TIRED
     return True
 
 
-def _tail(story: Story, verb: Verb, one: Entity) -> Parts | None:
+def _tail(story: Story, verb: lex.Verb, one: Entity) -> Parts | None:
     """Where it is done."""
     chance = story.draw.chance
     here: Parts = ("in", f"the {story.place.singular}")
-    if verb is SWIM:
-        return ("in the water",) if story.place.kinds >= {"outdoors"} else None
-    if verb is BARK:
+    if verb is lex.SWIM:
+        return ("in the water",) if "outdoors" in story.place.kinds else None
+    if verb is lex.BARK:
         other = story.actor(lambda it: it is not one)
         return ("at", other) if other is not None and chance(0.7) else ()
-    if verb in (LAUGH, SING):
+    if verb in (lex.LAUGH, lex.SING):
         return ()
-    if verb in (SIT, SLEEP, JUMP):
-        base = story.base(lambda it: it.is_a("top") or (verb is not JUMP and not it.is_a("top")))
+    if verb in (lex.SIT, lex.SLEEP, lex.JUMP):
+        base = story.base(
+            lambda it: it.is_a("top") or (verb is not lex.JUMP and not it.is_a("top"))
+        )
         if base is None or base.is_a("container") or base.is_a("openable"):
             return here
         return ("on" if base.is_a("top") else "under", base)
     base = story.base(lambda it: it.is_a("furniture"))
-    if verb is HIDE:
+    if verb is lex.HIDE:
         return ("behind", base) if base is not None else None
     if base is None or chance(0.4):
         return here
-    if verb is FLY:
+    if verb is lex.FLY:
         return ("over", base)
-    return ("to", base) if verb in (RUN, WALK) else ("near", base)
+    return ("to", base) if verb in (lex.RUN, lex.WALK) else ("near", base)
 
 
 def together(story: Story) -> bool:
     """Two children do something together."""
-    children = [one for one in story.actors if one.is_a("person") and not one.plural]
-    if len(children) < 2:
-        return False
-    pair = story.pair(children[0], children[1])
-    verb = story.draw.pick((PLAY, SING, LAUGH, RUN, JUMP, SIT, WALK))
-    if not story.may_do(pair, verb):
+    pair = story.pair()
+    verb = story.draw.pick((lex.PLAY, lex.SING, lex.LAUGH, lex.RUN, lex.JUMP, lex.SIT, lex.WALK))
+    if pair is None or not story.may_do(pair, verb):
         return False
     story.tell(pair, verb, *(_tail(story, verb, pair) or ()), form=story.going())
     return True
@@ -592,118 +544,110 @@ def together(story: Story) -> bool:
 
 def admire(story: Story) -> bool:
     """Someone sees themselves in the water, or looks at someone."""
-    one = story.actor(lambda one: story.may_do(one, SEE))
+    one = story.actor(lambda one: story.may_do(one, lex.SEE))
     if one is None:
         return False
-    if story.draw.chance(0.6) and story.place.kinds >= {"outdoors"}:
-        story.tell(one, SEE, one, "in the water", form="past" if story.past else "present")
+    if story.draw.chance(0.6) and "outdoors" in story.place.kinds:
+        story.tell(one, lex.SEE, one, "in the water", form="past" if story.past else "present")
         return True
     other = one
     if story.draw.chance(0.5):
         other = story.actor(lambda it: it is not one) or one
-    story.tell(one, LOOK, "at", other, form=story.going())
+    story.tell(one, lex.LOOK, "at", other, form=story.going())
     return True
 
 
 def climb(story: Story) -> bool:
     """Someone climbs a tree."""
     tree = story.base(lambda it: it.is_a("climbable"))
-    climber = story.actor(lambda one: story.may_do(one, CLIMB))
+    climber = story.actor(lambda one: story.may_do(one, lex.CLIMB))
     if tree is None or climber is None:
         return False
-    story.tell(climber, CLIMB, tree, form=story.going())
+    story.tell(climber, lex.CLIMB, tree, form=story.going())
     return True
 
 
 def help_out(story: Story) -> bool:
     """One person helps another."""
-    helper = story.actor(lambda one: story.may_do(one, HELP))
+    helper = story.actor(lambda one: story.may_do(one, lex.HELP))
     if helper is None:
         return False
     other = story.actor(lambda one: one.is_a("person") and one is not helper)
     if other is None:
         return False
-    story.tell(helper, HELP, other, form=story.going())
+    story.tell(helper, lex.HELP, other, form=story.going())
     return True
 
 
 def hug(story: Story) -> bool:
     """Someone hugs someone, or a doll."""
-    hugger = story.actor(lambda one: story.may_do(one, HUG))
+    hugger = story.actor(lambda one: story.may_do(one, lex.HUG))
     if hugger is None:
         return False
-    other = story.actor(lambda one: one is not hugger and HUG.takes_object(one.noun))
+    other = story.actor(lambda one: one is not hugger and lex.HUG.takes_object(one.noun))
     if other is None:
         return False
-    story.tell(hugger, HUG, other, form=story.going())
+    story.tell(hugger, lex.HUG, other, form=story.going())
     if story.draw.chance(0.4):
-        feel(story, other, HAPPY)
+        feel(story, other, lex.HAPPY)
     return True
 
 
 def ride(story: Story) -> bool:
     """Someone rides a horse."""
     horse = story.actor(lambda one: one.is_a("horse") and not one.plural)
-    rider = story.actor(lambda one: story.may_do(one, RIDE))
+    rider = story.actor(lambda one: story.may_do(one, lex.RIDE))
     if horse is None or rider is None or rider.plural:
         return False
-    story.tell(rider, RIDE, horse, form=story.going())
+    story.tell(rider, lex.RIDE, horse, form=story.going())
     return True
 
 
 def bite(story: Story) -> bool:
     """A dog bites a shoe."""
-    shoe = story.thing(lambda it: BITE.takes_object(it.noun))
-    biter = story.actor(lambda one: story.may_do(one, BITE))
+    shoe = story.thing(lambda it: lex.BITE.takes_object(it.noun))
+    biter = story.actor(lambda one: story.may_do(one, lex.BITE))
     if shoe is None or biter is None:
         return False
-    story.tell(biter, BITE, shoe, form=story.done())
+    story.tell(biter, lex.BITE, shoe, form=story.done())
     if shoe.owner is not None:
-        feel(story, shoe.owner, ANGRY)
+        feel(story, shoe.owner, lex.ANGRY)
     return True
 
 
 def notice(story: Story) -> bool:
     """An animal comes along."""
-    watcher = story.actor(lambda one: one.is_a("person") and story.may_do(one, SEE))
-    if watcher is None or len(story.actors) > 3 or story.place.kinds >= {"indoors"}:
+    watcher = story.actor(lambda one: one.is_a("person") and story.may_do(one, lex.SEE))
+    animal = story.offstage
+    if watcher is None or animal is None or "indoors" in story.place.kinds:
         return False
-    animal = story.newcomer()
-    if animal is None:
-        return False
-    story.tell(watcher, SEE, animal, form=story.state)
+    story.tell(watcher, lex.SEE, animal, form=story.state)
     story.actors.append(animal)
-    return move_of(story, animal)
+    story.offstage = None
+    return _arrive(story, animal)
 
 
-def move_of(story: Story, one: Entity) -> bool:
+def _arrive(story: Story, one: Entity) -> bool:
     """What a newcomer does first."""
-    verbs = [verb for verb in (RUN, SLEEP, SWIM, JUMP, FLY, SIT) if story.may_do(one, verb)]
+    verbs = [
+        verb
+        for verb in (lex.RUN, lex.SLEEP, lex.SWIM, lex.JUMP, lex.FLY, lex.SIT)
+        if story.may_do(one, verb)
+    ]
     if not verbs:
         return True
     verb = story.draw.even(verbs)
     tail = _tail(story, verb, one)
     if tail is not None:
-        story.tell(
-            one, verb, *tail, form="past progressive" if story.past else "progressive"
-        )
+        story.tell(one, verb, *tail, form="past progressive" if story.past else "progressive")
     return True
 
 
-def leave(story: Story) -> bool:
-    """Someone goes into the house."""
-    one = story.actor(lambda one: one.is_a("person"))
-    if one is None:
-        return False
-    story.emit(join("then", story.clause(one, GO, "into the house", form=story.done_simply())))
-    return True
-
-
-def _origin(thing: Entity, verb: Verb) -> Parts:
+def _origin(thing: Entity, verb: lex.Verb) -> Parts:
     """Where it is found, or taken from."""
     if thing.spot is None:
         return ()
     preposition, base = thing.spot
-    if verb is FIND:
+    if verb is lex.FIND:
         return (preposition, base)
     return ("from", base) if preposition in ("on", "in") else ()

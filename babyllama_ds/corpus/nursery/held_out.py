@@ -89,6 +89,10 @@ class Draw:
             self.training and held_out_action(subject, verb)
         )
 
+    def may_say(self, subject: Noun, verb: Verb) -> bool:
+        """Whether the two may stand together here, true or not."""
+        return not (self.training and held_out_action(subject, verb))
+
     def may_be(self, noun: Noun, adjective: Adjective) -> bool:
         """Whether the noun can be so, and may be called so here."""
         return adjective.describes(noun) and not (

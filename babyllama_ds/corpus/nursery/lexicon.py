@@ -121,21 +121,21 @@ PEOPLE = (
 )
 
 KIN = (
-    _noun("brother brothers", _CHILD, "m"),
-    _noun("sister sisters", _CHILD, "f"),
+    _noun("brother brothers", _CHILD + " kin", "m"),
+    _noun("sister sisters", _CHILD + " kin", "f"),
 )
 
 ANIMALS = (
     _noun("dog dogs", "animal furred barker swimmer chaser biter jumper player pet", "", 5),
     _noun("cat cats", "animal furred climber chaser biter jumper player pet", "", 4),
-    _noun("bird birds", "animal flyer singer", "", 2),
+    _noun("bird birds", "animal flyer singer house", "", 2),
     _noun("duck ducks", "animal flyer swimmer", "", 3),
     _noun("puppy puppies", "animal furred barker chaser biter jumper player pet", "", 3),
     _noun("rabbit rabbits", "animal furred jumper pet", "", 3),
     _noun("kitten kittens", "animal furred climber chaser biter jumper player pet", "", 2),
     _noun("horse horses", "animal furred jumper grown", "", 9),
     _noun("cow cows", "animal furred grown", "f", 9),
-    _noun("mouse mice", "animal furred climber", "", 1),
+    _noun("mouse mice", "animal furred climber house", "", 1),
     _noun("pig pigs", "animal grown", "", 6),
     _noun("frog frogs", "animal swimmer jumper", "", 1),
     _noun("bear bears", "animal furred swimmer climber chaser grown", "", 8),
@@ -351,16 +351,17 @@ COLOURS = (
 QUALITIES = (
     _adjective("new", "clothing toy readable dish painted"),
     _adjective("old older", "adult clothing toy readable furniture horse dog"),
-    _adjective("soft softer", "clothing blanket bed furred doll"),
+    _adjective("soft", "clothing blanket bed furred doll"),
     _adjective("pretty", "doll flower bird girl woman clothing kite"),
     _adjective("warm", "clothing blanket baked cooked milk"),
-    _adjective("fast faster", "horse dog vehicle boy rabbit cat"),
-    _adjective("funny", "readable person monkey pet hat"),
-    _adjective("heavy heavier", "container readable vehicle furniture"),
+    _adjective("fast", "horse dog vehicle boy rabbit cat"),
+    _adjective("funny", "readable pet hat"),
+    _adjective("heavy", "container readable vehicle furniture"),
     _adjective("cold", "drink soup egg"),
     _adjective("good", "food drink child pet readable"),
     _adjective("hot", "cooked milk"),
 )
+OLD = QUALITIES[1]
 
 STATES = (
     _adjective("dirty", "washable pet child pig"),

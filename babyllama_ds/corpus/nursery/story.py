@@ -87,16 +87,25 @@ class Happening(NamedTuple):
 class Story:
     """One scene while it is told."""
 
-    def __init__(self, draw: Draw, place: Noun, *, past: bool) -> None:
+    def __init__(
+        self, draw: Draw, place: Noun, topics: Sequence[Noun] = (), *, past: bool
+    ) -> None:
         self.draw = draw
+        self.topics = topics
+        """Things of the kind that the scene is about, present or not."""
         self.place = place
         self.past = past
         self.actors: list[Entity] = []
         """People and animals."""
         self.things: list[Entity] = []
         self.furniture: list[Entity] = []
+        self.offstage: Entity | None = None
+        """An animal that may come along."""
+        self._pair: Entity | None = None
         self.happenings: list[Happening] = []
         self.sentences: list[str] = []
+        self.told: list[tuple[Entity, Spot | None]] = []
+        """Places already told."""
         self.words = 0
         self._focus: list[Entity] = []
         self._now: list[Entity] = []
@@ -121,6 +130,13 @@ class Story:
         """A piece of furniture or a container that passes the test."""
         return self._one_of([entity for entity in self.furniture if test(entity)])
 
+    def pair(self) -> Entity | None:
+        """The first two single people, as one subject; the same entity every time."""
+        people = [one for one in self.actors if one.is_a("person") and not one.plural]
+        if self._pair is None and len(people) > 1:
+            self._pair = Entity(people[0].noun, "they", members=(people[0], people[1]))
+        return self._pair
+
     def _one_of(self, found: Sequence[Entity]) -> Entity | None:
         if not found:
             return None
@@ -140,13 +156,13 @@ class Story:
         """A form for what is over once it is told."""
         if self.past:
             return "past"
-        return self.draw.weighted(("past", "perfect", "present"), (0.5, 0.8, 1.0))
+        return self.draw.weighted(("past", "perfect", "present"), (0.55, 0.9, 1.0))
 
     def going(self) -> str:
         """A form for what goes on."""
         if self.past:
             return "past" if self.draw.chance(0.5) else "past progressive"
-        return "progressive" if self.draw.chance(0.8) else "present"
+        return "progressive" if self.draw.chance(0.9) else "present"
 
     # -- reference ------------------------------------------------------------------------------
 
@@ -164,7 +180,7 @@ class Story:
 
     def subject(self, entity: Entity) -> str:
         """The entity as a clause's subject."""
-        if self.is_clear(entity) and self.draw.chance(0.75):
+        if self.is_clear(entity) and (entity in self._now or self.draw.chance(0.75)):
             text = entity.pronoun
         else:
             self._subject = None
@@ -177,7 +193,10 @@ class Story:
         """The entity after a verb or a preposition."""
         if entity is self._subject:
             return REFLEXIVE[entity.pronoun]
-        if pronoun and self.is_clear(entity) and self.draw.chance(0.65):
+        if entity.is_a("furniture") or entity.is_a("container"):
+            return self.describe(entity)
+        again = entity in self._now
+        if pronoun and self.is_clear(entity) and (again or self.draw.chance(0.65)):
             text = OBJECT[entity.pronoun]
         else:
             text = self.describe(entity)
@@ -216,12 +235,18 @@ class Story:
         return any(other.noun is entity.noun and other is not entity for other in everyone)
 
     def _possessor(self, owner: Entity) -> str:
-        if owner is self._subject or (self.is_clear(owner) and self.draw.chance(0.7)):
+        likely = owner in self._now or self.draw.chance(0.7)
+        if owner is self._subject or (likely and self.is_clear(owner)):
+            return POSSESSIVE[owner.pronoun]
             return POSSESSIVE[owner.pronoun]
         self.mention(owner)
         return possessive(self.describe(owner))
 
     # -- telling --------------------------------------------------------------------------------
+
+    def bind(self, entity: Entity) -> None:
+        """Let possessives of this entity be pronouns until the sentence ends: `his ball`."""
+        self._subject = entity
 
     def realise(self, *parts: str | Entity) -> str:
         """Words as they are, entities as objects."""

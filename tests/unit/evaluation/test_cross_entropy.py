@@ -196,6 +196,7 @@ def test_each_modules_training_mode_is_restored_also_after_an_error() -> None:
 
     def fail(done, batches):
         assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
         raise Stopped("enough")
 
     evaluate(model)

@@ -1,0 +1,145 @@
+"""A job's corpus, prepared once and shared: the job enters; tokenizer and token shards leave.
+
+Each step is an entry of the store under the hash of what decides it, so a changed text or
+tokenizer can never meet a stale shard:
+
+    text (nursery only) → tokenizers → tokens
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from babyllama_ds.corpus.nursery.write import NURSERY_VERSION, write_nursery
+from babyllama_ds.corpus.shards import TokenShards, write_shards
+from babyllama_ds.corpus.sources import Sources, iter_text, read_sources
+from babyllama_ds.corpus.text import nursery_files
+from babyllama_ds.corpus.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    token_bytes,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from babyllama_ds.files import hash_json
+from babyllama_ds.spec.job import FilesCorpus, JobSpec, LoadedTokenizer, NurseryCorpus
+from babyllama_ds.store import Store
+
+log = logging.getLogger(__name__)
+
+Check = Callable[[], None]
+"""Called now and then during long work; raises to stop it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusEntries:
+    """Where the prepared corpus lies, and under which keys."""
+
+    tokenizer_dir: Path
+    tokenizer_key: str
+    tokens_dir: Path
+    tokens_key: str
+    pairs_dir: Path | None
+    """The nursery's minimal pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The prepared corpus, opened on one rank."""
+
+    entries: CorpusEntries
+    tokenizer: PreTrainedTokenizerFast
+    shards: TokenShards
+    byte_lengths: NDArray[np.int64]
+    """Bytes that each token id stands for."""
+
+
+def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
+    """Find or make every entry; for one rank to call.
+
+    Raises:
+        DataError: text or tokenizer that cannot be used.
+        RunError: a disk that refuses.
+    """
+    text_dir = _nursery(job.corpus, job.stage_seed("corpus"), store)
+    spec = job.corpus if isinstance(job.corpus, FilesCorpus) else nursery_files(_some(text_dir))
+    sources = read_sources(spec, check=check)
+    tokenizer_key, tokenizer_dir = _tokenizer(job, sources, store, check)
+    tokens_key = hash_json({"text": sources.fingerprint(), "tokenizer": tokenizer_key})
+
+    def make(directory: Path) -> None:
+        log.info("tokens: encoding %.1f MB", sum(file.bytes for file in sources.files) / 1e6)
+        texts = {"train": iter_text(sources, "train"), "dev": iter_text(sources, "dev")}
+        write_shards(directory, texts, load_tokenizer(str(tokenizer_dir)), check=check)
+
+    return CorpusEntries(
+        tokenizer_dir=tokenizer_dir,
+        tokenizer_key=tokenizer_key,
+        tokens_dir=store.build("tokens", tokens_key, make),
+        tokens_key=tokens_key,
+        pairs_dir=text_dir / "pairs" if text_dir else None,
+    )
+
+
+def open_corpus(entries: CorpusEntries) -> Corpus:
+    """Open what `prepare_corpus` made; for every rank to call."""
+    tokenizer = load_tokenizer(str(entries.tokenizer_dir))
+    lengths = [len(meaning) for meaning in token_bytes(tokenizer)]
+    return Corpus(
+        entries=entries,
+        tokenizer=tokenizer,
+        shards=TokenShards.open(entries.tokens_dir),
+        byte_lengths=np.array(lengths, dtype=np.int64),
+    )
+
+
+def _nursery(corpus: NurseryCorpus | FilesCorpus, seed: int, store: Store) -> Path | None:
+    """The nursery's text; none for other corpora."""
+    if not isinstance(corpus, NurseryCorpus):
+        return None
+    key = hash_json({"nursery": NURSERY_VERSION, "seed": seed, **corpus.model_dump(mode="json")})
+
+    def make(directory: Path) -> None:
+        log.info("nursery: writing %s words", f"{corpus.words:,}")
+        write_nursery(
+            directory,
+            words=corpus.words,
+            dev_words=corpus.dev_words,
+            pairs_per_task=corpus.pairs_per_task,
+            seed=seed,
+        )
+
+    return store.build("text", key, make)
+
+
+def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tuple[str, Path]:
+    """The tokenizer's key and directory."""
+    spec = job.tokenizer
+    if isinstance(spec, LoadedTokenizer):
+        loaded = load_tokenizer(spec.path)
+        key = tokenizer_fingerprint(loaded)
+        return key, store.build("tokenizers", key, lambda folder: save_tokenizer(loaded, folder))
+    key = hash_json({"text": sources.fingerprint(), **spec.model_dump(mode="json")})
+
+    def make(directory: Path) -> None:
+        log.info("tokenizer: learning %d tokens", spec.vocab_size)
+        train_tokenizer(spec, _lines(sources), directory, check=check)
+
+    return key, store.build("tokenizers", key, make)
+
+
+def _lines(sources: Sources) -> Iterator[str]:
+    for _, lines in iter_text(sources, "train"):
+        yield from lines
+
+
+def _some(path: Path | None) -> Path:
+    assert path is not None, "a nursery corpus has its text in the store"
+    return path
