@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -60,6 +61,7 @@ from babyllama_ds.spec.job import (
 from babyllama_ds.stopping import StopRequest, started_by_launcher
 from babyllama_ds.store import RunLock, Store, link_entry
 from babyllama_ds.teachers.ensemble import Ensemble, Member
+from babyllama_ds.training.batches import check_warmup
 from babyllama_ds.training.loop import Stage, Surroundings, train
 
 log = logging.getLogger(__name__)
@@ -147,11 +149,9 @@ class Pipeline:
             self._attention(where, model)
             if training is not None:
                 self._deepspeed(where, training)
-                TrainWindows(
-                    corpus.shards,
-                    length=self.job.windows.length,
-                    offsets=self.job.windows.offsets,
-                    seed=0,
+                windows = self._windows(corpus, seed=0)
+                check_warmup(
+                    training, windows.num_windows, windows.length, where=_training_key(where)
                 )
         self._dev_text(corpus, None)
         self._benchmarks(corpus)
@@ -199,7 +199,7 @@ class Pipeline:
                 "tokens": corpus.entries.tokens_key,
             },
         }
-        ranks.on_rank_zero(lambda: files.write_json(self.run_dir / "environment.json", facts))
+        ranks.on_rank_zero(lambda: self._keep_environment(facts))
         log.info(
             "%s: %d ranks on %s (%d threads each), ZeRO-%d, %s, attention %s, in %s",
             self.job.run_name,
@@ -212,6 +212,13 @@ class Pipeline:
             self.run_dir,
         )
 
+    def _keep_environment(self, facts: dict[str, Any]) -> None:
+        """Write where the models are made; a later start that makes none does not rewrite it."""
+        path = self.run_dir / "environment.json"
+        made = (self.run_dir / "student" / files.MANIFEST_NAME).exists()
+        if not (made and path.exists()):
+            files.write_json(path, facts)
+
     # -- training ---------------------------------------------------------------------------------
 
     def teacher(self, spec: TeacherSpec, corpus: Corpus) -> Path:
@@ -219,14 +226,16 @@ class Pipeline:
         stage = f"teachers/{spec.name}"
         key = ranks.on_rank_zero(lambda: self._teacher_key(spec, corpus))
         ranks.on_rank_zero(
-            lambda: self.directory.claim_stage(stage, key, made_from="the teacher's own weights")
+            lambda: self.directory.claim_stage(
+                stage, key, made_from="its text, weights or precision"
+            )
         )
         with held_by_rank_zero(self.store.lock("teachers", key)):
             entry = ranks.on_rank_zero(lambda: self.store.find("teachers", key))
             if entry is None:
                 entry = self._make_teacher(spec, corpus, stage, key)
             else:
-                log.info("%s: done before, in %s", stage, entry)
+                log.info("%s: done before", stage)
         found = entry
         ranks.on_rank_zero(lambda: link_entry(found, self.run_dir / "teachers" / spec.name))
         return found
@@ -306,7 +315,9 @@ class Pipeline:
     ) -> Path:
         target = self.run_dir / stage
         ranks.on_rank_zero(
-            lambda: self.directory.claim_stage(stage, key, made_from="its teachers or its text")
+            lambda: self.directory.claim_stage(
+                stage, key, made_from="its text, teachers or precision"
+            )
         )
         if ranks.on_rank_zero(lambda: files.read_manifest(target) is not None):
             log.info("%s: done before", stage)
@@ -358,12 +369,7 @@ class Pipeline:
                 stop=self.stop,
                 checkpoints=checkpoints,
             ),
-            windows=TrainWindows(
-                corpus.shards,
-                length=self.job.windows.length,
-                offsets=self.job.windows.offsets,
-                seed=seed,
-            ),
+            windows=self._windows(corpus, seed=seed),
             dev=self._dev_text(corpus, training.evaluate_windows),
             ensemble=ensemble,
         )
@@ -399,6 +405,7 @@ class Pipeline:
 
     def report(self) -> None:
         """report/, and the model cards that quote it."""
+        shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
         report = write_report(self.run_dir)
         for name in ("student", "control"):
             if (self.run_dir / name).is_dir():
@@ -453,6 +460,10 @@ class Pipeline:
         attention = self._attention(where, spec.model)
         model = load_model(str(path.resolve()), attention=attention, where=where, dtype=self._dtype)
         return FrozenModel(model, device=self.device, dtype=self._dtype)
+
+    def _windows(self, corpus: Corpus, *, seed: int) -> TrainWindows:
+        spec = self.job.windows
+        return TrainWindows(corpus.shards, length=spec.length, offsets=spec.offsets, seed=seed)
 
     def _dev_text(self, corpus: Corpus, limit: int | None) -> DevWindows:
         text = DevText(corpus.shards, length=self.job.windows.length, limit=limit)

@@ -312,8 +312,9 @@ def _score_batch(
 ) -> Tensor:
     """Scores [B] in float64, on the device."""
     lengths_B = torch.tensor([len(ids) for ids in sentences])
-    # Padded on the right with any id: attention is causal, so it cannot reach what is scored.
-    tokens_BS = torch.zeros(len(sentences), int(lengths_B.max()), dtype=torch.long)
+    # Padded on the right: attention is causal, so padding cannot reach what is scored. Its id is
+    # the sentence's own first, not `<pad>`, at whose sight transformers asks for an attention mask.
+    tokens_BS = torch.tensor([ids[:1] for ids in sentences]).repeat(1, int(lengths_B.max()))
     for row, ids in enumerate(sentences):
         tokens_BS[row, : len(ids)] = torch.tensor(ids)
     counted_BT = torch.arange(1, tokens_BS.shape[1]) < lengths_B[:, None]

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from babyllama_ds.errors import JobError
 from babyllama_ds.losses.distillation import IGNORED_LABEL
 from babyllama_ds.spec.job import TrainingSpec
 
@@ -112,9 +113,8 @@ class BatchPlan:
         slots[: len(ids)] = ids
         for row in slots.reshape(-1, num_ranks, size)[:, rank]:
             real = row >= 0
-            tokens_BS = np.zeros((size, self._windows.length), dtype=np.int64)
-            if real.any():
-                tokens_BS[real] = self._windows.windows(epoch, row[real])
+            # What stands in a padding window has no effect: the epoch's window 0 will do.
+            tokens_BS = self._windows.windows(epoch, np.where(real, row, 0))
             yield micro_batch(
                 torch.from_numpy(tokens_BS).to(self._device),
                 torch.from_numpy(real).to(self._device),
@@ -139,3 +139,19 @@ def total_steps(training: TrainingSpec, num_windows: int, length: int) -> int:
     if training.max_tokens is not None:
         limits.append(training.max_tokens // (training.batch_windows * length))
     return max(1, min(limits))
+
+
+def check_warmup(training: TrainingSpec, num_windows: int, length: int, *, where: str) -> None:
+    """The warm-up ends before the training does.
+
+    Raises:
+        JobError: it does not.
+    """
+    steps = total_steps(training, num_windows, length)
+    if training.warmup_steps >= steps:
+        raise JobError.of(
+            f"{where}.warmup_steps",
+            got=training.warmup_steps,
+            expected=f"fewer than the training's {steps} optimizer steps",
+            hint="shorten the warm-up, lower `batch_windows`, or train for more epochs",
+        )

@@ -9,9 +9,11 @@ Shapes: N positions, D hidden size, V vocabulary, P rows of a head (P ≥ V).
 
 from __future__ import annotations
 
-import itertools
 import math
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +23,6 @@ from torch.nn import functional as F  # noqa: N812 - the field's name for it
 from babyllama_ds.losses.distillation import (
     IGNORED_LABEL,
     TeacherStates,
-    cross_entropy_loss,
     distillation_loss,
 )
 from babyllama_ds.losses.heads import Head
@@ -31,11 +32,6 @@ ALPHAS = (0.0, 0.3, 1.0)
 TEMPERATURES = (0.5, 1.0, 2.0)
 MEANS = ("logits", "probabilities")
 REDUCTIONS: tuple[SoftReduction, ...] = ("sequence", "token")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 # -- a problem, in float64 -------------------------------------------------------------------------
@@ -75,8 +71,7 @@ class Case:
             valid=self.valid,
             tokens=self.tokens,
             teachers=[
-                Teacher(cast(t.hidden), cast(t.weight), cast(t.bias), t.vote)
-                for t in self.teachers
+                Teacher(cast(t.hidden), cast(t.weight), cast(t.bias), t.vote) for t in self.teachers
             ],
             vocab_size=self.vocab_size,
             num_windows=self.num_windows,
@@ -101,7 +96,7 @@ def make_case(
     logit_std: float = 3.0,
     seed: int = 0,
 ) -> Case:
-    """Windows whose last position has no label, some inner labels missing, one window's end padding."""
+    """Windows whose last position has no label, inner labels missing, one window's end padded."""
     rng = torch.Generator().manual_seed(seed)
     num_positions, num_rows = num_windows * window, vocab_size + padding_rows
 
@@ -142,7 +137,7 @@ class Outcome:
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
-def with_gradients(case: Case, compute) -> Outcome:
+def with_gradients(case: Case, compute: Callable[[Tensor, Case], Outcome]) -> Outcome:
     """Runs `compute(hidden, case)` on leaves and collects what autograd finds.
 
     A tied case's hidden states are its embedding, scaled and bent, so that the weight's gradient
@@ -288,8 +283,8 @@ def test_values_and_gradients(num_teachers, alpha, temperature, mean_of, reducti
     case = make_case(teacher_widths=widths, votes=votes, tied=tied, biased=num_teachers != 3)
     case = case.to(dtype)
     settings = settings_of(case, alpha, temperature, mean_of, reduction)
-    expected = with_gradients(case.to(torch.float64), lambda h, c: reference(h, c, **settings))
-    got = with_gradients(case, lambda h, c: ours(h, c, chunk_tokens=50, **settings))
+    expected = with_gradients(case.to(torch.float64), partial(reference, **settings))
+    got = with_gradients(case, partial(ours, chunk_tokens=50, **settings))
     assert_close(got, expected, TOLERANCE[dtype])
 
 
@@ -299,8 +294,8 @@ def test_values_and_gradients(num_teachers, alpha, temperature, mean_of, reducti
 def test_any_chunk_size(tied, chunk_tokens, dtype) -> None:
     case = make_case(tied=tied).to(dtype)
     settings = settings_of(case, 0.3, 2.0, "logits", "token") | {"scale": 6.0}
-    expected = with_gradients(case.to(torch.float64), lambda h, c: reference(h, c, **settings))
-    got = with_gradients(case, lambda h, c: ours(h, c, chunk_tokens=chunk_tokens, **settings))
+    expected = with_gradients(case.to(torch.float64), partial(reference, **settings))
+    got = with_gradients(case, partial(ours, chunk_tokens=chunk_tokens, **settings))
     assert_close(got, expected, TOLERANCE[dtype])
 
 
@@ -323,8 +318,8 @@ def test_logits_of_80(temperature, mean_of, dtype) -> None:
         holder.weight[high, 0], holder.weight[low, 0] = 80.0, -80.0
     case = case.to(dtype)
     settings = settings_of(case, 0.3, temperature, mean_of, "sequence")
-    expected = with_gradients(case.to(torch.float64), lambda h, c: reference(h, c, **settings))
-    got = with_gradients(case, lambda h, c: ours(h, c, chunk_tokens=50, **settings))
+    expected = with_gradients(case.to(torch.float64), partial(reference, **settings))
+    got = with_gradients(case, partial(ours, chunk_tokens=50, **settings))
     largest = plain_logits(case.hidden, case.weight, None, case.vocab_size)[:, :2].abs().amax(-1)
     assert largest[1::2].eq(80).all()
     assert_close(got, expected, TOLERANCE[dtype])
@@ -341,8 +336,8 @@ def test_a_student_sure_of_what_the_teachers_rule_out(mean_of, far) -> None:
     case.teachers[1].bias[7] = -far
     case = case.to(torch.float32)
     settings = settings_of(case, 0.3, 0.5, mean_of, "token")
-    expected = with_gradients(case.to(torch.float64), lambda h, c: reference(h, c, **settings))
-    got = with_gradients(case, lambda h, c: ours(h, c, **settings))
+    expected = with_gradients(case.to(torch.float64), partial(reference, **settings))
+    got = with_gradients(case, partial(ours, **settings))
     # Logits of 80 are rounded to 5e-6, and T = 0.5 doubles that.
     assert_close(got, expected, 1e-5)
 
@@ -355,7 +350,7 @@ def test_nothing_to_count_is_zero_with_a_graph(dtype, alpha) -> None:
     case.valid.fill_(False)
     settings = settings_of(case, alpha, 2.0, "logits", "token")
     assert settings["ce_count"] == settings["kl_count"] == 1
-    got = with_gradients(case, lambda h, c: ours(h, c, chunk_tokens=50, **settings))
+    got = with_gradients(case, partial(ours, chunk_tokens=50, **settings))
     assert got.loss.item() == got.ce_sum.item() == got.kl_sum.item() == 0
     for gradient in got.gradients.values():
         assert torch.equal(gradient, torch.zeros_like(gradient))
@@ -365,10 +360,10 @@ def test_padding_rows_are_no_tokens() -> None:
     """Huge padding rows change nothing and get no gradient; as logits of 0 they would do both."""
     case = make_case(padding_rows=5)
     settings = settings_of(case, 0.3, 2.0, "logits", "sequence")
-    plain = with_gradients(case.to(torch.float64), lambda h, c: ours(h, c, **settings))
+    plain = with_gradients(case.to(torch.float64), partial(ours, **settings))
     for rows in (case.weight, *(t.weight for t in case.teachers)):
         rows[case.vocab_size :] = 1e3
-    got = with_gradients(case, lambda h, c: ours(h, c, **settings))
+    got = with_gradients(case, partial(ours, **settings))
     assert got.loss.item() == plain.loss.item()
     assert torch.equal(got.gradients["weight"], plain.gradients["weight"])
     assert got.gradients["weight"][case.vocab_size :].abs().max() == 0
@@ -498,30 +493,50 @@ def squared_errors(got: Outcome, expected: Outcome) -> dict[str, float]:
     return {name: relative_error(a.detach(), b.detach()) ** 2 for name, (a, b) in pairs.items()}
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("upcast", [False, True], ids=["all bf16", "fp32 from the logits on"])
-def test_bf16_errs_no_more_than_plain_bf16(upcast, temperature, alpha) -> None:
-    """Root-mean-square error against float64, over seeds: one sum may be right by luck.
-
-    Slack 1.1: beside a plain computation that goes to fp32 with its logits, ours makes the same
-    roundings in another order, and with 12 seeds their errors differ by some percent.
-    """
-    plain_error: dict[str, float] = {}
-    our_error: dict[str, float] = {}
+def error_ratios(
+    *, upcast: bool, chunk_tokens: int, alpha: float, temperature: float
+) -> dict[str, float]:
+    """Our error over the textbook's, both against float64, as root mean squares over seeds: one
+    sum alone may be right by luck."""
+    plain_errors: Counter[str] = Counter()
+    our_errors: Counter[str] = Counter()
     for seed in range(12):
         case = make_case(teacher_widths=(40, 31), votes=(1.0, 1.0), seed=seed, tied=seed % 2 == 0)
         case = case.to(torch.bfloat16)
         settings = settings_of(case, alpha, temperature, "logits", "sequence")
-        exact = with_gradients(case.to(torch.float64), lambda h, c: reference(h, c, **settings))
+        exact = with_gradients(case.to(torch.float64), partial(reference, **settings))
         plain = with_gradients(
-            case.to(torch.bfloat16), lambda h, c: textbook(h, c, upcast=upcast, **settings)
+            case.to(torch.bfloat16), partial(textbook, upcast=upcast, **settings)
         )
-        got = with_gradients(case, lambda h, c: ours(h, c, chunk_tokens=50, **settings))
-        for name, error in squared_errors(plain, exact).items():
-            plain_error[name] = plain_error.get(name, 0) + error
-        for name, error in squared_errors(got, exact).items():
-            our_error[name] = our_error.get(name, 0) + error
-    ratios = {name: math.sqrt(our_error[name] / plain_error[name]) for name in plain_error}
-    print(ratios)
-    assert all(ratio <= 1.1 for ratio in ratios.values()), ratios
+        got = with_gradients(case, partial(ours, chunk_tokens=chunk_tokens, **settings))
+        plain_errors.update(squared_errors(plain, exact))
+        our_errors.update(squared_errors(got, exact))
+    return {name: math.sqrt(our_errors[name] / plain_errors[name]) for name in plain_errors}
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_bf16_errs_no_more_than_plain_bf16(temperature, alpha) -> None:
+    """Slack 1.02: with α = 1 the head's gradient has the very same roundings in both (0.995
+    measured), and another CPU may add up its products in another order."""
+    ratios = error_ratios(upcast=False, chunk_tokens=50, alpha=alpha, temperature=temperature)
+    assert all(ratio <= 1.02 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_bf16_errs_hardly_more_than_with_all_logits_in_fp32(temperature, alpha) -> None:
+    """A textbook that upcasts its bf16 logits differs from us in one rounding: ours rounds each
+    chunk's part of the head's gradient to bf16 before summing in fp32. Slack 1.1, measured 1.054;
+    all else is equal to 1e-3."""
+    ratios = error_ratios(upcast=True, chunk_tokens=50, alpha=alpha, temperature=temperature)
+    assert ratios.pop("weight") <= 1.1
+    assert all(ratio <= 1.01 for ratio in ratios.values()), ratios
+
+
+def test_bf16_head_gradient_is_summed_in_fp32() -> None:
+    """In 71 chunks; summed in bf16 it would lose more with each. Rounding every part on its own
+    can at most double the square of the rounding error, hence √2."""
+    ratios = error_ratios(upcast=True, chunk_tokens=2, alpha=0.3, temperature=2.0)
+    assert ratios["weight"] <= math.sqrt(2), ratios
+    assert ratios["bias"] <= 1.01, ratios

@@ -7,8 +7,8 @@ the scene: who holds what, where things are, who is hungry or sad. It returns wh
 from __future__ import annotations
 
 from babyllama_ds.corpus.nursery import lexicon as lex
-from babyllama_ds.corpus.nursery.grammar import OBJECT, article, be, join
-from babyllama_ds.corpus.nursery.story import Entity, Spot, Story
+from babyllama_ds.corpus.nursery.grammar import OBJECT, article, be, conjugate, join
+from babyllama_ds.corpus.nursery.story import Entity, Spot, Story, hiding_places
 
 Parts = tuple[str | Entity, ...]
 
@@ -120,12 +120,13 @@ def throw(story: Story) -> bool:
     catcher = story.actor(lambda one: one is not thrower and story.may_do(one, lex.CATCH))
     if catcher is None:
         return False
-    story.tell(thrower, lex.THROW, thing, "to", catcher, form=story.done())
+    simple = "present" if story.style == "book" else "past"
+    story.tell(thrower, lex.THROW, thing, "to", catcher, form=simple)
     if story.draw.chance(0.65):
-        story.tell(catcher, lex.CATCH, thing, form="past")
+        story.tell(catcher, lex.CATCH, thing, form=simple)
         thing.holder = catcher
         return True
-    missed = story.clause(catcher, lex.CATCH, thing, form="past", negative=True)
+    missed = story.clause(catcher, lex.CATCH, thing, form=simple, negative=True)
     story.emit(missed)
     return _roll_away(story, thing)
 
@@ -134,7 +135,7 @@ def _roll_away(story: Story, thing: Entity) -> bool:
     base = story.base(lambda it: it.is_a("furniture"))
     thing.holder = None
     if base is not None and story.may_do(thing, lex.ROLL):
-        spot = Spot(story.draw.even(("under", "behind")), base)
+        spot = Spot(story.draw.even(hiding_places(base)), base)
         story.tell(thing, lex.ROLL, spot.preposition, base, form=story.done())
         thing.spot = spot
     return True
@@ -176,11 +177,8 @@ def put(story: Story) -> bool:
     base = story.base(lambda _: True)
     if base is None:
         return False
-    hidden = ("under", "behind")
-    open_places = ("on", "near") if base.is_a("top") else ("near",)
-    if base.is_a("container"):
-        hidden, open_places = ("in", "behind"), ("in",)
-    spot = Spot(story.draw.even(hidden if verb is lex.HIDE else open_places), base)
+    shown = ("on", "near") if base.is_a("top") else ("in" if base.is_a("container") else "near",)
+    spot = Spot(story.draw.even(hiding_places(base) if verb is lex.HIDE else shown), base)
     story.tell(thing.holder, verb, thing, spot.preposition, base, form=story.done())
     thing.holder, thing.spot = None, spot
     return True
@@ -192,7 +190,7 @@ def lose(story: Story) -> bool:
     loser = thing.holder if thing is not None else None
     if thing is None or loser is None or not story.may_do(loser, lex.LOSE):
         return False
-    story.tell(loser, lex.LOSE, thing, form="past" if story.past else "perfect")
+    story.tell(loser, lex.LOSE, thing, form="present" if story.style == "book" else story.done())
     base = story.base(lambda it: it.is_a("furniture") and not it.is_a("openable"))
     thing.holder, thing.spot = None, Spot("under", base) if base else None
     if story.draw.chance(0.4):
@@ -253,7 +251,7 @@ def fix(story: Story) -> bool:
     if thing is None or fixer is None:
         return thing is not None
     story.tell(
-        fixer, lex.FIX, thing, form="past" if story.past else story.draw.even(("past", "will"))
+        fixer, lex.FIX, thing, form=story.done() if story.past or story.draw.chance(0.5) else "will"
     )
     thing.mood = None
     return True
@@ -290,7 +288,7 @@ def wear(story: Story) -> bool:
     wearer = cloth.holder or cloth.owner or story.actor(lambda one: story.may_do(one, lex.WEAR))
     if wearer is None or not story.may_do(wearer, lex.WEAR):
         return False
-    story.tell(wearer, lex.WEAR, cloth, form="past progressive" if story.past else "progressive")
+    story.tell(wearer, lex.WEAR, cloth, form=story.going())
     cloth.holder, cloth.spot = wearer, None
     return True
 
@@ -307,7 +305,7 @@ def read(story: Story) -> bool:
     parts: Parts = (book,)
     if listener is not None and story.draw.chance(0.5):
         parts = (book, "to", listener)
-    story.tell(reader, lex.READ, *parts, form="past progressive" if story.past else "progressive")
+    story.tell(reader, lex.READ, *parts, form=story.going())
     book.holder, book.spot = reader, None
     return True
 
@@ -401,18 +399,20 @@ def fall(story: Story) -> bool:
     faller = story.actor(lambda one: one.is_a("person") and story.may_do(one, lex.FALL))
     if faller is None:
         return False
-    words = story.clause(faller, lex.FALL, form="past")
+    form = "present" if story.style == "book" else "past"
+    words = story.clause(faller, lex.FALL, form=form)
     if story.draw.chance(0.7):
-        words = join(words, "and", lex.HURT.past, story.object(faller))
+        hurts = conjugate(lex.HURT, faller.pronoun, form).main
+        words = join(words, "and", hurts, story.object(faller))
     story.emit(words)
-    story.remember(faller, lex.FALL, form="past")
+    story.remember(faller, lex.FALL, form=form)
     if not story.may_do(faller, lex.CRY):
         return True
     faller.mood = lex.SAD
     cause = join("because", faller.pronoun, lex.FALL.past)
     if story.draw.chance(0.6):
-        story.tell(faller, lex.CRY, form="past" if story.past else "progressive")
-    elif not story.past:
+        story.tell(faller, lex.CRY, form=story.going())
+    elif story.style == "now":
         story.emit(f"why {story.be(faller)} {story.subject(faller)} crying", "?")
         story.emit(cause)
     helper = story.actor(
@@ -459,7 +459,7 @@ def _flee(story: Story, prey: Entity) -> None:
     elif story.may_do(prey, lex.RUN):
         options.append((lex.RUN, ("away",)))
     if base is not None and story.may_do(prey, lex.HIDE):
-        options.append((lex.HIDE, (story.draw.even(("behind", "under")), base)))
+        options.append((lex.HIDE, (story.draw.even(hiding_places(base)), base)))
     if base is not None and base.is_a("climbable") and story.may_do(prey, lex.CLIMB):
         options.append((lex.CLIMB, (base,)))
     if options:
@@ -498,7 +498,7 @@ def move(story: Story) -> bool:
         return False
     story.emit(story.clause(one, verb, *tail, form=form))
     if form not in ("want", "can"):
-        story.remember(one, verb, *tail, form="progressive" if form == "present" else form)
+        story.remember(one, verb, *tail, form=form)
     if verb is lex.SLEEP:
         one.mood = lex.TIRED
     return True
@@ -509,7 +509,7 @@ def _tail(story: Story, verb: lex.Verb, one: Entity) -> Parts | None:
     chance = story.draw.chance
     here: Parts = ("in", f"the {story.place.singular}")
     if verb is lex.SWIM:
-        return ("in the water",) if "outdoors" in story.place.kinds else None
+        return ("in the water",) if "pond" in story.place.kinds else None
     if verb is lex.BARK:
         other = story.actor(lambda it: it is not one)
         return ("at", other) if other is not None and chance(0.7) else ()
@@ -524,7 +524,7 @@ def _tail(story: Story, verb: lex.Verb, one: Entity) -> Parts | None:
         return ("on" if base.is_a("top") else "under", base)
     base = story.base(lambda it: it.is_a("furniture"))
     if verb is lex.HIDE:
-        return ("behind", base) if base is not None else None
+        return (story.draw.even(hiding_places(base)), base) if base is not None else None
     if base is None or chance(0.4):
         return here
     if verb is lex.FLY:
@@ -547,7 +547,7 @@ def admire(story: Story) -> bool:
     one = story.actor(lambda one: story.may_do(one, lex.SEE))
     if one is None:
         return False
-    if story.draw.chance(0.6) and "outdoors" in story.place.kinds:
+    if story.draw.chance(0.6) and "pond" in story.place.kinds:
         story.tell(one, lex.SEE, one, "in the water", form="past" if story.past else "present")
         return True
     other = one
@@ -639,7 +639,7 @@ def _arrive(story: Story, one: Entity) -> bool:
     verb = story.draw.even(verbs)
     tail = _tail(story, verb, one)
     if tail is not None:
-        story.tell(one, verb, *tail, form="past progressive" if story.past else "progressive")
+        story.tell(one, verb, *tail, form=story.going())
     return True
 
 

@@ -169,12 +169,12 @@ THINGS = (
 )
 
 FOODS = (
-    _noun("apple apples", "thing portable food roller throwable"),
-    _noun("cookie cookies", "thing portable food baked"),
-    _noun("cake cakes", "thing portable food baked"),
-    _noun("banana bananas", "thing portable food"),
-    _noun("egg eggs", "thing portable food roller"),
-    _noun("carrot carrots", "thing portable food"),
+    _noun("apple apples", "thing portable food roller throwable snack"),
+    _noun("cookie cookies", "thing portable food baked snack"),
+    _noun("cake cakes", "thing portable food baked snack"),
+    _noun("banana bananas", "thing portable food snack"),
+    _noun("egg eggs", "thing portable food roller snack"),
+    _noun("carrot carrots", "thing portable food snack"),
 )
 
 MASS = (
@@ -200,8 +200,8 @@ FURNITURE = (
 
 PLACES = (
     _noun("kitchen", "place indoors"),
-    _noun("garden", "place outdoors"),
-    _noun("park", "place outdoors"),
+    _noun("garden", "place outdoors pond"),
+    _noun("park", "place outdoors pond"),
     _noun("yard", "place outdoors"),
     _noun("bedroom", "place indoors"),
     _noun("barn", "place outdoors"),
@@ -233,7 +233,7 @@ SLEEP = _verb("sleep sleeps slept slept sleeping", _ANIMATE)
 PLAY = _verb("play plays played played playing", "player")
 SIT = _verb("sit sits sat sat sitting", _ANIMATE)
 JUMP = _verb("jump jumps jumped jumped jumping", "jumper")
-FALL = _verb("fall falls fell fallen falling", _ANIMATE + " portable")
+FALL = _verb("fall falls fell fallen falling", _ANIMATE)
 HIDE = _verb("hide hides hid hidden hiding", _ANIMATE, "portable")
 WALK = _verb("walk walks walked walked walking", _ANIMATE)
 CRY = _verb("cry cries cried cried crying", "child infant")
@@ -332,8 +332,8 @@ HAPPY, HUNGRY, SAD, TIRED, ANGRY, SCARED, THIRSTY = MOODS
 
 SIZES = (
     _adjective("little", "person animal toy container furniture plant cup bowl spoon"),
-    _adjective("big bigger", "animal toy container furniture cup bowl food"),
-    _adjective("small smaller", "animal toy container dish food"),
+    _adjective("big bigger", "animal toy container furniture cup bowl snack"),
+    _adjective("small smaller", "animal toy container dish snack"),
     _adjective("tall taller", "person tall"),
 )
 LITTLE, BIG, SMALL, TALL = SIZES

@@ -118,7 +118,7 @@ def what_did(story: Story) -> bool:
         story.mention(event.thing)
         story.emit(name)
     else:
-        story.emit(story.clause(event.subject, event.verb, event.thing, form=event.form))
+        story.emit(story.clause(event.subject, event.verb, *event.parts, form=event.form))
     return True
 
 
@@ -163,9 +163,7 @@ def did_they(story: Story) -> bool:
 
 def is_it_so(story: Story) -> bool:
     """`Is the ball red? No, it isn't. It is blue.`"""
-    thing = story.thing(
-        lambda it: it.known and it.adjective is not None and not story.has_twin(it)
-    )
+    thing = story.thing(lambda it: it.known and it.adjective is not None and not story.has_twin(it))
     if thing is None or thing.adjective is None:
         return False
     colours = [colour for colour in lex.COLOURS if story.draw.may_be(thing.noun, colour)]
@@ -280,7 +278,9 @@ def tagged(story: Story) -> bool:
         for it in story.things
         if it.holder is not None and not it.gone and it.known
     ]
-    choices += [tuple(event) for event in story.happenings[-2:]]
+    choices += [
+        (event.subject, event.verb, event.parts, event.form) for event in story.happenings[-2:]
+    ]
     if not choices:
         return False
     subject, verb, parts, form = story.draw.even(choices)

@@ -89,7 +89,7 @@ def near(story: Story) -> bool:
         if it.spot is not None and not it.gone
     ]
     living = [one for one in story.actors if not one.noun.is_name and not one.is_a("kin")]
-    others = [*story.furniture, *story.actors]
+    others = [*story.furniture, *(one for one in story.actors if one.known)]
     options += [
         (one, story.draw.even(("near", "behind")), other)
         for one in living
@@ -110,7 +110,9 @@ def near(story: Story) -> bool:
     return True
 
 
-def _predicate(story: Story, one: Entity, noun: lex.Noun) -> str | None:
+def _predicate(
+    story: Story, one: Entity, noun: lex.Noun, besides: Happening | None = None
+) -> str | None:
     """A verb phrase that is true of the entity, and that its noun may stand with."""
     options: list[tuple[lex.Verb, str, str]] = []
     if one.mood is not None and story.draw.may_be(noun, one.mood):
@@ -119,8 +121,8 @@ def _predicate(story: Story, one: Entity, noun: lex.Noun) -> str | None:
         options.append((lex.BE, one.adjective.base, story.state))
     for event in story.happenings[-3:]:
         alone = event.subject is one and all(isinstance(part, str) for part in event.parts)
-        if alone and event.parts and story.draw.may_do(noun, event.verb):
-            form = "perfect" if event.form == "past" and not story.past else event.form
+        if alone and event is not besides and story.draw.may_do(noun, event.verb):
+            form = "perfect" if event.form == "past" and story.style == "now" else event.form
             options.append((event.verb, join(*event.parts), form))  # type: ignore[arg-type]
     if one.is_a("person") and story.draw.chance(0.5):
         liked = story.draw.pick(lex.FOODS + lex.ANIMALS)
@@ -157,7 +159,7 @@ def who_did_it(story: Story) -> bool:
         return False
     event = story.draw.even(happened)
     one = event.subject
-    predicate = _predicate(story, one, kind_of(one))
+    predicate = _predicate(story, one, kind_of(one), event)
     if predicate is None:
         return False
     head = form_of(kind_of(one), plural=one.plural)
@@ -460,7 +462,7 @@ def not_any(story: Story) -> bool:
     text = story.subject(one)
     form = story.state
     if verb not in (lex.HAVE, lex.WANT):
-        form = "past" if story.past or story.draw.chance(0.5) else "can"
+        form = story.state if story.style != "now" else story.draw.even(("past", "can"))
     finite = conjugate(verb, one.pronoun, form)
     if story.draw.chance(0.25):
         story.emit(declare(text, finite, f"some {noun}"))
@@ -483,9 +485,9 @@ def _there_is_none(story: Story) -> bool:
 
 def never(story: Story) -> bool:
     """`Anna never eats soup.` `Tom has never seen a bear.`"""
-    one = story.actor(lambda one: True)
+    one = story.actor(lambda _: True)
     verb = story.draw.even((*_ANY_VERBS, *_SKILLS, lex.CRY, lex.RUN, lex.DRINK, lex.RIDE))
-    if one is None or not story.may_do(one, verb):
+    if one is None or not story.may_do(one, verb) or story.has_done(one, verb):
         return False
     tail = ""
     if verb in _ANY_VERBS or verb in (lex.DRINK, lex.RIDE):
@@ -583,7 +585,7 @@ def one_who_is_not(story: Story) -> bool:
     if one is None:
         return False
     noun = kind_of(one)
-    verb = story.draw.even((lex.EAT, lex.DRINK, lex.WEAR, lex.MAKE, lex.CARRY, lex.HOLD))
+    verb = story.draw.even((lex.EAT, lex.DRINK, lex.WEAR, lex.MAKE, lex.HOLD))
     quality = one.mood or story.draw.pick(lex.MOODS)
     thing = _something(story, verb)
     fits = story.draw.may_do(noun, verb) and story.draw.may_be(noun, quality)
@@ -601,9 +603,7 @@ def one_who_is_not(story: Story) -> bool:
     head = form_of(noun, plural=one.plural)
     link = story.draw.even(("who", "who", "that"))
     story.mention(one)
-    story.emit(
-        f"the {head} {link} {inner} {quality.base} {outer} {verb.gerund} {amount} {thing}"
-    )
+    story.emit(f"the {head} {link} {inner} {quality.base} {outer} {verb.gerund} {amount} {thing}")
     return True
 
 
@@ -653,7 +653,11 @@ def because(story: Story) -> bool:
         return False
     words = story.being(one, quality.base)
     one.mood = quality
-    story.emit(join(words, "because", story.clause(holder, lex.HAVE, thing)))
+    if one is holder:
+        has = declare(one.pronoun, conjugate(lex.HAVE, one.pronoun, story.state))
+        story.emit(join(words, "because", has, story.object(thing)))
+    else:
+        story.emit(join(words, "because", story.clause(holder, lex.HAVE, thing)))
     return True
 
 
@@ -690,7 +694,9 @@ def when(story: Story) -> bool:
     if one is None or other is None:
         return False
     causes = [verb for verb in (lex.BARK, lex.FALL, lex.CRY, lex.LAUGH) if story.may_do(one, verb)]
-    effects = [verb for verb in (lex.RUN, lex.LAUGH, lex.JUMP, lex.CRY) if story.may_do(other, verb)]
+    effects = [
+        verb for verb in (lex.RUN, lex.LAUGH, lex.JUMP, lex.CRY) if story.may_do(other, verb)
+    ]
     if not causes or not effects:
         return False
     cause, effect = story.draw.even(causes), story.draw.even(effects)
@@ -700,6 +706,37 @@ def when(story: Story) -> bool:
     story.remember(one, cause, form="past")
     story.remember(other, effect, *([tail] if tail else []), form="past")
     return True
+
+
+def habit(story: Story) -> bool:
+    """`Lily sings every day.` `The dogs always sleep under the table.`"""
+    one = story.actor(lambda one: one.known)
+    if one is None:
+        return False
+    verbs = [verb for verb in _HABITS if story.may_do(one, verb)]
+    if not verbs:
+        return False
+    verb = story.draw.even(verbs)
+    tail = "trees" if verb is lex.CLIMB else ""
+    if verb in (lex.RUN, lex.WALK, lex.SLEEP, lex.PLAY):
+        tail = f"in the {story.place.singular}"
+    if story.draw.chance(0.25):
+        finite = conjugate(verb, one.pronoun, story.state)
+        story.emit(ask(story.subject(one), finite, join(tail, "every day")), "?")
+        story.emit(f"yes, {one.pronoun} {finite.operator}")
+        story.mention(one)
+    elif story.draw.chance(0.6):
+        story.emit(story.clause(one, verb, tail, "every day"))
+    else:
+        adverb = "always" if story.has_done(one, verb) else story.draw.even(("always", "never"))
+        story.emit(story.clause(one, verb, tail, adverb=adverb))
+    return True
+
+
+_HABITS = (
+    lex.RUN, lex.SLEEP, lex.PLAY, lex.JUMP, lex.WALK, lex.LAUGH, lex.SWIM, lex.SING, lex.FLY,
+    lex.BARK, lex.CRY, lex.CLIMB,
+)  # fmt: skip
 
 
 def plan(story: Story) -> bool:

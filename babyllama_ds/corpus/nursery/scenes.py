@@ -10,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from babyllama_ds.corpus.nursery import events, lexicon as lex, questions, remarks
+from babyllama_ds.corpus.nursery import events, questions, remarks
+from babyllama_ds.corpus.nursery import lexicon as lex
 from babyllama_ds.corpus.nursery.grammar import join
 from babyllama_ds.corpus.nursery.held_out import Draw
-from babyllama_ds.corpus.nursery.story import Entity, Spot, Story, indefinite
+from babyllama_ds.corpus.nursery.story import Entity, Spot, Story, Style, indefinite
 
 Move = Callable[[Story], bool]
 
@@ -54,6 +55,8 @@ def tell_scene(seed: str, *, training: bool) -> str:
         move = draw.weighted(moves, weights)
         if used.count(move) < _REPEATS.get(move, 1) and move(story):
             used.append(move)
+    if draw.chance(0.2):
+        close_scene(story)
     return " ".join(story.sentences[:MAX_SENTENCES])
 
 
@@ -64,7 +67,7 @@ def set_up(draw: Draw, theme: Theme) -> Story:
     """Cast, place, furniture and things of a scene, nothing told yet."""
     indoors = draw.chance(theme.indoors)
     places = [place for place in lex.PLACES if ("indoors" in place.kinds) == indoors]
-    story = Story(draw, draw.pick(places), theme.things, past=draw.chance(0.4))
+    story = Story(draw, draw.pick(places), theme.things, draw.weighted(_STYLES, _STYLE_WEIGHTS))
     _add_people(story, draw.number(*theme.children), "child")
     _add_people(story, draw.number(*theme.adults), "adult")
     for _ in range(draw.number(*theme.animals)):
@@ -141,7 +144,7 @@ def _adjective(draw: Draw, noun: lex.Noun, *, other_than: lex.Adjective | None =
 def _add_furniture(story: Story, indoors: bool) -> None:
     draw = story.draw
     table, bed, tree, chair, door = lex.FURNITURE
-    around = (tree, table, chair, door)
+    around: tuple[lex.Noun, ...] = (tree, table, chair, door)
     if indoors:
         around = (bed, chair, door) if story.place.singular == "bedroom" else (table, chair, door)
     nouns = [draw.pick(around), draw.even(around)]
@@ -199,7 +202,7 @@ def _spot(story: Story) -> Spot | None:
     elif base.is_a("top"):
         preposition = draw.pick(("on", "under", "near"))
     else:
-        preposition = draw.pick(("under", "behind", "near") if base.is_a("tall") else ("near",))
+        preposition = draw.pick(("under", "near") if base.is_a("tall") else ("near", "behind"))
     return Spot(preposition, base)
 
 
@@ -265,6 +268,22 @@ def _bring_in(story: Story, here: str) -> None:
         noun = story.noun_phrase(thing, adjective=draw.chance(0.6))
         story.emit(story.clause(thing.holder, lex.HAVE, indefinite(thing, noun)))
         thing.known = True
+
+
+def close_scene(story: Story) -> None:
+    """A last sentence: everybody is happy, or goes to bed."""
+    draw = story.draw
+    if draw.chance(0.3):
+        word = draw.even(("everybody", "nobody"))
+        mood = "happy" if word == "everybody" else "sad"
+        story.emit(f"now {word} {'was' if story.past else 'is'} {mood}")
+        return
+    one = story.pair() or story.actors[0]
+    if not story.past and one.noun.is_name and not one.members:
+        story.emit(f"goodnight, {one.noun.singular}", "!")
+    elif story.style != "now":
+        where = "to bed" if "indoors" in story.place.kinds else "home"
+        story.emit(join("then", story.clause(one, lex.GO, where, form=story.state)))
 
 
 # -- themes -------------------------------------------------------------------------------------
@@ -367,18 +386,21 @@ _TALK: tuple[tuple[Move, float], ...] = (
     (questions.where, 2), (questions.is_it_there, 1), (questions.who_has, 1),
     (questions.does_she_have, 1), (questions.who_did, 1.5), (questions.what_did, 2),
     (questions.what_doing, 1.5), (questions.did_they, 2), (questions.is_it_so, 1),
-    (questions.how_is, 1), (questions.which, 0.5), (questions.whose, 1), (questions.how_many, 0.6),
+    (questions.how_is, 1), (questions.which, 1.5), (questions.whose, 1), (questions.how_many, 0.6),
     (questions.why_sad, 1), (questions.tagged, 1.5), (questions.ask_you, 1),
     (remarks.mood, 1.5), (remarks.attribute, 1.5), (remarks.there_is, 2.5), (remarks.near, 3),
     (remarks.who_did_it, 3), (remarks.what_was_done, 2), (remarks.who_has_it, 2),
-    (remarks.compare, 1), (remarks.point, 1), (remarks.each, 1), (remarks.owns, 1),
+    (remarks.compare, 1.5), (remarks.point, 1), (remarks.each, 1.5), (remarks.owns, 1),
     (remarks.knows, 3), (remarks.thinks, 0.8), (remarks.likes, 1), (remarks.not_any, 2),
     (remarks.never, 1.2), (remarks.ever, 0.8), (remarks.nobody, 0.8),
     (remarks.can_and_cannot, 1), (remarks.one_who_is_not, 1.3), (remarks.one_who_cannot, 0.5),
     (remarks.fact, 1), (remarks.because, 1), (remarks.meanwhile, 1.5), (remarks.when, 1),
-    (remarks.plan, 1), (questions.able, 1),
-    (remarks.passive, 1), (remarks.request, 1),
+    (remarks.plan, 1), (remarks.habit, 2.5), (questions.able, 1),
+    (remarks.passive, 2), (remarks.request, 1),
 )  # fmt: skip
+
+_STYLES: tuple[Style, ...] = ("now", "book", "past")
+_STYLE_WEIGHTS = (0.4, 0.65, 1.0)
 
 _REPEATS: dict[Move, int] = {
     events.move: 3, events.take: 2, events.throw: 2, events.eat: 2, remarks.near: 2,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from babyllama_ds.corpus.nursery.grammar import (
     OBJECT,
@@ -28,6 +28,10 @@ from babyllama_ds.corpus.nursery.grammar import (
 )
 from babyllama_ds.corpus.nursery.held_out import Draw
 from babyllama_ds.corpus.nursery.lexicon import BE, Adjective, Noun, Verb
+
+Style = Literal["now", "book", "past"]
+"""How a scene is told: as it happens (Anna is running), as in a picture book (Anna runs), or
+after it happened."""
 
 
 class Spot(NamedTuple):
@@ -62,11 +66,19 @@ class Entity:
 
     @property
     def plural(self) -> bool:
+        """Whether it is a group."""
         return self.pronoun == "they"
 
     def is_a(self, kind: str) -> bool:
         """Whether its noun is of the kind."""
         return kind in self.noun.kinds
+
+
+def hiding_places(base: Entity) -> tuple[str, ...]:
+    """Where something is out of sight."""
+    if base.is_a("container"):
+        return ("in", "behind")
+    return ("under", "behind") if base.is_a("top") else ("behind",)
 
 
 class Happening(NamedTuple):
@@ -87,14 +99,13 @@ class Happening(NamedTuple):
 class Story:
     """One scene while it is told."""
 
-    def __init__(
-        self, draw: Draw, place: Noun, topics: Sequence[Noun] = (), *, past: bool
-    ) -> None:
+    def __init__(self, draw: Draw, place: Noun, topics: Sequence[Noun], style: Style) -> None:
         self.draw = draw
         self.topics = topics
         """Things of the kind that the scene is about, present or not."""
         self.place = place
-        self.past = past
+        self.style = style
+        self.past = style == "past"
         self.actors: list[Entity] = []
         """People and animals."""
         self.things: list[Entity] = []
@@ -119,7 +130,7 @@ class Story:
         return all(self.draw.may_do(noun, verb) for noun in nouns)
 
     def actor(self, test: Callable[[Entity], bool]) -> Entity | None:
-        """A person or animal that passes the test; the one just mentioned is likelier."""
+        """A person or animal that passes the test; those already known are likelier."""
         return self._one_of([entity for entity in self.actors if test(entity)])
 
     def thing(self, test: Callable[[Entity], bool]) -> Entity | None:
@@ -140,8 +151,10 @@ class Story:
     def _one_of(self, found: Sequence[Entity]) -> Entity | None:
         if not found:
             return None
+        if self.draw.chance(0.65):
+            found = [entity for entity in found if entity.known] or found
         recent = [entity for entity in found if entity in self._focus]
-        if recent and self.draw.chance(0.4):
+        if recent and self.draw.chance(0.35):
             return recent[0]
         return self.draw.even(found)
 
@@ -156,13 +169,17 @@ class Story:
         """A form for what is over once it is told."""
         if self.past:
             return "past"
-        return self.draw.weighted(("past", "perfect", "present"), (0.55, 0.9, 1.0))
+        if self.style == "book":
+            return "present" if self.draw.chance(0.9) else "perfect"
+        return "past" if self.draw.chance(0.65) else "perfect"
 
     def going(self) -> str:
         """A form for what goes on."""
         if self.past:
             return "past" if self.draw.chance(0.5) else "past progressive"
-        return "progressive" if self.draw.chance(0.9) else "present"
+        if self.style == "book":
+            return "present" if self.draw.chance(0.75) else "progressive"
+        return "progressive"
 
     # -- reference ------------------------------------------------------------------------------
 
@@ -194,7 +211,7 @@ class Story:
         if entity is self._subject:
             return REFLEXIVE[entity.pronoun]
         if entity.is_a("furniture") or entity.is_a("container"):
-            return self.describe(entity)
+            return f"the {form_of(entity.noun, plural=entity.plural)}"
         again = entity in self._now
         if pronoun and self.is_clear(entity) and (again or self.draw.chance(0.65)):
             text = OBJECT[entity.pronoun]
@@ -206,7 +223,10 @@ class Story:
     def describe(self, entity: Entity) -> str:
         """The entity by a name, a possessive, an indefinite or a definite phrase."""
         if entity.members:
-            return " and ".join(self.describe(member) for member in entity.members)
+            first, second = entity.members
+            name = self.describe(first)
+            self._subject = first
+            return f"{name} and {self.describe(second)}"
         if entity.noun.is_name:
             return entity.noun.singular
         twin = self.has_twin(entity)
@@ -220,7 +240,15 @@ class Story:
         if not entity.known:
             entity.known = True
             return indefinite(entity, noun)
-        return f"the {noun}"
+        return f"{self._determiner(entity)} {noun}"
+
+    def _determiner(self, entity: Entity) -> str:
+        """`the`; as it happens, sometimes a pointing word."""
+        if self.style == "now" and not entity.noun.is_mass and self.draw.chance(0.1):
+            if entity.plural:
+                return "these" if self.draw.chance(0.5) else "those"
+            return "this" if self.draw.chance(0.5) else "that"
+        return "the"
 
     def noun_phrase(self, entity: Entity, *, adjective: bool) -> str:
         """Adjective and noun, without a determiner."""
@@ -293,13 +321,18 @@ class Story:
 
     def tell(self, subject: Entity, verb: Verb, *parts: str | Entity, form: str) -> None:
         """A sentence about something that happens, which can be asked about later."""
-        self.emit(self.clause(subject, verb, *parts, form=form))
+        then = form == self.state and len(self.sentences) > 3 and self.draw.chance(0.15)
+        self.emit(join("then" if then else "", self.clause(subject, verb, *parts, form=form)))
         self.remember(subject, verb, *parts, form=form)
 
+    def has_done(self, subject: Entity, verb: Verb) -> bool:
+        """Whether it was told that the subject did this."""
+        return any(event.subject is subject and event.verb is verb for event in self.happenings)
+
     def remember(self, subject: Entity, verb: Verb, *parts: str | Entity, form: str) -> None:
-        """Keep what happened; the forms of completed events are asked about in the past."""
-        if form in ("perfect", "present"):
-            form = "past"
+        """Keep what happened; outside picture books, what is over is asked about in the past."""
+        if form == "perfect":
+            form = "present" if self.style == "book" else "past"
         self.happenings.append(Happening(subject, verb, parts, form))
 
     def be(self, entity: Entity) -> str:

@@ -1,0 +1,116 @@
+"""Gains over several runs: run directories enter, a table of means and standard errors leaves.
+
+One run has one seed, and a difference of one run says little; this is what is quoted.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from babyllama_ds import files
+from babyllama_ds.errors import DataError
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Student minus another model, over runs."""
+
+    other: str
+    measure: str
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean over runs."""
+        return statistics.fmean(self.values)
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the mean; none for a single run."""
+        if len(self.values) < 2:
+            return None
+        return statistics.stdev(self.values) / math.sqrt(len(self.values))
+
+
+def render_gains(run_dirs: Sequence[Path]) -> str:
+    """Two Markdown tables: every run's models, and the student's mean gains.
+
+    Raises:
+        DataError: a run directory without a report.
+    """
+    reports = [_read(run_dir) for run_dir in run_dirs]
+    return "\n".join([*_runs_table(reports), "", *_gains_table(collect_gains(reports)), ""])
+
+
+def collect_gains(reports: Sequence[dict[str, Any]]) -> list[Gain]:
+    """The student's gains over each model that all reports hold, measure by measure."""
+    shared = [set(report["models"]) for report in reports]
+    others = [name for name in reports[0]["models"] if all(name in names for names in shared)]
+    return [
+        gain
+        for other in others
+        if other != "student"
+        for gain in _gains_over(other, [report["models"] for report in reports])
+    ]
+
+
+def _gains_over(other: str, models: Sequence[dict[str, Any]]) -> Iterator[Gain]:
+    yield Gain(
+        other,
+        "dev CE (nats/token)",
+        tuple(each["student"]["dev_ce"] - each[other]["dev_ce"] for each in models),
+    )
+    for benchmark in models[0]["student"]["minimal_pairs"]:
+        yield Gain(
+            other,
+            f"{benchmark} (points)",
+            tuple(
+                100 * (each["student"]["minimal_pairs"][benchmark])
+                - 100 * each[other]["minimal_pairs"][benchmark]
+                for each in models
+            ),
+        )
+
+
+def _runs_table(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    first = reports[0]["models"]
+    benchmarks = list(first["student"]["minimal_pairs"])
+    yield (
+        "| run | model | dev CE (nats/token) | " + " | ".join(f"{b} (%)" for b in benchmarks) + " |"
+    )
+    yield "|---|---|" + "---:|" * (1 + len(benchmarks))
+    for report in reports:
+        for name, model in report["models"].items():
+            scores = [f"{100 * model['minimal_pairs'][b]:.2f}" for b in benchmarks]
+            row = [report["name"], name, f"{model['dev_ce']:.4f}", *scores]
+            yield "| " + " | ".join(row) + " |"
+
+
+def _gains_table(gains: Sequence[Gain]) -> Iterator[str]:
+    yield "| student minus | measure | mean | standard error | min | max | runs |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for gain in gains:
+        error = "–" if gain.standard_error is None else f"{gain.standard_error:.4f}"
+        low, high = min(gain.values), max(gain.values)
+        yield (
+            f"| {gain.other} | {gain.measure} | {gain.mean:+.4f} | {error} "
+            f"| {low:+.4f} | {high:+.4f} | {len(gain.values)} |"
+        )
+
+
+def _read(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "report" / "report.json"
+    if not path.exists():
+        raise DataError.of(
+            run_dir,
+            got="no report/report.json",
+            expected="the directory of a finished run",
+            hint="run the job first",
+        )
+    report: dict[str, Any] = files.read_json(path)
+    return report

@@ -1,0 +1,324 @@
+"""Sources: what is found, what is refused, and that no character is lost on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from babyllama_ds.corpus import sources as module
+from babyllama_ds.corpus.sources import (
+    Sources,
+    find_files,
+    iter_text,
+    read_sources,
+    train_lines,
+)
+from babyllama_ds.errors import DataError, Stopped
+from babyllama_ds.spec.job import FilesCorpus, HeldOutFiles, TailOfEachFile
+
+
+def tail(fraction: float = 0.05) -> TailOfEachFile:
+    return TailOfEachFile(kind="tail", fraction=fraction)
+
+
+def held_out(*dev: object) -> HeldOutFiles:
+    return HeldOutFiles(kind="held_out", dev=tuple(map(str, dev)))
+
+
+def corpus(
+    *train: object,
+    split: HeldOutFiles | TailOfEachFile | None = None,
+    cleaning: Literal["babylm", "none"] = "none",
+) -> FilesCorpus:
+    return FilesCorpus(
+        kind="files", train=tuple(map(str, train)), split=split or tail(), cleaning=cleaning
+    )
+
+
+def texts(sources: Sources, split: Literal["train", "dev"]) -> list[tuple[str, str]]:
+    return [(domain, "".join(lines)) for domain, lines in iter_text(sources, split)]
+
+
+def write(path: Path, content: str | bytes = "some text\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# -- finding -------------------------------------------------------------------------------------
+
+
+def test_patterns_in_order_matches_sorted_each_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("c.txt", "a.train", "b.dev", "deep/er/d.txt"):
+        write(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    found = find_files(["c.txt", "*.txt", "[ab].*", "**/*.txt"], [])
+    assert [str(path) for _, path in found] == ["c.txt", "a.train", "b.dev", "deep/er/d.txt"]
+    assert {split for split, _ in found} == {"train"}
+
+
+def test_a_name_may_hold_glob_characters(tmp_path: Path) -> None:
+    path = write(tmp_path / "[ab]*.txt")
+    assert find_files([str(path)]) == [("train", path)]
+
+
+def test_every_wrong_pattern_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "notes.md")
+    write(tmp_path / "bare")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError) as caught:
+        find_files(["no/*.train", "notes.md", "bare", "folder", "pipe.txt"], ["none.dev"])
+    lines = [(problem.where, problem.got) for problem in caught.value.problems]
+    assert lines == [
+        ("corpus.train", f"'no/*.train', which matches nothing from {tmp_path}"),
+        ("corpus.train", "notes.md, a file called *.md"),
+        ("corpus.train", "bare, a file without a suffix"),
+        ("corpus.train", "folder, a directory"),
+        ("corpus.train", "pipe.txt, something that is not a regular file"),
+        ("corpus.split.dev", f"'none.dev', which matches nothing from {tmp_path}"),
+    ]
+
+
+def test_one_file_in_both_splits_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt")
+    link = tmp_path / "b.txt"
+    link.symlink_to(path)
+    for dev in (path, tmp_path / "." / "a.txt", link):
+        with pytest.raises(DataError, match="which is also a training file"):
+            read_sources(corpus(path, split=held_out(dev)))
+
+
+def test_a_copy_of_training_text_in_dev_is_refused(tmp_path: Path) -> None:
+    train, dev = write(tmp_path / "a.train"), write(tmp_path / "b.dev")
+    with pytest.raises(DataError, match=r"b\.dev, which has the same content as .*a\.train"):
+        read_sources(corpus(train, split=held_out(dev)))
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+def test_a_link_to_nowhere_and_a_file_that_may_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nowhere = tmp_path / "gone.txt"
+    nowhere.symlink_to(tmp_path / "target.txt")
+    secret = write(tmp_path / "secret.txt")
+    real_open = Path.open
+
+    def open_as_another_user(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path == secret:  # tests may run as root, who may read everything
+            raise PermissionError(13, "Permission denied")
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", open_as_another_user)
+    with pytest.raises(DataError) as caught:
+        read_sources(corpus(nowhere, secret))
+    assert [(p.where, p.got) for p in caught.value.problems] == [
+        (str(nowhere), "No such file or directory"),
+        (str(secret), "Permission denied"),
+    ]
+
+
+@pytest.mark.parametrize("blank", ["", "\n \t\n", "\ufeff", "\u00a0\u2003\n"])
+def test_a_split_without_text_is_refused(tmp_path: Path, blank: str) -> None:
+    empty = write(tmp_path / "empty.txt", blank)
+    full = write(tmp_path / "full.txt")
+    with pytest.raises(DataError, match=r"corpus\.train: got 1 file\(s\) without any text"):
+        read_sources(corpus(empty))
+    with pytest.raises(DataError, match=r"corpus\.split\.dev: got 1 file\(s\) without any text"):
+        read_sources(corpus(full, split=held_out(empty)))
+    assert len(read_sources(corpus(empty, full)).files) == 2
+
+
+def test_bytes_that_are_not_utf8_are_named_by_file_and_offset(tmp_path: Path) -> None:
+    # The second byte of a character is missing, just where a block of the real size ends.
+    good = b"x" * ((1 << 20) - 1)
+    path = write(tmp_path / "latin.txt", good + "é".encode()[:1] + b" and more\n")
+    with pytest.raises(DataError) as caught:
+        read_sources(corpus(path))
+    (problem,) = caught.value.problems
+    assert problem.where == str(path)
+    assert problem.got == f"byte 0xC3 at offset {len(good)} (invalid continuation byte)"
+    assert "iconv" in (problem.hint or "")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@given(
+    parts=st.lists(
+        st.one_of(st.text(max_size=3).map(str.encode), st.binary(max_size=3), st.just(b"\r\n")),
+        max_size=8,
+    ),
+    block_bytes=st.integers(1, 6),
+)
+def test_offsets_and_lines_do_not_depend_on_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[bytes], block_bytes: int
+) -> None:
+    content = b"".join(parts)
+    path = write(tmp_path / "any.txt", content)
+    monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        with pytest.raises(DataError, match=f"at offset {error.start} "):
+            module._read_file(path, "train", None)
+    else:
+        with path.open(encoding="utf-8") as stream:
+            assert module._read_file(path, "train", None).lines == len(list(stream))
+
+
+def test_check_can_stop_the_reading(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise Stopped("SIGTERM")
+
+    with pytest.raises(Stopped):
+        read_sources(corpus(write(tmp_path / "a.txt")), check=stop)
+
+
+# -- streaming -----------------------------------------------------------------------------------
+
+ODD_TEXT = "\ufeffone\r\ntwo\x0cff\u2028ls\x85nel\x1cfs\x00nul\rthree\n\n \t\nBOM inside \ufeff é last"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("plain.train", ODD_TEXT),
+        ("brackets [x] #1/a*b?.txt", ODD_TEXT),
+        ("zip::chained.txt", ODD_TEXT),
+        ("magic.train", "BZh starts like an archive\n"),
+        ("magic.dev", "PK\x03\x04 as well\n"),
+        ("packed.gz.txt", "not packed\n"),
+        ("empty.txt", ""),
+    ],
+)
+def test_no_character_is_lost(tmp_path: Path, name: str, content: str) -> None:
+    path = write(tmp_path / name, content)
+    sources = read_sources(
+        corpus(path, write(tmp_path / "z.txt"), split=held_out(write(tmp_path / "y.dev", "dev")))
+    )
+    with path.open(encoding="utf-8-sig") as stream:
+        expected = stream.read()
+    if expected and not expected.endswith("\n"):
+        expected += "\n"
+    (domain, text), (_, other) = texts(sources, "train")
+    assert (domain, text, other) == (path.stem, expected, "some text\n")
+    assert texts(sources, "dev") == [("y", "dev\n")]
+
+
+def test_many_lines_and_long_ones(tmp_path: Path) -> None:
+    # More than a block of bytes, more than a block of lines, and one line longer than a block.
+    lines = [f"line {i} é\n" for i in range(5000)] + ["x" * 1_500_000 + "\n"] + ["end\n"] * 1500
+    sources = read_sources(corpus(write(tmp_path / "long.txt", "".join(lines)), split=tail(0.5)))
+    (_, train), (_, dev) = texts(sources, "train") + texts(sources, "dev")
+    assert sources.files[0].lines == 6501
+    assert train + dev == "".join(lines)
+
+
+def test_reading_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    sources = read_sources(corpus(write(tmp_path / "a.txt", "a\nb\n"), split=tail(0.5)))
+    assert texts(sources, "train") == [("a", "a\n")]
+
+
+def test_cleaning_goes_by_the_file_name(tmp_path: Path) -> None:
+    text = "one .\n\ntwo .\n"
+    paths = [write(tmp_path / name, text) for name in ("childes.train", "simple_wiki.train")]
+    dev = write(tmp_path / "bnc_spoken.dev", text + text)
+    cleaned = read_sources(corpus(*paths, split=held_out(dev), cleaning="babylm"))
+    assert texts(cleaned, "train") == [
+        ("childes", "one.\n\ntwo.\n"),
+        ("simple_wiki", "one .\ntwo .\n"),
+    ]
+    assert texts(cleaned, "dev") == [("bnc_spoken", "one.\ntwo.\none.\ntwo.\n")]
+    raw = read_sources(corpus(*paths, split=held_out(dev)))
+    assert texts(raw, "train") == [("childes", text), ("simple_wiki", text)]
+
+
+@pytest.mark.parametrize(
+    ("num_lines", "expected"),
+    [(0, 0), (1, 1), (9, 9), (10, 10), (11, 10), (20, 19), (30, 28), (50, 48), (1000, 950)],
+)  # 9.5 -> 10, 28.5 -> 28, 47.5 -> 48: Python rounds halves to even, as the published code does
+def test_the_published_cut(num_lines: int, expected: int) -> None:
+    assert train_lines(num_lines, 0.05) == expected
+
+
+def test_the_tail_of_each_file_is_cut_after_cleaning(tmp_path: Path) -> None:
+    documents = [f"document {i}\n\n" for i in range(20)]
+    wiki = write(tmp_path / "simple_wiki.train", "".join(documents))
+    diary = write(tmp_path / "diary.txt", "".join(f"day {i}\n" for i in range(40)))
+    sources = read_sources(corpus(wiki, diary, cleaning="babylm"))
+    (_, wiki_train), (_, diary_train) = texts(sources, "train")
+    assert wiki_train == "".join(f"document {i}\n" for i in range(19))
+    assert diary_train == "".join(f"day {i}\n" for i in range(38))
+    assert texts(sources, "dev") == [
+        ("simple_wiki", "document 19\n"),
+        ("diary", "day 38\nday 39\n"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_text("one\ntwo\nthree\n"),
+        lambda path: (path.write_text("eno\nowt\n"), os.utime(path, ns=(0, 0))),
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b"\xff\n\n"),
+    ],
+)
+def test_a_file_that_changes_under_a_run_is_noticed(tmp_path: Path, change: Any) -> None:
+    path = write(tmp_path / "a.train", "one\ntwo\n")
+    sources = read_sources(corpus(path, split=held_out(write(tmp_path / "b.dev"))))
+    change(path)
+    with pytest.raises(DataError, match="that were there when the stage began"):
+        texts(sources, "train")
+
+
+# -- fingerprints --------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_follows_content_not_paths(tmp_path: Path) -> None:
+    folder = tmp_path / "one"
+    write(folder / "childes.train", "a b c\n" * 20)
+    write(folder / "diary.txt", "d e f\n" * 20)
+
+    def fingerprint(where: Path, **choices: Any) -> str:
+        return read_sources(corpus(where / "*", **choices)).fingerprint()
+
+    original = fingerprint(folder)
+    moved = Path(shutil.copytree(folder, tmp_path / "two"))
+    assert fingerprint(moved) == original
+
+    different = {
+        fingerprint(folder, cleaning="babylm"),
+        fingerprint(folder, split=tail(0.1)),
+        fingerprint(folder, split=held_out(write(tmp_path / "x.dev"))),
+    }
+    (moved / "diary.txt").write_text("d e f\n" * 19 + "d e g\n")  # one byte
+    different.add(fingerprint(moved))
+    shutil.move(moved / "childes.train", moved / "cbt.train")  # another domain
+    different.add(fingerprint(moved))
+    assert len(different | {original}) == 6
+
+
+def test_the_fingerprint_follows_the_cleaning_rules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = read_sources(corpus(write(tmp_path / "a.txt")))
+    before = sources.fingerprint()
+    monkeypatch.setattr(module, "CLEANING_VERSION", module.CLEANING_VERSION + 1)
+    assert sources.fingerprint() != before
