@@ -146,14 +146,14 @@ class Pipeline:
 
     def _check(self, corpus: Corpus) -> None:
         for where, model, training in self._models():
-            self._attention(where, model)
+            self._attention(where, model, training=training is not None)
             if training is not None:
                 self._deepspeed(where, training)
                 windows = self._windows(corpus, seed=0)
                 check_warmup(
                     training, windows.num_windows, windows.length, where=_training_key(where)
                 )
-        self._dev_text(corpus, None)
+        self._dev_text(corpus, self.job.evaluation.dev_windows)
         self._benchmarks(corpus)
         for spec in self.job.teachers:
             if isinstance(spec.model, PretrainedModel):
@@ -174,14 +174,17 @@ class Pipeline:
                 hint=f"use this model's tokenizer: tokenizer={{kind: pretrained, "
                 f"path: {model_spec.path}}}",
             )
-        attention = self._attention(where, model_spec)
+        attention = self._attention(where, model_spec, training=False)
         model = build_model(model_spec, corpus.tokenizer, seed=0, attention=attention, where=where)
         check_positions(model, self.job.windows.length, where=where)
         check_plain_head(model, where=where)
 
     def describe(self, corpus: Corpus) -> None:
         """Say what runs where, and keep it for the report."""
-        attention = {where: self._attention(where, model) for where, model, _ in self._models()}
+        attention = {
+            where: self._attention(where, model, training=training is not None)
+            for where, model, training in self._models()
+        }
         facts: dict[str, Any] = {
             **describe_environment(self.device),
             "ranks": ranks.world_size(),
@@ -392,12 +395,12 @@ class Pipeline:
             path.resolve(),
             corpus.tokenizer,
             name=name,
-            dev=self._dev_text(corpus, None),
+            dev=self._dev_text(corpus, self.job.evaluation.dev_windows),
             benchmarks=self._benchmarks(corpus),
             leading_space=self.job.evaluation.leading_space,
             batch_tokens=self.job.evaluation.batch_tokens,
             device=self.device,
-            attention=self._attention(name, self._spec_of(name)),
+            attention=self._attention(name, self._spec_of(name), training=False),
             on_batch=lambda _done, _all: self.stop.check(),
         )
         result |= {"fingerprint": fingerprint, "seconds": time.monotonic() - started}
@@ -430,11 +433,12 @@ class Pipeline:
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
-    def _attention(self, where: str, model: ModelSpec) -> str:
+    def _attention(self, where: str, model: ModelSpec, *, training: bool) -> str:
         return resolve_attention(
             model.attention,
             device=self.device.type,  # type: ignore[arg-type]
             precision=self.precision,
+            training=training,
             where=f"{where}.model.attention",
         )
 
@@ -448,7 +452,7 @@ class Pipeline:
         )
 
     def _build(self, where: str, model: ModelSpec, corpus: Corpus, *, seed: int) -> nn.Module:
-        attention = self._attention(where, model)
+        attention = self._attention(where, model, training=True)
         return ranks.on_every_rank(
             lambda: build_model(
                 model, corpus.tokenizer, seed=seed, attention=attention, where=where
@@ -457,7 +461,7 @@ class Pipeline:
 
     def _frozen(self, spec: TeacherSpec, path: Path) -> FrozenModel:
         where = f"teachers/{spec.name}"
-        attention = self._attention(where, spec.model)
+        attention = self._attention(where, spec.model, training=False)
         model = load_model(str(path.resolve()), attention=attention, where=where, dtype=self._dtype)
         return FrozenModel(model, device=self.device, dtype=self._dtype)
 

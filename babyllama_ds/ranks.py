@@ -72,6 +72,16 @@ def start_control_group() -> None:
         _control_group()
 
 
+def forget_control_group() -> None:
+    """Let go of the control group, for whoever destroys the process group.
+
+    Gloo joins its threads when the last reference to a group goes. Those of a group still held
+    when the interpreter ends may abort the process: freeing their last work takes Python's lock.
+    """
+    global _control
+    _control = None
+
+
 # -- small agreements ---------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from babyllama_ds.corpus.cleaning import CLEANING_VERSION, Cleaning, clean
 from babyllama_ds.errors import DataError, Problem
@@ -320,24 +320,13 @@ def _read_lines(file: TextFile) -> Iterator[str]:
     of protocols. It unpacks a `.train` file that starts like an archive (`BZh…`, `Rar!…`). So the
     builder gets a link with a harmless name. Its cache folder only ever holds an empty lock.
     """
-    from datasets.packaged_modules.text.text import Text
-
     num_lines = 0
     with tempfile.TemporaryDirectory(prefix="babyllama-ds-") as folder:
         link = Path(folder, "text.txt")
         link.symlink_to(file.path.resolve())
-        builder = Text(
-            cache_dir=folder,
-            data_files=[str(link)],
-            encoding="utf-8-sig",  # drops a byte order mark
-            chunksize=_BLOCK_BYTES,
-            keep_linebreaks=True,
-            sample_by="line",
-        )
-        # Arrow tables, since a Python dictionary per line would take ten times as long.
-        stream = builder.as_streaming_dataset(split="train").with_format("arrow")
         try:
-            for table in stream.iter(batch_size=_BLOCK_LINES):
+            # Arrow tables: a Python dictionary per line would take ten times as long.
+            for table in _stream(link).iter(batch_size=_BLOCK_LINES):
                 num_lines += len(table)
                 yield from table["text"].to_pylist()
             changed = file.path.stat().st_mtime_ns != file.modified_ns
@@ -347,6 +336,21 @@ def _read_lines(file: TextFile) -> Iterator[str]:
         raise _changed(file, f"{num_lines} lines")
     if changed:
         raise _changed(file, "a file that was written to since")
+
+
+def _stream(link: Path) -> Any:
+    """The `datasets.IterableDataset` of a text file's lines, in Arrow format."""
+    from datasets.packaged_modules.text.text import Text
+
+    builder = Text(
+        cache_dir=str(link.parent),
+        data_files=[str(link)],
+        encoding="utf-8-sig",  # drops a byte order mark
+        chunksize=_BLOCK_BYTES,
+        keep_linebreaks=True,
+        sample_by="line",
+    )
+    return builder.as_streaming_dataset(split="train").with_format("arrow")
 
 
 def _changed(file: TextFile, got: str) -> DataError:

@@ -223,8 +223,6 @@ def _cannot_load(path_or_id: str, got: str) -> DataError:
 def _rows(tokenizer: PreTrainedTokenizerFast) -> list[str]:
     """One description per id."""
     rows = [f"text {meaning.hex()}" for meaning in token_bytes(tokenizer)]
-    for index in set(range(len(rows))).difference(tokenizer.get_vocab().values()):
-        rows[index] = "absent"
     for index, added in tokenizer.backend_tokenizer.get_added_tokens_decoder().items():
         if added.special:
             rows[index] = f"special {added.content}"

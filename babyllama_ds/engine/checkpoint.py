@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -72,17 +72,18 @@ class CheckpointFolder:
             temporary.mkdir(parents=True)
             save_file(state, temporary / "state.safetensors")
             best.write(temporary / "best.safetensors")
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+            files.write_json(temporary / "progress.json", asdict(progress))
+            files.write_manifest(temporary, fingerprint=self.fingerprint)
+            temporary.rename(final)
+        except (OSError, SafetensorError) as error:  # the latter: what safetensors makes of it
             raise RunError.of(
                 self.directory,
-                got=f"{error.strerror or error} while writing a checkpoint",
+                got=f"{getattr(error, 'strerror', None) or error} while writing a checkpoint",
                 expected=f"room for {_num_bytes(state) / 2**20:.0f} MiB",
                 hint="free some space and start again: training goes on from the last checkpoint",
             ) from error
-        files.write_json(temporary / "progress.json", asdict(progress))
-        files.write_manifest(temporary, fingerprint=self.fingerprint)
-        temporary.rename(final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
         for old in self._whole()[:-KEPT]:
             shutil.rmtree(old)
 

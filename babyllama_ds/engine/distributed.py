@@ -64,9 +64,13 @@ def start(device: Device) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process group; a later `start` in this process makes another."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        ranks.forget_control_group()
+        # DeepSpeed's own: it also forgets the groups that it keeps of this world.
+        deepspeed.comm.destroy_process_group()
 
 
 def threads_per_rank() -> int:

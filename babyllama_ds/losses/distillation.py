@@ -43,7 +43,7 @@ from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, row_losses
 IGNORED_LABEL = -100
 """The label of a position without one."""
 
-_CPU_CHUNK_BYTES = 16 * 2**20
+_CPU_CHUNK_BYTES = 8 * 2**20
 _ACCELERATOR_CHUNK_BYTES = 128 * 2**20
 """Size of one fp32 [C, V]. On a CPU three of them should share its last-level cache, while more
 rows mean fewer passes over the head's gradient; on an accelerator, fewer kernel launches."""

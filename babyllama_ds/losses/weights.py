@@ -5,7 +5,7 @@
 n_ce is the number of labelled positions. n_kl is the number of windows (`sequence`) or of valid
 positions (`token`). `sequence` is what the published code does: `KLDivLoss("batchmean")` on a
 [B, S, V] tensor divides by B alone, so that the KL of all S positions is summed
-(arXiv 2308.02019 and 2409.17312, `distill-ensemble-pretraining-baby-llama.py`).
+(BabyLlama, arXiv 2308.02019, and BabyLlama-2, arXiv 2409.17312).
 
 Counts enter, divisors and per-position weights leave; the loss and the report use both.
 """
@@ -34,7 +34,7 @@ def effective_token_weights(
     Multiplying L by the number of positions gives `ce · CE + kl · KL` for each of them. BabyLlama
     (α 0.5, T 2, windows of 128 positions, `sequence`) has CE 0.5 to KL 256, BabyLlama-2 (T 1)
     0.5 to 64: almost pure distillation, whatever α says. (A window has one label fewer than
-    positions; that factor of 127/128 is left out, as in the authors' own account.)
+    positions; that factor of 127/128 is left out.)
     """
     positions_per_count = window_length if soft_reduction == "sequence" else 1
     return TokenWeights(ce=alpha, kl=(1 - alpha) * temperature**2 * positions_per_count)

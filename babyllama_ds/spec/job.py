@@ -181,7 +181,7 @@ class LlamaModel(Spec):
     tied_embeddings: bool = False
     """Whether the head shares the embedding's weights."""
     attention: Attention = "auto"
-    """Attention kernel; `auto`: FlashAttention where installed and usable, else SDPA."""
+    """Attention kernel; `auto`: FlashAttention where installed and usable, else PyTorch's own."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> LlamaModel:
@@ -224,7 +224,7 @@ class Gpt2Model(Spec):
     tied_embeddings: bool = True
     """Whether the head shares the embedding's weights."""
     attention: Attention = "auto"
-    """Attention kernel; `auto`: FlashAttention where installed and usable, else SDPA."""
+    """Attention kernel; `auto`: FlashAttention where installed and usable, else PyTorch's own."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Gpt2Model:
@@ -238,7 +238,7 @@ class PretrainedModel(Spec):
     path: str
     """A Hugging Face model directory or hub id."""
     attention: Attention = "auto"
-    """Attention kernel; `auto`: FlashAttention where installed and usable, else SDPA."""
+    """Attention kernel; `auto`: FlashAttention where installed and usable, else PyTorch's own."""
 
 
 ModelSpec = Annotated[LlamaModel | Gpt2Model | PretrainedModel, Field(discriminator="kind")]
@@ -401,6 +401,8 @@ class EvaluationSpec(Spec):
     """Benchmarks; the nursery corpus adds its own."""
     max_pairs_per_task: PositiveInt | None = None
     """Only the first pairs of each task, for a quick look; none: all."""
+    dev_windows: PositiveInt | None = None
+    """Development windows, evenly spaced, that finished models are measured on; none: all."""
     leading_space: bool = True
     """Whether sentences are tokenized with a leading space, as inside running text."""
     batch_tokens: PositiveInt = 8_192

@@ -140,10 +140,18 @@ def _item(items: list[Any], parts: list[str]) -> tuple[int, int] | None:
 
 
 def _set(document: Document, path: KeyPath, value: Any, place: Place) -> None:
-    """Put `value` at `path`, making the mappings on the way; the replaced part's places go."""
+    """Put `value` at `path`, making the mappings on the way.
+
+    The places of the replaced part go, and what was wrong with it in the file; what is wrong
+    with an earlier override stays wrong.
+    """
     for known in [known for known in document.places if known[: len(path)] == path]:
         del document.places[known]
-    document.found = [one for one in document.found if one.path[: len(path)] != path]
+    document.found = [
+        one
+        for one in document.found
+        if one.place.order >= _AFTER_LINES or one.path[: len(path)] != path
+    ]
     here = document.data
     for depth, key in enumerate(path[:-1], start=1):
         if isinstance(here, dict) and here.get(str(key)) is None:

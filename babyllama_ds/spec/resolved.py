@@ -30,7 +30,15 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    # PyYAML's single quotes lose line breaks such as U+0085: escape all that is not printable.
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, None if text.isprintable() else '"'
+    )
+
+
 CoreResolver.add_to(_Dumper)
+_Dumper.add_representer(str, _represent_text)
 
 
 def _escape(data: Any) -> Any:

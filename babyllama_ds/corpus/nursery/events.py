@@ -121,7 +121,7 @@ def throw(story: Story) -> bool:
     if catcher is None:
         return False
     simple = "present" if story.style == "book" else "past"
-    story.tell(thrower, lex.THROW, thing, "to", catcher, form=simple)
+    story.tell(thrower, lex.THROW, thing, "to", catcher, form=story.done())
     if story.draw.chance(0.65):
         story.tell(catcher, lex.CATCH, thing, form=simple)
         thing.holder = catcher
@@ -262,7 +262,7 @@ def wash(story: Story) -> bool:
     washer = story.actor(lambda one: story.may_do(one, lex.WASH))
     if washer is None:
         return False
-    if washer.mood in (lex.DIRTY, lex.WET) or story.draw.chance(0.4):
+    if washer.mood in (lex.DIRTY, lex.WET) or story.draw.chance(0.5):
         story.tell(washer, lex.WASH, washer, form=story.done())
         washer.mood = None
         return True
@@ -315,7 +315,7 @@ def sketch(story: Story) -> bool:
     artist = story.actor(lambda one: story.may_do(one, lex.DRAW))
     if artist is None:
         return False
-    if story.draw.chance(0.15):
+    if story.draw.chance(0.25):
         story.tell(artist, lex.DRAW, artist, form=story.done())
         return True
     model = story.draw.pick(lex.ANIMALS)
@@ -519,7 +519,7 @@ def _tail(story: Story, verb: lex.Verb, one: Entity) -> Parts | None:
         base = story.base(
             lambda it: it.is_a("top") or (verb is not lex.JUMP and not it.is_a("top"))
         )
-        if base is None or base.is_a("container") or base.is_a("openable"):
+        if base is None or base.is_a("openable") or one.is_a("grown"):
             return here
         return ("on" if base.is_a("top") else "under", base)
     base = story.base(lambda it: it.is_a("furniture"))
@@ -551,7 +551,7 @@ def admire(story: Story) -> bool:
         story.tell(one, lex.SEE, one, "in the water", form="past" if story.past else "present")
         return True
     other = one
-    if story.draw.chance(0.5):
+    if story.draw.chance(0.35):
         other = story.actor(lambda it: it is not one) or one
     story.tell(one, lex.LOOK, "at", other, form=story.going())
     return True

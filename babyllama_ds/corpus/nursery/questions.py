@@ -16,7 +16,7 @@ from babyllama_ds.corpus.nursery.grammar import (
     join,
     tag,
 )
-from babyllama_ds.corpus.nursery.story import Entity, Happening, Story
+from babyllama_ds.corpus.nursery.story import Entity, Happening, Story, kind_of
 
 _PROGRESSIVE = ("progressive", "past progressive")
 
@@ -95,7 +95,8 @@ def who_did(story: Story) -> bool:
     if event is None or not event.parts:
         return False
     finite = conjugate(event.verb, "he", event.form)
-    story.emit(join("who", finite.auxiliary, finite.main, story.realise(*event.parts)), "?")
+    wh = "what" if event.subject.is_a("thing") else "who"
+    story.emit(join(wh, finite.auxiliary, finite.main, story.realise(*event.parts)), "?")
     operator = conjugate(event.verb, event.subject.pronoun, event.form).operator
     name = story.describe(event.subject)
     story.mention(event.subject)
@@ -112,7 +113,7 @@ def what_did(story: Story) -> bool:
     finite = conjugate(event.verb, event.subject.pronoun, event.form)
     subject = story.subject(event.subject)
     wh = "who" if living else "what"
-    story.emit(ask(subject, finite, story.realise(*event.parts[1:]), wh=wh), "?")
+    story.emit(ask(subject, finite, story.realise(*event.others), wh=wh), "?")
     if story.draw.chance(0.5):
         name = story.describe(event.thing)
         story.mention(event.thing)
@@ -171,7 +172,7 @@ def is_it_so(story: Story) -> bool:
     if asked in colours and story.draw.chance(0.5):
         asked = story.draw.pick(colours)
     is_ = story.be(thing)
-    story.emit(join(is_, story.subject(thing), asked.base), "?")
+    story.emit(join(is_, story.subject(thing, plain=True), asked.base), "?")
     if asked is thing.adjective:
         story.emit(f"yes, {thing.pronoun} {is_}")
         story.mention(thing)
@@ -311,9 +312,10 @@ def ask_you(story: Story) -> bool:
     animal = story.actor(lambda one: one.is_a("animal"))
     if animal is None:
         return False
+    verb = story.draw.even(("see", "like")) if animal.known else "see"
     phrase = story.describe(animal)
     story.mention(animal)
-    story.emit(f"do you {story.draw.even(('see', 'like'))} {phrase}{call}", "?")
+    story.emit(f"do you {verb} {phrase}{call}", "?")
     return True
 
 
@@ -334,6 +336,33 @@ def able(story: Story) -> bool:
     else:
         story.emit(f"no, {one.pronoun} {NEGATIVE[finite.operator]}")
     story.mention(one)
+    return True
+
+
+def is_the_one(story: Story) -> bool:
+    """`Is the girl who took the ball happy? Yes, she is.`"""
+    thing = story.thing(lambda it: it.holder is not None and it.known)
+    if thing is None or thing.holder is None:
+        return False
+    one, mood = thing.holder, thing.holder.mood
+    if mood is None or one.members or one.is_a("kin") or not one.is_a("person"):
+        return False
+    noun = kind_of(one)
+    asked = story.draw.even((mood, story.draw.pick(lex.MOODS)))
+    if not story.draw.may_be(noun, asked):
+        return False
+    has = conjugate(lex.HAVE, one.pronoun, story.state)
+    verbs = [verb for verb in (lex.HOLD, lex.WEAR) if verb.takes_object(thing.noun)]
+    if verbs and story.draw.may_do(noun, verbs[-1]) and story.draw.chance(0.5):
+        has = conjugate(verbs[-1], one.pronoun, "past progressive" if story.past else "progressive")
+    head, is_ = form_of(noun, plural=one.plural), story.be(one)
+    story.mention(one)
+    story.emit(f"{is_} the {declare(f'{head} who', has, story.object(thing))} {asked.base}", "?")
+    story.mention(one)
+    if asked is mood:
+        story.emit(f"yes, {one.pronoun} {is_}")
+    else:
+        story.emit(f"no, {one.pronoun} {NEGATIVE[is_]}")
     return True
 
 

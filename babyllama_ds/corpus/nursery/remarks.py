@@ -18,7 +18,7 @@ from babyllama_ds.corpus.nursery.grammar import (
     form_of,
     join,
 )
-from babyllama_ds.corpus.nursery.story import Entity, Happening, Spot, Story, indefinite
+from babyllama_ds.corpus.nursery.story import Entity, Happening, Spot, Story, indefinite, kind_of
 
 _SKILLS = (lex.SWIM, lex.FLY, lex.CLIMB, lex.SING, lex.JUMP)
 _ANY_VERBS = (lex.FIND, lex.SEE, lex.EAT, lex.TAKE, lex.MAKE, lex.DRINK, lex.WEAR, lex.READ)
@@ -96,6 +96,7 @@ def near(story: Story) -> bool:
         for other in others
         if one.noun is not other.noun
     ]
+    options = [option for option in options if (option[0], None) not in story.told]
     if not options:
         return False
     one, preposition, base = story.draw.even(options)
@@ -103,6 +104,7 @@ def near(story: Story) -> bool:
     if predicate is None:
         return False
     head = form_of(one.noun, plural=one.plural)
+    story.told.append((one, None))
     determiner = "the" if one.known or not one.plural else one.count or "some"
     phrase = story.realise(preposition, base)
     story.mention(one)
@@ -122,8 +124,7 @@ def _predicate(
     for event in story.happenings[-3:]:
         alone = event.subject is one and all(isinstance(part, str) for part in event.parts)
         if alone and event is not besides and story.draw.may_do(noun, event.verb):
-            form = "perfect" if event.form == "past" and story.style == "now" else event.form
-            options.append((event.verb, join(*event.parts), form))  # type: ignore[arg-type]
+            options.append((event.verb, join(*event.parts), event.form))  # type: ignore[arg-type]
     if one.is_a("person") and story.draw.chance(0.5):
         liked = story.draw.pick(lex.FOODS + lex.ANIMALS)
         options.append((lex.LIKE, liked.plural, story.state))
@@ -133,16 +134,6 @@ def _predicate(
         return None
     verb, rest, form = story.draw.even(options)
     return declare("", conjugate(verb, one.pronoun, form), rest)
-
-
-def kind_of(one: Entity) -> lex.Noun:
-    """The common noun for a name: Anna is a girl."""
-    if not one.noun.is_name:
-        return one.noun
-    boy, girl, _, man, woman, _ = lex.PEOPLE
-    if one.is_a("adult"):
-        return man if one.pronoun == "he" else woman
-    return boy if one.pronoun == "he" else girl
 
 
 def who_did_it(story: Story) -> bool:
@@ -190,7 +181,8 @@ def what_was_done(story: Story) -> bool:
     quality = thing.mood or thing.adjective
     assert quality is not None
     subject = story.subject(event.subject)
-    relative = declare(subject, conjugate(event.verb, event.subject.pronoun, event.form))
+    finite = conjugate(event.verb, event.subject.pronoun, event.form)
+    relative = declare(subject, finite, story.realise(*event.others))
     head = form_of(thing.noun, plural=thing.plural)
     link = "" if story.draw.chance(0.15) else "that"
     story.mention(thing)
@@ -389,7 +381,7 @@ def _indirect(story: Story, event: Happening) -> str:
         living = thing.is_a("person") or thing.is_a("animal")
         wh = "who" if living else "what"
         subject = story.subject(event.subject)
-        return join(wh, declare(subject, finite, story.realise(*event.parts[1:])))
+        return join(wh, declare(subject, finite, story.realise(*event.others)))
     if kind == 1 and event.parts and thing is not event.subject:
         return declare("who", conjugate(event.verb, "he", event.form), _others(story, event))
     subject = story.subject(event.subject)
@@ -787,7 +779,7 @@ def passive(story: Story) -> bool:
         event
         for event in story.happenings[-3:]
         if event.thing is not None
-        and event.form == "past"
+        and event.form in ("past", "perfect")
         and len(event.parts) == 1
         and event.thing is not event.subject
         and event.verb not in (lex.HAVE, lex.WANT, lex.SEE)

@@ -14,7 +14,7 @@ from babyllama_ds.corpus.nursery import events, questions, remarks
 from babyllama_ds.corpus.nursery import lexicon as lex
 from babyllama_ds.corpus.nursery.grammar import join
 from babyllama_ds.corpus.nursery.held_out import Draw
-from babyllama_ds.corpus.nursery.story import Entity, Spot, Story, Style, indefinite
+from babyllama_ds.corpus.nursery.story import Entity, Spot, Story, Style, indefinite, kind_of
 
 Move = Callable[[Story], bool]
 
@@ -34,6 +34,8 @@ class Theme:
     num_things: tuple[int, int]
     indoors: float
     """Probability that it happens inside."""
+    room: str
+    """Where inside; empty: any room."""
     events: tuple[tuple[Move, float], ...]
 
 
@@ -67,6 +69,8 @@ def set_up(draw: Draw, theme: Theme) -> Story:
     """Cast, place, furniture and things of a scene, nothing told yet."""
     indoors = draw.chance(theme.indoors)
     places = [place for place in lex.PLACES if ("indoors" in place.kinds) == indoors]
+    if indoors and theme.room:
+        places = [place for place in places if place.singular == theme.room]
     story = Story(draw, draw.pick(places), theme.things, draw.weighted(_STYLES, _STYLE_WEIGHTS))
     _add_people(story, draw.number(*theme.children), "child")
     _add_people(story, draw.number(*theme.adults), "adult")
@@ -240,8 +244,8 @@ def _open_with_name(story: Story, first: Entity, here: str) -> None:
         story.mention(first)
         story.emit(f"where is {first.noun.singular}", "?")
     elif not story.past and draw.chance(0.25):
-        noun = remarks.kind_of(first).singular
-        little = draw.may_be(remarks.kind_of(first), lex.LITTLE) and first.is_a("child")
+        noun = kind_of(first).singular
+        little = draw.may_be(kind_of(first), lex.LITTLE) and first.is_a("child")
         story.mention(first)
         story.emit(f"this is {first.noun.singular}")
         story.mention(first)
@@ -300,10 +304,12 @@ _PLAYING = Theme(
     things=_TOYS,
     num_things=(2, 3),
     indoors=0.4,
+    room="",
     events=(
         (events.take, 2), (events.give, 2), (events.want, 2), (events.play, 2), (events.throw, 3),
         (events.roll, 1), (events.push, 2), (events.put, 2), (events.break_it, 1), (events.hug, 1),
-        (events.fall, 1), (events.together, 1), (events.move, 1), (events.hold, 1),
+        (events.fall, 1), (events.admire, 1.5), (events.together, 1), (events.move, 1),
+        (events.hold, 1),
     ),
 )  # fmt: skip
 _EATING = Theme(
@@ -314,6 +320,7 @@ _EATING = Theme(
     things=lex.FOODS[:4] + lex.MASS + _DISHES + lex.FOODS[4:],
     num_things=(3, 4),
     indoors=0.8,
+    room="kitchen",
     events=(
         (events.eat, 4), (events.drink, 3), (events.give, 2), (events.want, 2), (events.cook, 2),
         (events.put, 1), (events.take, 2), (events.wash, 1), (events.break_it, 1),
@@ -328,9 +335,10 @@ _ANIMALS = Theme(
     things=lex.FOODS + _TOYS[:2],
     num_things=(1, 2),
     indoors=0.1,
+    room="",
     events=(
         (events.chase, 4), (events.move, 5), (events.climb, 1), (events.eat, 2), (events.ride, 2),
-        (events.notice, 2), (events.admire, 2), (events.hug, 1), (events.bite, 1), (events.take, 1),
+        (events.notice, 2), (events.admire, 3), (events.hug, 1), (events.bite, 1), (events.take, 1),
     ),
 )  # fmt: skip
 _DRESSING = Theme(
@@ -341,9 +349,10 @@ _DRESSING = Theme(
     things=(*_CLOTHES, *(noun for noun in lex.THINGS if noun.singular == "blanket")),
     num_things=(2, 3),
     indoors=0.7,
+    room="bedroom",
     events=(
         (events.wear, 3), (events.lose, 3), (events.wash, 3), (events.bite, 1), (events.take, 2),
-        (events.give, 1), (events.want, 1), (events.put, 2), (events.admire, 2),
+        (events.give, 1), (events.want, 1), (events.put, 2), (events.admire, 3),
         (events.help_out, 1), (events.hold, 0.5),
     ),
 )  # fmt: skip
@@ -357,8 +366,10 @@ _QUIET = Theme(
     ),
     num_things=(2, 3),
     indoors=0.6,
+    room="",
     events=(
-        (events.read, 3), (events.sketch, 3), (events.open_up, 2), (events.lose, 1),
+        (events.read, 3), (events.sketch, 3), (events.admire, 1.5), (events.open_up, 2),
+        (events.lose, 1),
         (events.hug, 2), (events.move, 2), (events.take, 1), (events.give, 1), (events.put, 1),
         (events.help_out, 1), (events.together, 1), (events.hold, 0.5),
     ),
@@ -371,10 +382,11 @@ _OUTING = Theme(
     things=(*_TOYS, *lex.FOODS, *_CLOTHES),
     num_things=(2, 3),
     indoors=0.0,
+    room="",
     events=(
         (events.move, 4), (events.together, 2), (events.notice, 3), (events.fall, 2),
         (events.climb, 2), (events.chase, 2), (events.throw, 1), (events.ride, 1),
-        (events.admire, 2), (events.take, 1), (events.eat, 1), (events.push, 1),
+        (events.admire, 3), (events.take, 1), (events.eat, 1), (events.push, 1),
         (events.lose, 1), (events.help_out, 1), (events.hold, 1),
     ),
 )  # fmt: skip
@@ -388,14 +400,14 @@ _TALK: tuple[tuple[Move, float], ...] = (
     (questions.what_doing, 1.5), (questions.did_they, 2), (questions.is_it_so, 1),
     (questions.how_is, 1), (questions.which, 1.5), (questions.whose, 1), (questions.how_many, 0.6),
     (questions.why_sad, 1), (questions.tagged, 1.5), (questions.ask_you, 1),
-    (remarks.mood, 1.5), (remarks.attribute, 1.5), (remarks.there_is, 2.5), (remarks.near, 3),
-    (remarks.who_did_it, 3), (remarks.what_was_done, 2), (remarks.who_has_it, 2),
+    (remarks.mood, 1.5), (remarks.attribute, 1.5), (remarks.there_is, 2), (remarks.near, 6),
+    (remarks.who_did_it, 5), (remarks.what_was_done, 3), (remarks.who_has_it, 2.5),
     (remarks.compare, 1.5), (remarks.point, 1), (remarks.each, 1.5), (remarks.owns, 1),
-    (remarks.knows, 3), (remarks.thinks, 0.8), (remarks.likes, 1), (remarks.not_any, 2),
-    (remarks.never, 1.2), (remarks.ever, 0.8), (remarks.nobody, 0.8),
-    (remarks.can_and_cannot, 1), (remarks.one_who_is_not, 1.3), (remarks.one_who_cannot, 0.5),
+    (remarks.knows, 5), (remarks.thinks, 0.8), (remarks.likes, 1), (remarks.not_any, 3),
+    (remarks.never, 1.2), (remarks.ever, 0.8), (remarks.nobody, 1.2),
+    (remarks.can_and_cannot, 2), (remarks.one_who_is_not, 2.5), (remarks.one_who_cannot, 0.5),
     (remarks.fact, 1), (remarks.because, 1), (remarks.meanwhile, 1.5), (remarks.when, 1),
-    (remarks.plan, 1), (remarks.habit, 2.5), (questions.able, 1),
+    (remarks.plan, 1), (remarks.habit, 2.5), (questions.able, 1), (questions.is_the_one, 1.5),
     (remarks.passive, 2), (remarks.request, 1),
 )  # fmt: skip
 
@@ -404,11 +416,12 @@ _STYLE_WEIGHTS = (0.4, 0.65, 1.0)
 
 _REPEATS: dict[Move, int] = {
     events.move: 3, events.take: 2, events.throw: 2, events.eat: 2, remarks.near: 2,
+    remarks.knows: 2,
     remarks.who_did_it: 2, remarks.there_is: 2, questions.what_did: 2, questions.did_they: 2,
 }  # fmt: skip
 """How often a move may be made in one scene, where it is not once."""
 
-_TALK_SHARE = 0.55
+_TALK_SHARE = 0.6
 """Probability that a move is talk rather than an event."""
 
 

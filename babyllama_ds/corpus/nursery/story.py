@@ -27,7 +27,7 @@ from babyllama_ds.corpus.nursery.grammar import (
     with_adverb,
 )
 from babyllama_ds.corpus.nursery.held_out import Draw
-from babyllama_ds.corpus.nursery.lexicon import BE, Adjective, Noun, Verb
+from babyllama_ds.corpus.nursery.lexicon import BE, PEOPLE, Adjective, Noun, Verb
 
 Style = Literal["now", "book", "past"]
 """How a scene is told: as it happens (Anna is running), as in a picture book (Anna runs), or
@@ -91,9 +91,16 @@ class Happening(NamedTuple):
 
     @property
     def thing(self) -> Entity | None:
-        """The direct object."""
-        first = self.parts[0] if self.parts else None
-        return first if isinstance(first, Entity) else None
+        """The direct object: the second entity of `gave Tom the ball`, else the first part."""
+        both = all(isinstance(part, Entity) for part in self.parts)
+        part = self.parts[-1 if both else 0] if self.parts else None
+        return part if isinstance(part, Entity) else None
+
+    @property
+    def others(self) -> tuple[str | Entity, ...]:
+        """The parts besides the direct object."""
+        thing = self.thing
+        return tuple(part for part in self.parts if part is not thing)
 
 
 class Story:
@@ -116,7 +123,7 @@ class Story:
         self.happenings: list[Happening] = []
         self.sentences: list[str] = []
         self.told: list[tuple[Entity, Spot | None]] = []
-        """Places already told."""
+        """Who was told to be where; no spot: told by the way (the cat near the tree)."""
         self.words = 0
         self._focus: list[Entity] = []
         self._now: list[Entity] = []
@@ -171,7 +178,7 @@ class Story:
             return "past"
         if self.style == "book":
             return "present" if self.draw.chance(0.9) else "perfect"
-        return "past" if self.draw.chance(0.65) else "perfect"
+        return "past" if self.draw.chance(0.6) else "perfect"
 
     def going(self) -> str:
         """A form for what goes on."""
@@ -195,13 +202,13 @@ class Story:
         entity.known = True
         self._now.append(entity)
 
-    def subject(self, entity: Entity) -> str:
-        """The entity as a clause's subject."""
+    def subject(self, entity: Entity, *, plain: bool = False) -> str:
+        """The entity as a clause's subject; `plain`: without its adjective."""
         if self.is_clear(entity) and (entity in self._now or self.draw.chance(0.75)):
             text = entity.pronoun
         else:
             self._subject = None
-            text = self.describe(entity)
+            text = self.describe(entity, plain=plain)
         self._subject = entity
         self.mention(entity)
         return text
@@ -220,7 +227,7 @@ class Story:
         self.mention(entity)
         return text
 
-    def describe(self, entity: Entity) -> str:
+    def describe(self, entity: Entity, *, plain: bool = False) -> str:
         """The entity by a name, a possessive, an indefinite or a definite phrase."""
         if entity.members:
             first, second = entity.members
@@ -234,7 +241,7 @@ class Story:
             entity.is_a("kin") or not entity.known or self.draw.chance(0.5)
         )
         with_adjective = twin or self.draw.chance(0.2 if entity.known else 0.6)
-        noun = self.noun_phrase(entity, adjective=with_adjective)
+        noun = self.noun_phrase(entity, adjective=with_adjective and not plain)
         if owned and entity.owner is not None:
             return f"{self._possessor(entity.owner)} {noun}"
         if not entity.known:
@@ -277,8 +284,16 @@ class Story:
         self._subject = entity
 
     def realise(self, *parts: str | Entity) -> str:
-        """Words as they are, entities as objects."""
-        return join(*(part if isinstance(part, str) else self.object(part) for part in parts))
+        """Words as they are, entities as objects (`gave Tom the ball`, never `gave Tom it`)."""
+        words: list[str] = []
+        after: str | Entity = ""
+        for part in parts:
+            if isinstance(part, str):
+                words.append(part)
+            else:
+                words.append(self.object(part, pronoun=isinstance(after, str)))
+            after = part
+        return join(*words)
 
     def clause(
         self,
@@ -299,7 +314,9 @@ class Story:
 
     def being(self, subject: Entity, *parts: str | Entity, negative: bool = False) -> str:
         """`the dog is hungry`, not yet a sentence."""
-        return self.clause(subject, BE, *parts, negative=negative)
+        text = self.subject(subject, plain=True)
+        finite = conjugate(BE, subject.pronoun, self.state)
+        return declare(text, finite, self.realise(*parts), negative=negative)
 
     def emit(self, words: str, end: str = ".") -> None:
         """Add a sentence; what it mentioned is now in focus."""
@@ -330,9 +347,7 @@ class Story:
         return any(event.subject is subject and event.verb is verb for event in self.happenings)
 
     def remember(self, subject: Entity, verb: Verb, *parts: str | Entity, form: str) -> None:
-        """Keep what happened; outside picture books, what is over is asked about in the past."""
-        if form == "perfect":
-            form = "present" if self.style == "book" else "past"
+        """Keep what happened, to be asked about in the form in which it was told."""
         self.happenings.append(Happening(subject, verb, parts, form))
 
     def be(self, entity: Entity) -> str:
@@ -345,3 +360,13 @@ def indefinite(entity: Entity, noun: str) -> str:
     if entity.plural:
         return f"{entity.count or 'some'} {noun}"
     return f"some {noun}" if entity.noun.is_mass else article(noun)
+
+
+def kind_of(one: Entity) -> Noun:
+    """The common noun for a name: Anna is a girl."""
+    if not one.noun.is_name:
+        return one.noun
+    boy, girl, _, man, woman, _ = PEOPLE
+    if one.is_a("adult"):
+        return man if one.pronoun == "he" else woman
+    return boy if one.pronoun == "he" else girl

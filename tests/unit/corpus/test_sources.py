@@ -187,7 +187,9 @@ def test_check_can_stop_the_reading(tmp_path: Path) -> None:
 
 # -- streaming -----------------------------------------------------------------------------------
 
-ODD_TEXT = "\ufeffone\r\ntwo\x0cff\u2028ls\x85nel\x1cfs\x00nul\rthree\n\n \t\nBOM inside \ufeff é last"
+ODD_TEXT = (
+    "\ufeffone\r\ntwo\x0cff\u2028ls\x85nel\x1cfs\x00nul\rthree\n\n \t\nBOM inside \ufeff é last"
+)
 
 
 @pytest.mark.parametrize(
@@ -271,11 +273,18 @@ def test_the_tail_of_each_file_is_cut_after_cleaning(tmp_path: Path) -> None:
     ]
 
 
+def rewrite(path: Path, text: str, *, modified_ns: int | None = None) -> None:
+    before = path.stat().st_mtime_ns
+    path.write_text(text)
+    time = before if modified_ns is None else modified_ns
+    os.utime(path, ns=(time, time))
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        lambda path: path.write_text("one\ntwo\nthree\n"),
-        lambda path: (path.write_text("eno\nowt\n"), os.utime(path, ns=(0, 0))),
+        lambda path: rewrite(path, "one\ntwo\nthree\n"),
+        lambda path: rewrite(path, "eno\nowt\n", modified_ns=0),
         lambda path: path.unlink(),
         lambda path: path.write_bytes(b"\xff\n\n"),
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from babyllama_ds.errors import JobError
 from babyllama_ds.spec.document import MAX_VALUES, Place, key_text, read_document, show
@@ -148,6 +150,16 @@ def test_aliases_cannot_grow_without_bound() -> None:
 def test_an_alias_inside_its_own_anchor_is_refused() -> None:
     with pytest.raises(JobError, match=r"f:1: a\[0\]: got an alias inside its own anchor"):
         read_document("a: &a [*a]\n", "f")
+
+
+@given(text=st.text(alphabet="ab:-{}[],&*!#|>'\"$\\%@ \n\t0.", max_size=25) | st.text(max_size=20))
+@settings(deadline=None)
+def test_any_text_is_read_or_refused(text: str) -> None:
+    try:
+        places = read_document(text, "f").places
+    except JobError:
+        return
+    assert () in places
 
 
 def test_a_fixed_place_is_used_throughout() -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from babyllama_ds.errors import JobError, Problem
+from babyllama_ds.spec.document import read_document
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.loading import load_job
 
@@ -446,6 +450,21 @@ def test_an_override_mends_the_file(job_file: Path) -> None:
     assert load(job_file, "seed=1", "student.training.epochs=4").student.training.epochs == 4
 
 
+def test_a_later_override_does_not_hide_a_wrong_one(job_file: Path) -> None:
+    assert the_problem(job_file, "seed.more=3", "seed=4").source == "command line: seed.more=3"
+
+
+def test_an_override_of_an_aliased_part_changes_only_its_own(job_file: Path) -> None:
+    own = "    training: {batch_windows: 16, epochs: 0.5, learning_rate: 1e-3}"
+    edited(
+        job_file,
+        ("    training:\n      batch_windows: 16", "    training: &all\n      batch_windows: 16"),
+    )
+    edited(job_file, (own, "    training: *all"))
+    job = load(job_file, "teachers.1.training.epochs=7")
+    assert [teacher.training.epochs for teacher in job.teachers if teacher.training] == [1, 7]
+
+
 # -- all together --------------------------------------------------------------------------------
 
 
@@ -469,6 +488,42 @@ def test_every_error_at_once_sorted_by_line(job_file: Path) -> None:
         ("windows.length", "command line: windows.length=1"),
         ("evaluation.batch_tokens", "command line: evaluation.batch_tokens=0"),
     ]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data(), value=VALUES)
+def test_whatever_stands_anywhere_there_is_a_job_or_a_job_error(
+    job_file: Path, data: st.DataObject, value: object
+) -> None:
+    tree = read_document(JOB, "").data
+    here, name = data.draw(st.sampled_from(list(slots(tree))))
+    here[name] = value
+    job_file.write_text(yaml.safe_dump(tree))
+    found: tuple[Problem, ...] = ()
+    try:
+        load(job_file)
+    except JobError as error:
+        found = error.problems
+    assert all(problem.source and problem.where for problem in found)
+
+
+def slots(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (mapping or list, key) of a tree."""
+    for key, value in list(tree.items()) if isinstance(tree, dict) else list(enumerate(tree)):
+        yield tree, key
+        if isinstance(value, dict | list):
+            yield from slots(value)
 
 
 def test_the_message_is_one_line_and_a_hint_per_problem(job_file: Path) -> None:

@@ -104,9 +104,12 @@ def test_a_job_survives_the_round_trip(job: JobSpec, tmp_path: Path) -> None:
 @example(text="<<")
 @example(text="${HOME}/$x$$")
 @example(text="# no comment")
+@example(text="\x85")
 @example(text=" spaces \n lines \t")
 @example(text="\x85\u2028\ufeff")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_any_text_survives(text: str, tmp_path: Path) -> None:
     job = small_job(deepspeed={"config": text})
     path = tmp_path / "job.yaml"

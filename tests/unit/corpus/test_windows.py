@@ -1,0 +1,202 @@
+"""Windows: pure functions of (seed, epoch, index) that cover the corpus."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from babyllama_ds.corpus.shards import TokenShards
+from babyllama_ds.corpus.windows import DevWindows, TrainWindows
+from babyllama_ds.errors import DataError
+
+LENGTH = 5
+
+
+def shards(num_tokens: int, split: str = "train") -> TokenShards:
+    """A stream in which each token's id is its position."""
+    stream: npt.NDArray[Any] = np.arange(num_tokens, dtype="<u4")
+    index: dict[str, Any] = {"vocab_size": num_tokens, "splits": {split: {}}}
+    return TokenShards(index, {split: [stream[:17], stream[17:]]})
+
+
+def train(
+    num_tokens: int = 203, offsets: Literal["fixed", "random"] = "random", seed: int = 7
+) -> TrainWindows:
+    return TrainWindows(shards(num_tokens), length=LENGTH, offsets=offsets, seed=seed)
+
+
+# -- an independent reference of the hash, in Python's own integers -------------------------------
+
+MASK = (1 << 64) - 1
+
+
+def splitmix64(counter: int) -> int:
+    z = (counter * 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def reference_draw(seed: int, purpose: int, epoch: int, index: int) -> int:
+    key = 0
+    for part in (seed, purpose, epoch):
+        key = splitmix64((key + part + 1) & MASK)
+    z = (key + (index + 1) * 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
+
+
+def test_the_reference_is_splitmix64() -> None:
+    # The first outputs for seed 0 of the authors' generator.
+    assert [splitmix64(i) for i in (1, 2)] == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4]
+
+
+@pytest.mark.parametrize("seed", [0, 7, (1 << 63) - 1])
+@pytest.mark.parametrize("epoch", [0, 1, 1_000_003])
+def test_order_and_offsets_are_the_documented_hash(seed: int, epoch: int) -> None:
+    windows = train(seed=seed)
+    indices = range(windows.num_windows)
+    order = sorted(indices, key=lambda i: reference_draw(seed, 1, epoch, i))
+    starts = [i * LENGTH + reference_draw(seed, 2, epoch, i) % LENGTH for i in indices]
+    assert windows.order(epoch).tolist() == order
+    assert windows.starts(epoch, np.arange(windows.num_windows)).tolist() == starts
+
+
+# -- what a window holds -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "offsets", "expected"),
+    [
+        (5, "fixed", 1),
+        (9, "fixed", 1),
+        (10, "fixed", 2),
+        (10, "random", 1),
+        (14, "random", 1),
+        (15, "random", 2),
+    ],
+)
+def test_number_of_windows(
+    num_tokens: int, offsets: Literal["fixed", "random"], expected: int
+) -> None:
+    assert train(num_tokens, offsets).num_windows == expected
+
+
+def test_fixed_windows_are_the_stream_cut_up() -> None:
+    windows = train(203, "fixed")
+    for epoch in (0, 3):
+        got = windows.windows(epoch, np.arange(40))
+        assert got.dtype == np.int64
+        assert np.array_equal(got, np.arange(200).reshape(40, LENGTH))
+
+
+def test_random_windows_are_runs_of_the_stream_near_their_place() -> None:
+    windows = train(200)
+    indices = np.arange(windows.num_windows)
+    for epoch in range(50):
+        got = windows.windows(epoch, indices)
+        offsets = got[:, 0] - indices * LENGTH
+        assert got.shape == (39, LENGTH)
+        assert np.array_equal(got, got[:, :1] + np.arange(LENGTH))
+        assert offsets.min() >= 0
+        assert offsets.max() < LENGTH
+        assert got.max() < 200
+
+
+def test_a_window_depends_on_nothing_but_seed_epoch_and_index() -> None:
+    windows, again = train(), train()
+    backwards = {i: again.window(2, i) for i in reversed(range(again.num_windows))}
+    indices = windows.batch(2, 1, 8)
+    for index, window in zip(indices, windows.windows(2, indices), strict=True):
+        assert np.array_equal(window, backwards[int(index)])
+        assert np.array_equal(window, windows.window(2, int(index)))
+
+
+# -- what an epoch holds -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_windows", [1, 7, 39, 100])
+def test_each_epoch_has_every_window_once(batch_windows: int) -> None:
+    windows = train()
+    for epoch in range(4):
+        batches = [
+            windows.batch(epoch, k, batch_windows)
+            for k in range(windows.num_batches(batch_windows))
+        ]
+        assert all(len(batch) == batch_windows for batch in batches[:-1])
+        assert 0 < len(batches[-1]) <= batch_windows
+        assert np.array_equal(np.concatenate(batches), windows.order(epoch))
+        assert sorted(np.concatenate(batches)) == list(range(windows.num_windows))
+
+
+def test_a_caller_cannot_spoil_the_order() -> None:
+    windows = train()
+    with pytest.raises(ValueError, match="read-only"):
+        windows.batch(0, 0, 4)[0] = 0
+
+
+def test_epochs_and_seeds_differ_and_do_not_share_their_draws() -> None:
+    orders = [tuple(train(seed=s).order(e)) for s in range(6) for e in range(6)]
+    offsets = [tuple(train(seed=s).starts(e, np.arange(39))) for s in range(6) for e in range(6)]
+    assert len(set(orders)) == len(set(offsets)) == 36
+
+
+def test_offsets_are_uniform_over_windows_and_over_epochs() -> None:
+    length, num_windows = 128, 64_000
+    windows = TrainWindows(
+        shards((num_windows + 1) * length), length=length, offsets="random", seed=3
+    )
+    across = windows.starts(0, np.arange(num_windows)) % length
+    one = np.array([windows.starts(e, np.array([11]))[0] for e in range(6400)]) % length
+    for draws in (across, one):
+        counts = np.bincount(draws, minlength=length)
+        expected = len(draws) / length
+        chi_square = float(((counts - expected) ** 2 / expected).sum())
+        assert 70 < chi_square < 200  # 127 degrees of freedom: mean 127, deviation 16
+    # Neighbouring windows are as good as independent.
+    assert abs(np.corrcoef(across[:-1], across[1:])[0, 1]) < 0.02
+
+
+def test_order_mixes_near_and_far() -> None:
+    order = train(5 * 10_001).order(0)
+    assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.03
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.03
+
+
+# -- too little text -----------------------------------------------------------------------------
+
+
+def test_a_corpus_shorter_than_one_window_is_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        train(4, "fixed")
+    (problem,) = caught.value.problems
+    assert problem.got == "4 tokens, a corpus shorter than one window"
+    assert problem.expected == "at least 5 tokens for windows.length 5"
+    with pytest.raises(DataError, match="expected at least 10 tokens"):
+        train(9, "random")
+    with pytest.raises(DataError, match=r"corpus \(dev\): got 4 tokens"):
+        DevWindows(shards(4, "dev"), LENGTH)
+
+
+# -- development ---------------------------------------------------------------------------------
+
+
+def test_dev_windows_are_all_but_the_last_few_tokens() -> None:
+    windows = DevWindows(shards(203, "dev"), LENGTH)
+    assert windows.num_windows == 40
+    assert np.array_equal(windows.windows(np.arange(40)).ravel(), np.arange(200))
+    assert np.array_equal(windows.windows(np.array([3, 1]))[:, 0], [15, 5])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 39, 40, 41, 1000])
+def test_a_limit_keeps_evenly_spaced_windows(limit: int) -> None:
+    windows = DevWindows(shards(203, "dev"), LENGTH, limit)
+    starts = windows.windows(np.arange(windows.num_windows))[:, 0]
+    assert windows.num_windows == min(limit, 40)
+    gaps = np.diff([*starts, 200]) // LENGTH
+    assert starts[0] == 0
+    assert gaps.max() - gaps.min() <= 1

@@ -1,0 +1,181 @@
+"""Which device, how many threads, and a process group with or without the launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from babyllama_ds import ranks
+from babyllama_ds.engine import distributed
+from babyllama_ds.errors import MachineError
+
+LAUNCHER_WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*LAUNCHER_WORDS, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"):
+        # Set first: so that it is restored after the test even where it was not set before.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def pretend_cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+# -- the device -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("requested", "cards", "local_ranks", "expected"),
+    [
+        ("cpu", 0, 2, "cpu"),
+        ("cpu", 8, 2, "cpu"),
+        ("auto", 0, 2, "cpu"),
+        ("auto", 2, 2, "cuda"),
+        ("cuda", 1, 1, "cuda"),
+        ("cuda", 8, 2, "cuda"),
+    ],
+)
+def test_device(
+    requested: str,
+    cards: int,
+    local_ranks: int,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend_cards(monkeypatch, cards)
+    monkeypatch.setenv("LOCAL_SIZE", str(local_ranks))
+    assert distributed.resolve_device(requested) == expected
+
+
+@pytest.mark.parametrize(
+    ("requested", "cards", "local_ranks"),
+    [("cuda", 0, 1), ("cuda", 1, 2), ("auto", 1, 2)],
+)
+def test_too_few_cards_are_refused(
+    requested: str, cards: int, local_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_cards(monkeypatch, cards)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
+    with pytest.raises(MachineError) as caught:
+        distributed.resolve_device(requested)
+    (problem,) = caught.value.problems
+    assert problem.where == "deepspeed.device"
+    assert problem.got == f"{cards} CUDA devices for {local_ranks} ranks on this machine"
+    assert "deepspeed.device=cpu" in (problem.hint or "")
+
+
+# -- threads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({}, 5),
+        ({"LOCAL_SIZE": "2"}, 2),
+        ({"LOCAL_WORLD_SIZE": "5"}, 1),
+        ({"LOCAL_SIZE": "16"}, 1),
+        ({"OMP_NUM_THREADS": "3", "LOCAL_SIZE": "2"}, 3),
+        ({"OMP_NUM_THREADS": "0"}, 1),
+    ],
+)
+def test_ranks_share_the_cores(
+    words: dict[str, str], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(5)))
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.threads_per_rank() == expected
+
+
+# -- the process group --------------------------------------------------------------------------------
+
+
+def test_alone_there_is_a_world_of_one_as_often_as_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also with what DeepSpeed remembers of the world before."""
+    from deepspeed.utils import groups
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for _ in range(2):
+        assert distributed.start("cpu") == torch.device("cpu")
+        assert distributed.start("cpu") == torch.device("cpu")  # joined already
+        assert (ranks.rank(), ranks.world_size()) == (0, 1)
+        assert dist.get_backend() == "gloo"
+        assert torch.get_num_threads() == 1
+        assert dist.get_world_size(groups._get_data_parallel_group()) == 1
+        distributed.stop()
+        assert not dist.is_initialized()
+        distributed.stop()
+
+
+def test_the_launchers_description_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    distributed._describe_lone_rank()
+    assert os.environ["RANK"] == "3"
+    assert os.environ["MASTER_PORT"] == "29500"
+    assert "WORLD_SIZE" not in os.environ
+
+
+SHARED_MEMORY_OP = """
+import deepspeed
+assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"], "nothing to skip on this system"
+from babyllama_ds.engine import distributed
+import torch.distributed as dist
+distributed.start("cpu")
+assert not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+dist.all_reduce(__import__("torch").ones(3))
+distributed.stop()
+"""
+
+
+def test_the_shared_memory_operator_is_not_built(tmp_path: Path) -> None:
+    """It would need g++; two ranks without one are in `test_training`."""
+    (tmp_path / "bin").mkdir()
+    assert shutil.which("g++", path=str(tmp_path / "bin")) is None
+    ours = {
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PATH": str(tmp_path / "bin"),
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "built"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED_MEMORY_OP],
+        env=os.environ | ours,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "built").exists()
+
+
+def test_only_known_noise_is_silenced() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.simplefilter("always")
+        distributed.quiet_known_noise()
+        for module, category in (
+            ("deepspeed.comm", FutureWarning),
+            ("deepspeed.comm", UserWarning),
+            ("torch.distributed.c10d", FutureWarning),
+            ("torch.nn.modules", FutureWarning),
+        ):
+            warnings.warn_explicit("text", category, "file.py", 1, module=module)
+    assert [(one.category, one.filename) for one in caught] == [
+        (UserWarning, "file.py"),
+        (FutureWarning, "file.py"),
+    ]

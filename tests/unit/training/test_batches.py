@@ -1,0 +1,140 @@
+"""Every window once an epoch, the same batches whatever the ranks, and padding that counts nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from babyllama_ds.losses.distillation import IGNORED_LABEL
+from babyllama_ds.training.batches import Batch, BatchPlan, micro_batch, total_steps
+
+LENGTH = 5
+
+
+class NumberedWindows:
+    """Window i of epoch e holds the tokens 1000 e + 10 i + (0 … 4), in another order each epoch."""
+
+    def __init__(self, num_windows: int) -> None:
+        self.num_windows, self.length = num_windows, LENGTH
+
+    def batch(self, epoch: int, k: int, batch_windows: int) -> NDArray[np.int64]:
+        order = np.random.default_rng(epoch).permutation(self.num_windows)
+        return order[k * batch_windows : (k + 1) * batch_windows]
+
+    def windows(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        assert (indices >= 0).all()
+        return 1000 * epoch + 10 * indices[:, None] + np.arange(LENGTH)
+
+
+def plans(windows: NumberedWindows, training: Any, num_ranks: int, size: int) -> list[BatchPlan]:
+    return [
+        BatchPlan(
+            windows,
+            training,
+            rank=rank,
+            num_ranks=num_ranks,
+            micro_batch=size,
+            device=torch.device("cpu"),
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+def real_windows(batch: Batch) -> list[list[int]]:
+    """The token ids of every window of a rank that is not padding."""
+    found = []
+    for micro in batch.micro_batches:
+        valid_BS = micro.valid_N.view_as(micro.input_ids_BS)
+        assert torch.equal(valid_BS.all(1), valid_BS.any(1)), "a window is real or padding, whole"
+        found += micro.input_ids_BS[valid_BS.all(1)].tolist()
+    return found
+
+
+SPLITS = [(1, 8), (1, 4), (1, 1), (2, 4), (2, 2), (2, 1), (4, 1), (8, 1)]
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), SPLITS)
+@pytest.mark.parametrize("num_windows", [8, 16, 19, 17, 3])
+def test_every_window_once_an_epoch_and_the_same_batches(
+    num_windows: int, num_ranks: int, size: int, training_spec: Callable[..., Any]
+) -> None:
+    windows = NumberedWindows(num_windows)
+    training = training_spec(batch_windows=8, epochs=2.0)
+    of_ranks = plans(windows, training, num_ranks, size)
+    per_epoch = -(-num_windows // 8)
+    assert {plan.steps_per_epoch for plan in of_ranks} == {per_epoch}
+    assert {plan.total_steps for plan in of_ranks} == {2 * per_epoch}
+    for epoch in range(2):
+        seen = []
+        for k in range(per_epoch):
+            batches = [plan.batch(epoch * per_epoch + k) for plan in of_ranks]
+            expected = windows.batch(epoch, k, 8)
+            together = [window for batch in batches for window in real_windows(batch)]
+            assert sorted(together) == sorted(windows.windows(epoch, expected).tolist())
+            seen += together
+            for batch in batches:
+                assert batch.epoch == epoch
+                assert batch.window_ids.tolist() == expected.tolist()  # the global batch's
+                assert len(batch.micro_batches) == 8 // (num_ranks * size)
+                assert {m.input_ids_BS.shape for m in batch.micro_batches} == {(size, LENGTH)}
+        everything = windows.windows(epoch, np.arange(num_windows)).tolist()
+        assert sorted(seen) == everything
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), SPLITS)
+def test_counts_are_the_global_batchs_and_the_masks_agree(
+    num_ranks: int, size: int, training_spec: Callable[..., Any]
+) -> None:
+    windows = NumberedWindows(13)  # batches of 8 and 5
+    of_ranks = plans(windows, training_spec(batch_windows=8), num_ranks, size)
+    for step, num_windows in enumerate((8, 5)):
+        batches = [plan.batch(step) for plan in of_ranks]
+        micros = [micro for batch in batches for micro in batch.micro_batches]
+        for batch in batches:
+            assert batch.num_windows == num_windows
+            assert batch.num_labelled == num_windows * 4
+            assert batch.num_valid == num_windows * 5
+        assert sum(int(micro.valid_N.sum()) for micro in micros) == num_windows * 5
+        labelled = sum(int((micro.labels_N != IGNORED_LABEL).sum()) for micro in micros)
+        assert labelled == num_windows * 4
+
+
+def test_labels_are_the_next_tokens_and_padding_has_none() -> None:
+    tokens_BS = torch.tensor([[5, 6, 7], [8, 9, 1], [2, 3, 4]])
+    micro = micro_batch(tokens_BS, torch.tensor([True, False, True]))
+    none = IGNORED_LABEL
+    assert micro.labels_N.tolist() == [6, 7, none, none, none, none, 3, 4, none]
+    assert micro.valid_N.tolist() == [True] * 3 + [False] * 3 + [True] * 3
+    assert micro.labels_N.dtype == torch.int64
+    assert micro.valid_N.dtype == torch.bool
+    assert torch.equal(micro.input_ids_BS, tokens_BS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # 10 windows in batches of 4 are 3 steps an epoch; a batch has 4 × 6 = 24 tokens.
+        ({"epochs": 1.0}, 3),
+        ({"epochs": 4.0}, 12),
+        ({"epochs": 2.5}, 8),  # 7.5: the last step is begun
+        ({"epochs": 0.1}, 1),
+        ({"epochs": 4.0, "max_steps": 5}, 5),
+        ({"epochs": 1.0, "max_steps": 5}, 3),
+        ({"epochs": 4.0, "max_tokens": 100}, 4),  # 96 tokens; a fifth step would exceed 100
+        ({"epochs": 4.0, "max_tokens": 96}, 4),
+        ({"epochs": 4.0, "max_tokens": 95}, 3),
+        ({"epochs": 4.0, "max_tokens": 1}, 1),
+        ({"epochs": 4.0, "max_tokens": 100, "max_steps": 2}, 2),
+        ({"epochs": 4.0, "max_tokens": 100_000, "max_steps": 100}, 12),
+    ],
+)
+def test_training_ends_at_the_first_limit(
+    changes: dict[str, Any], expected: int, training_spec: Callable[..., Any]
+) -> None:
+    training = training_spec(batch_windows=4, **changes)
+    assert total_steps(training, num_windows=10, length=6) == expected

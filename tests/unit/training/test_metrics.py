@@ -1,0 +1,155 @@
+"""metrics.jsonl, TensorBoard and what people see; a resumed training takes back what it overtook."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from babyllama_ds import ranks
+from babyllama_ds.training.metrics import MetricsLog, duration, forget_later_steps
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def open_log(run_dir: Path, *, first_step: int = 0, stage: str = "student") -> MetricsLog:
+    run_dir.mkdir(exist_ok=True)
+    return MetricsLog(run_dir, stage, first_step=first_step, total_steps=9)
+
+
+def scalars(run_dir: Path, stage: str, name: str) -> list[tuple[int, float]]:
+    board = EventAccumulator(str(run_dir / "tensorboard" / stage))
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(name)]
+
+
+# -- what is kept -----------------------------------------------------------------------------------
+
+
+def test_a_line_and_a_scalar_for_each_written_step(tmp_path: Path) -> None:
+    with open_log(tmp_path, stage="teachers/a") as metrics:
+        metrics.write(1, {"epoch": 0.5, "tokens": 32, "loss": 2.5, "lr": 1e-3})
+        metrics.write(2, {"tokens": 64, "dev_ce": 2.25})
+    assert lines_of(tmp_path / "metrics.jsonl") == [
+        {"stage": "teachers/a", "step": 1, "epoch": 0.5, "tokens": 32, "loss": 2.5, "lr": 1e-3},
+        {"stage": "teachers/a", "step": 2, "tokens": 64, "dev_ce": 2.25},
+    ]
+    assert scalars(tmp_path, "teachers/a", "loss") == [(1, 2.5)]
+    assert scalars(tmp_path, "teachers/a", "dev_ce") == [(2, 2.25)]
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "teachers" / "a"))
+    board.Reload()
+    assert sorted(board.Tags()["scalars"]) == ["dev_ce", "loss", "lr"]
+
+
+def test_only_rank_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    with open_log(tmp_path) as metrics:
+        metrics.write(1, {"loss": 1.0})
+        metrics.advance()
+        metrics.show(1, {"loss": 1.0}, tokens_per_s=1.0, seconds_left=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_training_overwrites_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+    with open_log(tmp_path) as metrics:
+        for step in (1, 2, 3, 4, 5):
+            metrics.write(step, {"loss": 1.0})
+    with open_log(tmp_path, first_step=3) as metrics:
+        for step in (4, 5, 6):
+            metrics.write(step, {"loss": 2.0})
+    found = [(line["step"], line["loss"]) for line in lines_of(tmp_path / "metrics.jsonl")]
+    expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
+    assert found == expected
+    assert scalars(tmp_path, "student", "loss") == expected
+
+
+def test_forgetting_leaves_other_stages_and_drops_a_line_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    kept = [
+        '{"stage": "teachers/a", "step": 9, "loss": 1}',
+        '{"stage": "student", "step": 3,   "loss": 2}',  # byte for byte
+        '{"stage": "student", "step": 4, "loss": 3}',
+        '{"stage": "control", "step": 70, "loss": 4}',
+    ]
+    later = '{"stage": "student", "step": 5, "loss": 5}'
+    cut_short = '{"stage": "student", "step": 4, "lo'
+    path.write_text("\n".join([kept[0], kept[1], later, kept[2], kept[3], cut_short]))
+    forget_later_steps(path, "student", 4)
+    assert path.read_text() == "".join(line + "\n" for line in kept)
+    forget_later_steps(path, "student", 0)
+    assert [line["stage"] for line in lines_of(path)] == ["teachers/a", "control"]
+    forget_later_steps(tmp_path / "none.jsonl", "student", 4)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+# -- what people see --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (0, "0:00"),
+        (9.4, "0:09"),
+        (59.6, "1:00"),
+        (75, "1:15"),
+        (3599.7, "1:00:00"),
+        (3675, "1:01:15"),
+        (90_061, "25:01:01"),
+    ],
+)
+def test_duration(seconds: float, expected: str) -> None:
+    assert duration(seconds) == expected
+
+
+SHOWN = {"loss": 3.14159, "ce": 2.0, "note": "x", "none": None}
+
+
+def test_without_a_terminal_there_are_plain_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    monkeypatch.setattr(sys, "stderr", stderr := io.StringIO())
+    with caplog.at_level(logging.INFO), open_log(tmp_path) as metrics:
+        metrics.advance()
+        metrics.show(1, SHOWN, tokens_per_s=12345.6, seconds_left=75.0)
+    (record,) = [one for one in caplog.records if one.name == "babyllama_ds.training.metrics"]
+    assert record.getMessage() == "student  step 1/9  loss 3.142  ce 2  12,346 tok/s  1:15 left"
+    assert stderr.getvalue() == ""
+
+
+def test_on_a_terminal_there_is_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    monkeypatch.setattr(sys, "stderr", stderr := Terminal())
+    with caplog.at_level(logging.INFO), open_log(tmp_path, first_step=4) as metrics:
+        for step in (5, 6):
+            metrics.advance()
+            metrics.show(step, SHOWN, tokens_per_s=12345.6, seconds_left=75.0)
+    assert not [one for one in caplog.records if one.name.startswith("babyllama_ds")]
+    bar = stderr.getvalue()
+    assert "student:" in bar
+    assert "6/9" in bar
+    assert "loss 3.142  ce 2  12,346 tok/s" in bar
+
+
+def test_numbers_that_are_not_finite_are_never_plotted_as_text(tmp_path: Path) -> None:
+    with open_log(tmp_path) as metrics:
+        metrics.write(1, {"loss": math.pi, "what": "text", "nothing": None})
+    board = EventAccumulator(str(tmp_path / "tensorboard" / "student"))
+    board.Reload()
+    assert board.Tags()["scalars"] == ["loss"]
