@@ -185,9 +185,13 @@ def _check_size(size: int, spec: TrainedTokenizer) -> None:
 def _as_fast(tokenizer: Any) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    known = {name: token for name, token in SPECIAL_TOKENS.items() if _has(tokenizer, token)}
+    settings = {name: token for name, token in SPECIAL_TOKENS.items() if _has(tokenizer, token)}
+    pre_tokenizer = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in pre_tokenizer:
+        # Unless told, transformers 4 sets it to False, over what the tokenizer itself says.
+        settings["add_prefix_space"] = pre_tokenizer["add_prefix_space"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **known
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **settings
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -71,6 +72,8 @@ def stop() -> None:
         ranks.forget_control_group()
         # DeepSpeed's own: it also forgets the groups that it keeps of this world.
         deepspeed.comm.destroy_process_group()
+        # Engines lie in reference cycles, which still hold groups and so gloo's threads.
+        gc.collect()
 
 
 def threads_per_rank() -> int:

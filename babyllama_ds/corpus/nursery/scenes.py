@@ -402,7 +402,7 @@ _TALK: tuple[tuple[Move, float], ...] = (
     (questions.why_sad, 1), (questions.tagged, 1.5), (questions.ask_you, 1),
     (remarks.mood, 1.5), (remarks.attribute, 1.5), (remarks.there_is, 2), (remarks.near, 6),
     (remarks.who_did_it, 5), (remarks.what_was_done, 3), (remarks.who_has_it, 2.5),
-    (remarks.compare, 1.5), (remarks.point, 1), (remarks.each, 1.5), (remarks.owns, 1),
+    (remarks.compare, 1.5), (remarks.point, 1), (remarks.each, 2.5), (remarks.owns, 1),
     (remarks.knows, 5), (remarks.thinks, 0.8), (remarks.likes, 1), (remarks.not_any, 3),
     (remarks.never, 1.2), (remarks.ever, 0.8), (remarks.nobody, 1.2),
     (remarks.can_and_cannot, 2), (remarks.one_who_is_not, 2.5), (remarks.one_who_cannot, 0.5),

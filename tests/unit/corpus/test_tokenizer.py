@@ -244,9 +244,11 @@ def test_transformers_alone_loads_it_alike(
     assert (loaded.pad_token_id, loaded.bos_token_id, loaded.eos_token_id) == (0, 1, 2)
 
 
-def test_the_saved_class_is_known_to_transformers_4(directory: Path) -> None:
+def test_the_saved_configuration_suits_transformers_4(directory: Path) -> None:
     config = json.loads((directory / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["add_prefix_space"] is True  # else it turns the leading space off
+    assert config["clean_up_tokenization_spaces"] is False  # else decoding eats spaces
 
 
 def test_directory_and_file_load_alike(directory: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -147,7 +147,7 @@ def test_on_a_terminal_there_is_a_bar(
     assert "loss 3.142  ce 2  12,346 tok/s" in bar
 
 
-def test_numbers_that_are_not_finite_are_never_plotted_as_text(tmp_path: Path) -> None:
+def test_only_numbers_are_plotted(tmp_path: Path) -> None:
     with open_log(tmp_path) as metrics:
         metrics.write(1, {"loss": math.pi, "what": "text", "nothing": None})
     board = EventAccumulator(str(tmp_path / "tensorboard" / "student"))
