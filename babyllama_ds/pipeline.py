@@ -264,7 +264,7 @@ class Pipeline:
 
         def publish() -> Path:
             directory = self.store.new_directory("teachers", key)
-            export_model(model, corpus.tokenizer, directory, summary, dtype=self._dtype)
+            export_model(model, corpus.entries.tokenizer_dir, directory, summary, dtype=self._dtype)
             return self.store.publish("teachers", key, directory, {"stage": stage})
 
         entry = ranks.on_rank_zero(publish)
@@ -335,7 +335,7 @@ class Pipeline:
         def publish() -> None:
             directory = files.temporary_beside(target)
             directory.mkdir(parents=True)
-            export_model(model, corpus.tokenizer, directory, summary, dtype=self._dtype)
+            export_model(model, corpus.entries.tokenizer_dir, directory, summary, dtype=self._dtype)
             files.write_manifest(directory, fingerprint=key)
             directory.rename(target)
 

@@ -18,7 +18,6 @@ The trained tokenizer is the published one: byte-level BPE, NFKC, a leading spac
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
@@ -30,8 +29,6 @@ from babyllama_ds.spec.job import TrainedTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-logger = logging.getLogger(__name__)
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 """In the order of their ids, from 0. None of them is ever in the training stream."""
@@ -70,7 +67,6 @@ def train_tokenizer(
     tokenizer.train_from_iterator(_batches(texts, check), trainer)
     _check_size(tokenizer.get_vocab_size(), spec)
     save_tokenizer(_as_fast(tokenizer), directory)
-    logger.info("tokenizer: %d tokens", spec.vocab_size)
 
 
 def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:

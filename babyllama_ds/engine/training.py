@@ -34,7 +34,8 @@ class TrainingEngine:
     ) -> None:
         import deepspeed
 
-        module.to(device)
+        # A model loaded by transformers comes in eval mode, which would leave its dropout off.
+        module.train().to(device)
         self.module = module
         with float_buffers_kept(module):
             self._engine, *_ = deepspeed.initialize(

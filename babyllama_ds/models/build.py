@@ -6,9 +6,12 @@ the device, the precision or the number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -99,25 +102,41 @@ def load_model(
     """A causal language model from a Hugging Face directory or hub id; safetensors only.
 
     Raises:
-        ModelError: nothing loadable at `path`.
+        ModelError: nothing loadable at `path`, or a file without all of the model's weights.
     """
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # for an error of ours, below
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError.of(
             where,
             got=f"{path}: {reason}",
             expected="a causal language model directory (config.json, model.safetensors) or hub id",
             hint=None if Path(path).exists() else "no such directory here: is the path right?",
         ) from error
-    return model
+    _check_whole(report, path, where=where)
+    loaded: nn.Module = model
+    return loaded
+
+
+def _check_whole(report: Mapping[str, Any], path: str, *, where: str) -> None:
+    """What the file lacks, transformers draws at random, with no more than a warning."""
+    lacking = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if lacking:
+        raise ModelError.of(
+            where,
+            got=f"{path}: {len(lacking)} weights are missing or of another shape "
+            f"({', '.join(lacking[:4])}{', …' if len(lacking) > 4 else ''})",
+            expected="every weight of the model that config.json describes",
+        )
 
 
 def check_vocabulary_fits(model: nn.Module, vocab_size: int, *, where: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from babyllama_ds import files
 from babyllama_ds.models.build import count_parameters
@@ -16,7 +16,7 @@ from babyllama_ds.models.build import count_parameters
 
 def export_model(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_dir: Path,
     directory: Path,
     summary: Mapping[str, Any],
     *,
@@ -25,11 +25,14 @@ def export_model(
     """Weights (safetensors, `dtype`), configuration, generation defaults, tokenizer, summary.
 
     `dtype` is what the model was trained and evaluated in, so what is measured is what is given
-    away. `training.json` holds the summary that the report reads.
+    away. The tokenizer's files are copied as they are. `training.json` holds the summary that the
+    report reads.
     """
     model.to(dtype)
     model.config.dtype = dtype
     model.save_pretrained(directory)  # type: ignore[operator]
-    tokenizer.save_pretrained(directory)
+    for path in tokenizer_dir.glob("*.json"):
+        if path.name != files.MANIFEST_NAME:
+            shutil.copy(path, directory)
     params = count_parameters(model)
     files.write_json(directory / "training.json", {**summary, "params": params})

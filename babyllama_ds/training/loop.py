@@ -202,7 +202,7 @@ class _Trainer:
         metrics.write(
             self.progress.step,
             {
-                "epoch": step / self.batches.steps_per_epoch,
+                "epoch": self.progress.step / self.batches.steps_per_epoch,
                 "tokens": self.progress.tokens,
                 **shown,
                 "lr": rate,
@@ -219,7 +219,7 @@ class _Trainer:
     def _not_finite(self, what: str, step: int, batch: Batch) -> TrainingError:
         windows = ", ".join(map(str, batch.window_ids.tolist()))
         return TrainingError.of(
-            f"{self.stage.name}: step {step}",
+            f"{self.stage.name}: step {step + 1}",  # counted from 1, as in the metrics
             got=f"{what} that is not finite, in epoch {batch.epoch}, windows {windows}",
             expected="finite numbers",
             hint="lower the learning rate or lengthen the warm-up; last good checkpoint: "

@@ -132,7 +132,7 @@ def make_engine(
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+def launch_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     """Run a script on two CPU ranks by the real launcher, without a compiler on the path."""
     nothing = tmp_path_factory.mktemp("path")
     extensions = tmp_path_factory.mktemp("torch_extensions")

@@ -364,7 +364,7 @@ def drink(story: Story) -> bool:
     if milk is None or drinker is None or milk.holder not in (None, drinker):
         return False
     story.tell(drinker, lex.DRINK, milk, form=story.draw.even((story.going(), story.done())))
-    cup = story.thing(lambda it: it.noun.singular == "cup" and it.holder is drinker)
+    cup = story.thing(lambda it: it.noun.singular == "cup" and it.holder in (None, drinker))
     if cup is not None and story.draw.may_be(cup.noun, lex.EMPTY):
         cup.mood = lex.EMPTY
         story.emit(join("now", story.being(cup, "empty")))
@@ -501,6 +501,8 @@ def move(story: Story) -> bool:
         story.remember(one, verb, *tail, form=form)
     if verb is lex.SLEEP:
         one.mood = lex.TIRED
+    if verb is lex.SWIM and story.draw.chance(0.4):
+        feel(story, one, lex.WET)
     return True
 
 
@@ -554,6 +556,27 @@ def admire(story: Story) -> bool:
     if story.draw.chance(0.35):
         other = story.actor(lambda it: it is not one) or one
     story.tell(one, lex.LOOK, "at", other, form=story.going())
+    return True
+
+
+def do_both(story: Story) -> bool:
+    """`Anna hugged Tom and washed herself.` `The dog saw the cat and ran away.`"""
+    first = story.draw.even((lex.SEE, lex.HUG, lex.HELP, lex.CHASE))
+    one = story.actor(lambda one: one.known and story.may_do(one, first))
+    if one is None:
+        return False
+    other = story.actor(lambda it: it is not one and first.takes_object(it.noun))
+    second = story.draw.even((lex.WASH, lex.HURT, lex.RUN, lex.LAUGH, lex.HURT))
+    if other is None or not story.may_do(one, second):
+        return False
+    form = "present" if story.style == "book" else "past"
+    words = story.clause(one, first, other, form=form)
+    parts: Parts = (one,) if second in (lex.WASH, lex.HURT) else ()
+    if second is lex.RUN:
+        parts = ("away",)
+    finite = conjugate(second, one.pronoun, form)
+    story.emit(join(words, "and", finite.main, story.realise(*parts)))
+    story.remember(one, second, *parts, form=form)
     return True
 
 

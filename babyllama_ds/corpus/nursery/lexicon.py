@@ -156,7 +156,7 @@ THINGS = (
     _noun("shoe shoes", _CLOTHING + " chewed"),
     _noun("block blocks", _TOY + " throwable"),
     _noun("truck trucks", _VEHICLE),
-    _noun("balloon balloons", _TOY + " flyer round"),
+    _noun("balloon balloons", _TOY + " flyer"),
     _noun("sock socks", _CLOTHING + " chewed"),
     _noun("spoon spoons", "thing portable dish washable"),
     _noun("flower flowers", "thing portable plant"),
@@ -199,12 +199,12 @@ FURNITURE = (
 )
 
 PLACES = (
-    _noun("kitchen", "place indoors"),
-    _noun("garden", "place outdoors pond"),
-    _noun("park", "place outdoors pond"),
-    _noun("yard", "place outdoors"),
-    _noun("bedroom", "place indoors"),
-    _noun("barn", "place outdoors"),
+    _noun("kitchen", "indoors"),
+    _noun("garden", "pond"),
+    _noun("park", "pond"),
+    _noun("yard", ""),
+    _noun("bedroom", "indoors"),
+    _noun("barn", ""),
 )
 
 COMMON = PEOPLE + ANIMALS
@@ -246,7 +246,7 @@ CLIMB = _verb("climb climbs climbed climbed climbing", "climber", "climbable")
 
 EAT = _verb("eat eats ate eaten eating", _ANIMATE, "food")
 SEE = _verb("see sees saw seen seeing", _ANIMATE, "person animal thing")
-FIND = _verb("find finds found found finding", _ANIMATE, "portable")
+FIND = _verb("find finds found found finding", "person", "portable")
 TAKE = _verb("take takes took taken taking", "person", "portable")
 GIVE = _verb("give gives gave given giving", "person", "portable")
 CHASE = _verb("chase chases chased chased chasing", "child chaser", "animal child")
@@ -331,10 +331,10 @@ MOODS = (
 HAPPY, HUNGRY, SAD, TIRED, ANGRY, SCARED, THIRSTY = MOODS
 
 SIZES = (
-    _adjective("little", "person animal toy container furniture plant cup bowl spoon"),
+    _adjective("little", "child infant animal toy container furniture plant cup bowl spoon"),
     _adjective("big bigger", "animal toy container furniture cup bowl snack"),
     _adjective("small smaller", "animal toy container dish snack"),
-    _adjective("tall taller", "person tall"),
+    _adjective("tall taller", "person"),
 )
 LITTLE, BIG, SMALL, TALL = SIZES
 
@@ -354,12 +354,10 @@ QUALITIES = (
     _adjective("soft", "clothing blanket bed furred doll"),
     _adjective("pretty", "doll flower bird girl woman clothing kite"),
     _adjective("warm", "clothing blanket baked cooked milk"),
-    _adjective("fast", "horse dog vehicle boy rabbit cat"),
+    _adjective("fast", "horse dog vehicle rabbit cat"),
     _adjective("funny", "readable pet hat"),
     _adjective("heavy", "container readable vehicle furniture"),
     _adjective("cold", "drink soup egg"),
-    _adjective("good", "food drink child pet readable"),
-    _adjective("hot", "cooked milk"),
 )
 OLD = QUALITIES[1]
 
@@ -372,5 +370,5 @@ STATES = (
 )
 DIRTY, CLEAN, WET, EMPTY, BROKEN = STATES
 
-ATTRIBUTES = SIZES[:3] + COLOURS + QUALITIES[:9]
+ATTRIBUTES = SIZES[:3] + COLOURS + QUALITIES
 """What tells one thing from another, before its noun."""

@@ -25,11 +25,7 @@ from babyllama_ds.corpus.nursery.grammar import (
     join,
     sentence,
 )
-from babyllama_ds.corpus.nursery.held_out import (
-    Draw,
-    held_out_action,
-    held_out_description,
-)
+from babyllama_ds.corpus.nursery.held_out import Draw, held_out_action, held_out_description
 from babyllama_ds.errors import DataError
 
 _PATIENCE = 3_000
@@ -204,14 +200,14 @@ _MOMENTS = (
     lex.HURT,
 )  # fmt: skip
 """What is over as soon as it happens, and so is never going on."""
-_LASTING = (lex.FALL, lex.DRAW, lex.SWIM, lex.SING, lex.FLY, lex.RIDE, lex.BITE, lex.SLEEP)
-"""Verbs that the perfect is not used of."""
+_NO_PERFECT = (lex.FALL, lex.DRAW, lex.SWIM, lex.SING, lex.FLY, lex.RIDE, lex.BITE, lex.SLEEP)
+"""Verbs whose perfect is rare in the text."""
 
 
 def _agreeing_forms(verb: lex.Verb) -> tuple[str, ...]:
     """The forms that show agreement and are in use."""
     going = () if verb in _MOMENTS else ("progressive", "past progressive")
-    return ("present", *going, *(() if verb in _LASTING else ("perfect",)))
+    return ("present", *going, *(() if verb in _NO_PERFECT else ("perfect",)))
 
 
 def _predicate(draw: Draw, noun: lex.Noun) -> _Predicate | None:
@@ -244,12 +240,12 @@ def _agreement(subject: str, predicate: _Predicate, *, plural: bool) -> Pair:
 _SELF_VERBS = ((lex.WASH, ""), (lex.SEE, ""), (lex.LOOK, "at"), (lex.HURT, ""), (lex.DRAW, ""))
 
 
-def _itself(draw: Draw, subject: Phrase) -> tuple[str, str] | None:
+def _itself(draw: Draw, subject: Phrase, *, past: bool) -> tuple[str, str] | None:
     """What the subject does to itself, before and after the reflexive."""
     verb, link = draw.even(_SELF_VERBS)
     if not verb.takes_subject(subject.noun):
         return None
-    form = draw.even(("past", "will", *_agreeing_forms(verb)))
+    form = "past" if past else draw.even(("past", "will", *_agreeing_forms(verb)))
     tail = "in the water" if verb is lex.SEE else _place(draw)
     return declare("", conjugate(verb, subject.pronoun, form), link), tail
 
@@ -271,11 +267,12 @@ def _gender(gender: str) -> Variant:
     def make(draw: Draw) -> Pair | None:
         subject = _someone(draw, gender=gender)
         other = _someone(draw, gender="m" if gender == "f" else "f")
-        action = _itself(draw, subject)
+        distracted = draw.chance(0.5)
+        action = _itself(draw, subject, past=distracted and subject.noun.is_name)
         if action is None:
             return None
         before, after = action
-        text = _distracted(draw, subject, other) if draw.chance(0.5) else subject.text
+        text = _distracted(draw, subject, other) if distracted else subject.text
         right, wrong = REFLEXIVE[subject.pronoun], REFLEXIVE[other.pronoun]
         return _pair(join(text, before, right, after), join(text, before, wrong, after))
 
@@ -286,11 +283,12 @@ def _reflexive_number(*, plural: bool) -> Variant:
     def make(draw: Draw) -> Pair | None:
         subject = _someone(draw, plural=plural)
         other = _someone(draw, plural=not plural)
-        action = _itself(draw, subject)
+        distracted = draw.chance(0.5)
+        action = _itself(draw, subject, past=distracted and subject.noun.is_name)
         if action is None:
             return None
         before, after = action
-        text = _distracted(draw, subject, other) if draw.chance(0.5) else subject.text
+        text = _distracted(draw, subject, other) if distracted else subject.text
         one = {"m": "himself", "f": "herself"}[subject.noun.gender]
         right, wrong = ("themselves", one) if plural else (one, "themselves")
         return _pair(join(text, before, right, after), join(text, before, wrong, after))
@@ -308,7 +306,7 @@ _DETERMINERS = {
 
 def _determiner(*, plural: bool) -> Variant:
     def make(draw: Draw) -> Pair | None:
-        verb = draw.even((lex.SEE, lex.TAKE, lex.WANT, lex.FIND, lex.HOLD, lex.HAVE, lex.LIKE))
+        verb = draw.even((lex.TAKE, lex.WANT, lex.FIND, lex.HOLD, lex.HAVE, lex.LIKE))
         nouns = [noun for noun in (*lex.THINGS, *lex.FOODS) if verb.takes_object(noun)]
         noun = draw.even(nouns)
         subject = _doer(draw, verb, plural=draw.chance(0.5))
@@ -317,7 +315,7 @@ def _determiner(*, plural: bool) -> Variant:
         word = draw.even(_DETERMINERS[plural])
         form = draw.even(("past", "present"))
         start = declare(subject.text, conjugate(verb, subject.pronoun, form))
-        tail = _place(draw) if verb in (lex.SEE, lex.FIND) else ""
+        tail = _place(draw) if verb is lex.FIND else ""
         if word == "a" and (adjective or noun.singular)[0] in "aeiou":
             word = "an"
         right, wrong = (form_of(noun, plural=many) for many in (plural, not plural))
@@ -335,6 +333,8 @@ def _subject_verb(*, plural: bool) -> Variant:
         if predicate is None:
             return None
         subject = _phrase(draw, noun, plural=plural)
+        if predicate.rest and predicate.rest in subject.text.split():
+            return None  # the new bowls were new
         return _agreement(subject.text, predicate, plural=plural)
 
     return make
@@ -413,7 +413,7 @@ _IRREGULAR = (lex.EAT, lex.TAKE, lex.SEE, lex.THROW, lex.BREAK, lex.HIDE, lex.DR
 
 def _past_object(draw: Draw, verb: lex.Verb) -> str:
     if verb is lex.DRINK:
-        return f"{draw.even(('the', 'some'))} {draw.even(('milk', 'water', 'juice'))}"
+        return f"the {draw.even(('milk', 'water', 'juice'))}"
     thing = _object(draw, verb)
     assert thing is not None
     return thing.text
@@ -479,7 +479,7 @@ def _plain(draw: Draw) -> tuple[lex.Verb, Phrase, str]:
 
 # -- questions and gaps -------------------------------------------------------------------------
 
-_STRICT = (lex.FIND, lex.HOLD, lex.THROW, lex.TAKE, lex.PUSH, lex.WEAR, lex.CHASE, lex.CARRY)
+_STRICT = (lex.FIND, lex.HOLD, lex.THROW, lex.TAKE, lex.WEAR, lex.CHASE, lex.CARRY)
 """Verbs that cannot do without their object."""
 
 

@@ -92,7 +92,7 @@ def does_she_have(story: Story) -> bool:
 def who_did(story: Story) -> bool:
     """`Who is chasing the cat? The dog is.`"""
     event = _recent(story)
-    if event is None or not event.parts:
+    if event is None or not event.parts or event.thing is event.subject:
         return False
     finite = conjugate(event.verb, "he", event.form)
     wh = "what" if event.subject.is_a("thing") else "who"
@@ -324,7 +324,11 @@ def able(story: Story) -> bool:
     thing = story.thing(lambda it: it.known)
     if thing is None or story.past:
         return False
-    verbs = [verb for verb in lex.TRANSITIVE if verb.takes_object(thing.noun)]
+    verbs = [
+        verb
+        for verb in lex.TRANSITIVE
+        if verb.takes_object(thing.noun) and verb not in (lex.LOSE, lex.BREAK)
+    ]
     verb = story.draw.even(verbs)
     one = story.actor(lambda one: one.is_a("person") and story.may_do(one, verb))
     if one is None:
@@ -340,7 +344,7 @@ def able(story: Story) -> bool:
 
 
 def is_the_one(story: Story) -> bool:
-    """`Is the girl who took the ball happy? Yes, she is.`"""
+    """`Is the girl who has the ball happy? Yes, she is.`"""
     thing = story.thing(lambda it: it.holder is not None and it.known)
     if thing is None or thing.holder is None:
         return False
@@ -351,6 +355,8 @@ def is_the_one(story: Story) -> bool:
     asked = story.draw.even((mood, story.draw.pick(lex.MOODS)))
     if not story.draw.may_be(noun, asked):
         return False
+    if asked is mood and not story.past and story.draw.chance(0.5):
+        return _can_the_one(story, one, noun)
     has = conjugate(lex.HAVE, one.pronoun, story.state)
     verbs = [verb for verb in (lex.HOLD, lex.WEAR) if verb.takes_object(thing.noun)]
     if verbs and story.draw.may_do(noun, verbs[-1]) and story.draw.chance(0.5):
@@ -363,6 +369,22 @@ def is_the_one(story: Story) -> bool:
         story.emit(f"yes, {one.pronoun} {is_}")
     else:
         story.emit(f"no, {one.pronoun} {NEGATIVE[is_]}")
+    return True
+
+
+def _can_the_one(story: Story, one: Entity, noun: lex.Noun) -> bool:
+    """`Can the boy who is tired swim? No, he can't.`"""
+    skills = (lex.SWIM, lex.SING, lex.JUMP, lex.RUN, lex.WALK)
+    possible = [verb for verb in skills if story.draw.may_do(noun, verb)]
+    if not possible or one.mood is None:
+        return False
+    verb, head = story.draw.even(possible), form_of(noun, plural=one.plural)
+    story.mention(one)
+    is_ = be(one.pronoun)
+    story.emit(join("can the", head, "who", is_, one.mood.base, verb.base), "?")
+    story.mention(one)
+    can = story.draw.chance(0.6)
+    story.emit(f"yes, {one.pronoun} can" if can else f"no, {one.pronoun} can't")
     return True
 
 

@@ -58,11 +58,7 @@ def attribute(story: Story) -> bool:
 def _described(story: Story, besides: Entity | None) -> Entity | None:
     return story.thing(
         lambda it: (
-            it is not besides
-            and it.known
-            and it.adjective is not None
-            and not story.has_twin(it)
-            and it.owner is not it
+            it is not besides and it.known and it.adjective is not None and not story.has_twin(it)
         )
     )
 
@@ -122,9 +118,12 @@ def _predicate(
     if one.adjective is not None and not story.has_twin(one):
         options.append((lex.BE, one.adjective.base, story.state))
     for event in story.happenings[-3:]:
-        alone = event.subject is one and all(isinstance(part, str) for part in event.parts)
+        alone = event.subject is one and all(
+            isinstance(part, str) or part is one for part in event.parts
+        )
         if alone and event is not besides and story.draw.may_do(noun, event.verb):
-            options.append((event.verb, join(*event.parts), event.form))  # type: ignore[arg-type]
+            words = (REFLEXIVE[one.pronoun] if part is one else str(part) for part in event.parts)
+            options.append((event.verb, join(*words), event.form))
     if one.is_a("person") and story.draw.chance(0.5):
         liked = story.draw.pick(lex.FOODS + lex.ANIMALS)
         options.append((lex.LIKE, liked.plural, story.state))
@@ -144,6 +143,8 @@ def who_did_it(story: Story) -> bool:
         if not event.subject.members
         and not event.subject.is_a("kin")
         and event.parts
+        and event not in story.described
+        and not any(_same_kind(part, event.subject) for part in event.parts)
         and story.draw.may_do(kind_of(event.subject), event.verb)
     ]
     if not happened:
@@ -153,6 +154,7 @@ def who_did_it(story: Story) -> bool:
     predicate = _predicate(story, one, kind_of(one), event)
     if predicate is None:
         return False
+    story.described.append(event)
     head = form_of(kind_of(one), plural=one.plural)
     link = "who" if one.is_a("person") and story.draw.chance(0.7) else "that"
     finite = conjugate(event.verb, one.pronoun, event.form)
@@ -160,6 +162,10 @@ def who_did_it(story: Story) -> bool:
     relative = declare(link, finite, _others(story, event))
     story.emit(f"the {head} {relative} {predicate}")
     return True
+
+
+def _same_kind(part: str | Entity, one: Entity) -> bool:
+    return isinstance(part, Entity) and part is not one and kind_of(part) is kind_of(one)
 
 
 def what_was_done(story: Story) -> bool:
@@ -179,15 +185,17 @@ def what_was_done(story: Story) -> bool:
     thing = event.thing
     assert thing is not None
     quality = thing.mood or thing.adjective
-    assert quality is not None
+    if event.verb is lex.BREAK:
+        quality = thing.adjective
+    if quality is None:
+        return False
     subject = story.subject(event.subject)
     finite = conjugate(event.verb, event.subject.pronoun, event.form)
     relative = declare(subject, finite, story.realise(*event.others))
     head = form_of(thing.noun, plural=thing.plural)
     link = "" if story.draw.chance(0.15) else "that"
     story.mention(thing)
-    owned = story.be(thing)
-    story.emit(join("the", head, link, relative, owned, quality.base))
+    story.emit(join("the", head, link, relative, story.be(thing), quality.base))
     return True
 
 
@@ -282,6 +290,7 @@ def point(story: Story) -> bool:
     noun = form_of(thing.noun, plural=thing.plural)
     if thing.adjective is None or story.draw.chance(0.4):
         kind = story.noun_phrase(thing, adjective=True)
+        story.mention(thing)
         if not thing.plural and not thing.noun.is_mass:
             kind = article(kind)
         story.emit(f"{word} {are} {kind}")
@@ -317,8 +326,9 @@ def owns(story: Story) -> bool:
     """`Tom has two cars and a book.`"""
     owner = story.actor(lambda one: one.is_a("person"))
     noun = story.draw.pick([thing for thing in story.topics if thing.plural])
-    if owner is None or any(noun is it.noun for it in story.things):
+    if owner is None or noun in story.named or any(noun is it.noun for it in story.things):
         return False
+    story.named.append(noun)
     adjective = _adjective_for(story, noun)
     if story.draw.chance(0.5):
         number = story.draw.pick(("two", "some", "three", "many", "four"))
@@ -375,14 +385,14 @@ def _whereabouts(story: Story, thing: Entity) -> str:
 def _indirect(story: Story, event: Happening) -> str:
     """An embedded question or statement about what happened."""
     finite = conjugate(event.verb, event.subject.pronoun, event.form)
-    kind = story.draw.number(0, 2)
+    kind = story.draw.pick(("gap", "that", "who"))
     thing = event.thing
-    if kind == 0 and thing is not None and thing is not event.subject:
+    if kind == "gap" and thing is not None and thing is not event.subject:
         living = thing.is_a("person") or thing.is_a("animal")
         wh = "who" if living else "what"
         subject = story.subject(event.subject)
         return join(wh, declare(subject, finite, story.realise(*event.others)))
-    if kind == 1 and event.parts and thing is not event.subject:
+    if kind == "who" and event.parts and thing is not event.subject:
         return declare("who", conjugate(event.verb, "he", event.form), _others(story, event))
     subject = story.subject(event.subject)
     return join("that", declare(subject, finite, story.realise(*event.parts)))
@@ -435,22 +445,30 @@ def likes(story: Story) -> bool:
 
 def _something(story: Story, verb: lex.Verb | None = None) -> str | None:
     """What one may have none of: `cookies`, `milk`."""
-    nouns = [noun for noun in story.topics if verb is None or verb.takes_object(noun)]
+    there = {it.noun for it in story.things}
+    nouns = [
+        noun
+        for noun in story.topics
+        if noun not in there
+        and noun not in story.named
+        and (verb is None or verb.takes_object(noun))
+    ]
     if not nouns:
         return None
     noun = story.draw.pick(nouns)
+    story.named.append(noun)
     return noun.plural or noun.singular
 
 
 def not_any(story: Story) -> bool:
-    """`Tom doesn't have any cookies.` `There isn't any milk on the table.`"""
+    """`Tom doesn't have any cookies.`"""
     one = story.actor(lambda one: one.is_a("person"))
     verb = story.draw.even((lex.HAVE, lex.HAVE, lex.WANT, *_ANY_VERBS))
     noun = _something(story, verb)
     if one is None or noun is None:
         return False
     if not story.may_do(one, verb):
-        return _there_is_none(story)
+        return there_is_none(story)
     text = story.subject(one)
     form = story.state
     if verb not in (lex.HAVE, lex.WANT):
@@ -463,8 +481,12 @@ def not_any(story: Story) -> bool:
     return True
 
 
-def _there_is_none(story: Story) -> bool:
-    noun = story.draw.pick((*lex.FOODS, *lex.MASS, *lex.ANIMALS))
+def there_is_none(story: Story) -> bool:
+    """`There isn't any milk on the table.`"""
+    present = {one.noun for one in (*story.actors, *story.things)}
+    noun = story.draw.pick(
+        [noun for noun in (*lex.FOODS, *lex.MASS, *lex.ANIMALS) if noun not in present]
+    )
     verb = be("it" if noun.is_mass else "they", past=story.past)
     base = story.base(lambda it: it.is_a("top"))
     if base is None or noun in lex.ANIMALS:
@@ -736,7 +758,11 @@ def plan(story: Story) -> bool:
     thing = story.thing(lambda it: it.holder is None)
     if thing is None or story.past:
         return False
-    verbs = [verb for verb in lex.TRANSITIVE if verb.takes_object(thing.noun)]
+    verbs = [
+        verb
+        for verb in lex.TRANSITIVE
+        if verb.takes_object(thing.noun) and verb not in (lex.LOSE, lex.BREAK, lex.SEE)
+    ]
     verb = story.draw.even(verbs)
     one = story.actor(lambda one: one.is_a("person") and story.may_do(one, verb))
     if one is None:
@@ -782,6 +808,7 @@ def passive(story: Story) -> bool:
         and event.form in ("past", "perfect")
         and len(event.parts) == 1
         and event.thing is not event.subject
+        and not event.thing.is_a("furniture")
         and event.verb not in (lex.HAVE, lex.WANT, lex.SEE)
     ]
     if not happened:

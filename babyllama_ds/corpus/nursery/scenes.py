@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from babyllama_ds.corpus.nursery import events, questions, remarks
@@ -38,6 +39,15 @@ class Theme:
     """Where inside; empty: any room."""
     events: tuple[tuple[Move, float], ...]
 
+    @cached_property
+    def moves(self) -> tuple[tuple[Move, ...], tuple[float, ...]]:
+        """Everything that can happen or be said, with cumulative weights."""
+        talk = sum(weight for _, weight in _TALK)
+        action = sum(weight for _, weight in self.events)
+        scaled = [(move, _TALK_SHARE * weight / talk) for move, weight in _TALK]
+        scaled += [(move, (1 - _TALK_SHARE) * weight / action) for move, weight in self.events]
+        return tuple(move for move, _ in scaled), tuple(accumulate(weight for _, weight in scaled))
+
 
 def tell_scene(seed: str, *, training: bool) -> str:
     """The scene of this seed: sentences separated by single spaces, no line break.
@@ -49,7 +59,7 @@ def tell_scene(seed: str, *, training: bool) -> str:
     story = set_up(draw, theme)
     length = draw.number(MIN_SENTENCES + 1, MAX_SENTENCES - 1)
     open_scene(story)
-    moves, weights = _MOVES[id(theme)]
+    moves, weights = theme.moves
     used: list[Move] = []
     for _ in range(_TRIES):
         if len(story.sentences) >= length:
@@ -308,8 +318,8 @@ _PLAYING = Theme(
     events=(
         (events.take, 2), (events.give, 2), (events.want, 2), (events.play, 2), (events.throw, 3),
         (events.roll, 1), (events.push, 2), (events.put, 2), (events.break_it, 1), (events.hug, 1),
-        (events.fall, 1), (events.admire, 1.5), (events.together, 1), (events.move, 1),
-        (events.hold, 1),
+        (events.do_both, 2), (events.fall, 1), (events.admire, 1.5), (events.together, 1),
+        (events.move, 1), (events.hold, 1),
     ),
 )  # fmt: skip
 _EATING = Theme(
@@ -338,7 +348,8 @@ _ANIMALS = Theme(
     room="",
     events=(
         (events.chase, 4), (events.move, 5), (events.climb, 1), (events.eat, 2), (events.ride, 2),
-        (events.notice, 2), (events.admire, 3), (events.hug, 1), (events.bite, 1), (events.take, 1),
+        (events.notice, 2), (events.admire, 3), (events.hug, 1), (events.do_both, 2),
+        (events.bite, 1), (events.take, 1),
     ),
 )  # fmt: skip
 _DRESSING = Theme(
@@ -351,8 +362,8 @@ _DRESSING = Theme(
     indoors=0.7,
     room="bedroom",
     events=(
-        (events.wear, 3), (events.lose, 3), (events.wash, 3), (events.bite, 1), (events.take, 2),
-        (events.give, 1), (events.want, 1), (events.put, 2), (events.admire, 3),
+        (events.wear, 3), (events.lose, 3), (events.wash, 3), (events.do_both, 2), (events.bite, 1),
+        (events.take, 2), (events.give, 1), (events.want, 1), (events.put, 2), (events.admire, 3),
         (events.help_out, 1), (events.hold, 0.5),
     ),
 )  # fmt: skip
@@ -369,9 +380,9 @@ _QUIET = Theme(
     room="",
     events=(
         (events.read, 3), (events.sketch, 3), (events.admire, 1.5), (events.open_up, 2),
-        (events.lose, 1),
-        (events.hug, 2), (events.move, 2), (events.take, 1), (events.give, 1), (events.put, 1),
-        (events.help_out, 1), (events.together, 1), (events.hold, 0.5),
+        (events.lose, 1), (events.hug, 2), (events.do_both, 2), (events.move, 2), (events.take, 1),
+        (events.give, 1), (events.put, 1), (events.help_out, 1), (events.together, 1),
+        (events.hold, 0.5),
     ),
 )  # fmt: skip
 _OUTING = Theme(
@@ -386,8 +397,8 @@ _OUTING = Theme(
     events=(
         (events.move, 4), (events.together, 2), (events.notice, 3), (events.fall, 2),
         (events.climb, 2), (events.chase, 2), (events.throw, 1), (events.ride, 1),
-        (events.admire, 3), (events.take, 1), (events.eat, 1), (events.push, 1),
-        (events.lose, 1), (events.help_out, 1), (events.hold, 1),
+        (events.admire, 3), (events.take, 1), (events.eat, 1), (events.push, 1), (events.lose, 1),
+        (events.help_out, 1), (events.hold, 1),
     ),
 )  # fmt: skip
 
@@ -399,16 +410,16 @@ _TALK: tuple[tuple[Move, float], ...] = (
     (questions.does_she_have, 1), (questions.who_did, 1.5), (questions.what_did, 2),
     (questions.what_doing, 1.5), (questions.did_they, 2), (questions.is_it_so, 1),
     (questions.how_is, 1), (questions.which, 1.5), (questions.whose, 1), (questions.how_many, 0.6),
-    (questions.why_sad, 1), (questions.tagged, 1.5), (questions.ask_you, 1),
-    (remarks.mood, 1.5), (remarks.attribute, 1.5), (remarks.there_is, 2), (remarks.near, 6),
-    (remarks.who_did_it, 5), (remarks.what_was_done, 3), (remarks.who_has_it, 2.5),
-    (remarks.compare, 1.5), (remarks.point, 1), (remarks.each, 2.5), (remarks.owns, 1),
-    (remarks.knows, 5), (remarks.thinks, 0.8), (remarks.likes, 1), (remarks.not_any, 3),
-    (remarks.never, 1.2), (remarks.ever, 0.8), (remarks.nobody, 1.2),
-    (remarks.can_and_cannot, 2), (remarks.one_who_is_not, 2.5), (remarks.one_who_cannot, 0.5),
-    (remarks.fact, 1), (remarks.because, 1), (remarks.meanwhile, 1.5), (remarks.when, 1),
-    (remarks.plan, 1), (remarks.habit, 2.5), (questions.able, 1), (questions.is_the_one, 1.5),
-    (remarks.passive, 2), (remarks.request, 1),
+    (questions.why_sad, 1), (questions.tagged, 1.5), (questions.ask_you, 1), (remarks.mood, 1.5),
+    (remarks.attribute, 1.5), (remarks.there_is, 2), (remarks.near, 6), (remarks.who_did_it, 5),
+    (remarks.what_was_done, 3), (remarks.who_has_it, 2.5), (remarks.compare, 1.5),
+    (remarks.point, 1), (remarks.each, 2.5), (remarks.owns, 1), (remarks.knows, 5),
+    (remarks.thinks, 0.8), (remarks.likes, 1), (remarks.not_any, 3), (remarks.there_is_none, 1),
+    (remarks.never, 1.2), (remarks.ever, 0.8), (remarks.nobody, 1.2), (remarks.can_and_cannot, 2),
+    (remarks.one_who_is_not, 2.5), (remarks.one_who_cannot, 0.5), (remarks.fact, 1),
+    (remarks.because, 1), (remarks.meanwhile, 1.5), (remarks.when, 1), (remarks.plan, 1),
+    (remarks.habit, 2.5), (questions.able, 1), (questions.is_the_one, 3), (remarks.passive, 2),
+    (remarks.request, 1),
 )  # fmt: skip
 
 _STYLES: tuple[Style, ...] = ("now", "book", "past")
@@ -416,22 +427,10 @@ _STYLE_WEIGHTS = (0.4, 0.65, 1.0)
 
 _REPEATS: dict[Move, int] = {
     events.move: 3, events.take: 2, events.throw: 2, events.eat: 2, remarks.near: 2,
-    remarks.knows: 2,
-    remarks.who_did_it: 2, remarks.there_is: 2, questions.what_did: 2, questions.did_they: 2,
+    remarks.knows: 2, remarks.who_did_it: 2, remarks.there_is: 2, questions.what_did: 2,
+    questions.did_they: 2,
 }  # fmt: skip
 """How often a move may be made in one scene, where it is not once."""
 
 _TALK_SHARE = 0.6
 """Probability that a move is talk rather than an event."""
-
-
-def _moves(theme: Theme) -> tuple[tuple[Move, ...], tuple[float, ...]]:
-    """The moves of a theme with cumulative weights."""
-    talk = sum(weight for _, weight in _TALK)
-    action = sum(weight for _, weight in theme.events)
-    scaled = [(move, _TALK_SHARE * weight / talk) for move, weight in _TALK]
-    scaled += [(move, (1 - _TALK_SHARE) * weight / action) for move, weight in theme.events]
-    return tuple(move for move, _ in scaled), tuple(accumulate(weight for _, weight in scaled))
-
-
-_MOVES = {id(theme): _moves(theme) for theme in THEMES}

@@ -121,10 +121,13 @@ class Story:
         """An animal that may come along."""
         self._pair: Entity | None = None
         self.happenings: list[Happening] = []
+        self.described: list[Happening] = []
+        """What someone was already described by (the girl who took the ball)."""
         self.sentences: list[str] = []
+        self.named: list[Noun] = []
+        """What was said to be missing, or to be someone's, besides the things that are here."""
         self.told: list[tuple[Entity, Spot | None]] = []
         """Who was told to be where; no spot: told by the way (the cat near the tree)."""
-        self.words = 0
         self._focus: list[Entity] = []
         self._now: list[Entity] = []
         self._subject: Entity | None = None
@@ -237,8 +240,10 @@ class Story:
         if entity.noun.is_name:
             return entity.noun.singular
         twin = self.has_twin(entity)
-        owned = entity.owner is not None and (
-            entity.is_a("kin") or not entity.known or self.draw.chance(0.5)
+        owned = (
+            entity.owner is not None
+            and entity.owner.known
+            and (entity.is_a("kin") or not entity.known or self.draw.chance(0.5))
         )
         with_adjective = twin or self.draw.chance(0.2 if entity.known else 0.6)
         noun = self.noun_phrase(entity, adjective=with_adjective and not plain)
@@ -274,8 +279,9 @@ class Story:
         if owner is self._subject or (likely and self.is_clear(owner)):
             return POSSESSIVE[owner.pronoun]
             return POSSESSIVE[owner.pronoun]
+        owner_name = self.describe(owner)
         self.mention(owner)
-        return possessive(self.describe(owner))
+        return possessive(owner_name)
 
     # -- telling --------------------------------------------------------------------------------
 
@@ -334,7 +340,6 @@ class Story:
 
     def _append(self, text: str) -> None:
         self.sentences.append(text)
-        self.words += text.count(" ") + 1
 
     def tell(self, subject: Entity, verb: Verb, *parts: str | Entity, form: str) -> None:
         """A sentence about something that happens, which can be asked about later."""

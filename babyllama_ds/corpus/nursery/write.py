@@ -14,26 +14,19 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from babyllama_ds.corpus.nursery.pairs import (
-    TASKS,
-    Pair,
-    Task,
-    distinct_pairs,
-    too_few_pairs,
-)
+from babyllama_ds.corpus.nursery.pairs import TASKS, Pair, Task, distinct_pairs, too_few_pairs
 from babyllama_ds.corpus.nursery.scenes import tell_scene
 
 logger = logging.getLogger(__name__)
+
+NURSERY_VERSION = 1
+"""Raised when the same arguments would give other text; part of every key made from it."""
 
 COMPLETE_WORDS = 50_000
 """Length from which training text shows practically every word form of the language."""
 
 _WORD = re.compile(r"[a-z']+")
 _SENTENCE_END = re.compile(r'(?<=[.!?])"? "?')
-
-
-NURSERY_VERSION = 1
-"""Raised when the same arguments would give other text; part of every key made from it."""
 
 
 def write_nursery(

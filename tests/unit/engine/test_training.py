@@ -205,6 +205,18 @@ def test_bf16_gradients_are_accumulated_in_fp32(
         torch.testing.assert_close(summed[key], once[key], rtol=1e-6, atol=1e-12, msg=key)
 
 
+def test_a_model_that_comes_in_eval_mode_is_trained_with_its_dropout(
+    tiny_model: Callable[..., Any],
+    training_spec: Callable[..., TrainingSpec],
+    make_engine: Callable[..., TrainingEngine],
+) -> None:
+    module = NextTokenLoss(tiny_model("gpt2", resid_pdrop=0.5)).eval()
+    engine = make_engine(module, training_spec(batch_windows=BATCH))
+    assert all(part.training for part in module.modules())
+    batch_BS = batches_of(1)[0]
+    assert engine.forward(batch_BS).item() != engine.forward(batch_BS).item()
+
+
 # -- decay groups -----------------------------------------------------------------------------------
 
 
@@ -400,24 +412,29 @@ TWO_RANK_CASES = {
 
 @pytest.fixture(scope="module")
 def two_ranks(
-    tmp_path_factory: pytest.TempPathFactory,
-    launch: Callable[..., None],
+    once: Callable[..., Any],
+    launch_script: Callable[..., None],
     tiny_model: Callable[..., Any],
     training_spec: Callable[..., TrainingSpec],
     engine_config: Callable[..., dict[str, Any]],
 ) -> Path:
     """The folder with what two ranks, started once, wrote of every case."""
-    folder = tmp_path_factory.mktemp("two_ranks")
-    save_file({"first": batches_of(5), "then": batches_of(6)}, folder / "batches.safetensors")
-    for name, case in TWO_RANK_CASES.items():
-        of_model, of_training = split_case(case)
-        (folder / name).mkdir()
-        tiny_model(**of_model).save_pretrained(folder / name / "model")
-        training = training_spec(**of_training)
-        (folder / name / "training.json").write_text(training.model_dump_json())
-        configs = {p: engine_config(training, precision=p, ranks=2) for p in ("fp32", "bf16")}
-        (folder / name / "deepspeed.json").write_text(json.dumps(configs))
-    launch(__file__, folder)
+
+    def make(scene: Any) -> list[Any]:
+        folder = scene.folder
+        save_file({"first": batches_of(5), "then": batches_of(6)}, folder / "batches.safetensors")
+        for name, case in TWO_RANK_CASES.items():
+            of_model, of_training = split_case(case)
+            (folder / name).mkdir()
+            tiny_model(**of_model).save_pretrained(folder / name / "model")
+            training = training_spec(**of_training)
+            (folder / name / "training.json").write_text(training.model_dump_json())
+            configs = {p: engine_config(training, precision=p, ranks=2) for p in ("fp32", "bf16")}
+            (folder / name / "deepspeed.json").write_text(json.dumps(configs))
+        launch_script(__file__, folder)
+        return []
+
+    folder: Path = once("engine_on_two_ranks", make).folder
     return folder
 
 

@@ -1,0 +1,394 @@
+"""What the tests of the whole project share: a tiny job, the real launcher, one finished run.
+
+Every start has a time limit and a process group of its own, which is killed at the end, so that no
+test leaves ranks behind. Work that several test files read is done once, also where pytest runs
+in several processes (`once`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+LAUNCH_LIMIT_S = 180.0
+
+STEPS = 24
+TRAINING: dict[str, Any] = {
+    "batch_windows": 8,
+    "epochs": 100,
+    "max_steps": STEPS,
+    "learning_rate": 5e-3,
+    "warmup_steps": 3,
+    "weight_decay": 0.1,
+    "evaluate_every_steps": 8,
+    "evaluate_windows": 16,
+    "checkpoint_every_steps": 5,
+    "log_every_steps": 1,
+}
+LLAMA = {
+    "kind": "llama",
+    "hidden_size": 32,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 48,
+    "max_positions": 64,
+}
+GPT2 = {
+    "kind": "gpt2",
+    "hidden_size": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "max_positions": 64,
+    "dropout": 0.1,
+}
+
+
+# -- the job ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tiny_job() -> Callable[..., Path]:
+    """Write a job of seconds, and its text, into a folder; keywords replace its sections.
+
+    A teacher has dropout and tied embeddings; the other one and the student are grouped-query
+    LLaMAs, tied and untied.
+    """
+
+    def make(folder: Path, **changes: Any) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "town.train", num_lines=210, seed=1)
+        write_text(folder / "town.dev", num_lines=60, seed=2)
+        job = {
+            "name": "tiny-{seed}",
+            "corpus": {
+                "kind": "files",
+                "train": [str(folder / "*.train")],
+                "split": {"kind": "held_out", "dev": [str(folder / "*.dev")]},
+                "cleaning": "none",
+            },
+            "tokenizer": {"kind": "bpe", "vocab_size": 300},
+            "windows": {"length": 32},
+            "teachers": [
+                {"name": "gpt2", "model": GPT2, "training": TRAINING},
+                {
+                    "name": "llama",
+                    "model": {**LLAMA, "num_layers": 1, "tied_embeddings": True},
+                    "training": TRAINING,
+                },
+            ],
+            "student": {"model": {**LLAMA, "num_layers": 2}, "training": TRAINING},
+            "control": {},
+            **changes,
+        }
+        path = folder / "job.yaml"
+        path.write_text(yaml.safe_dump(job, sort_keys=False), encoding="utf-8")
+        return path
+
+    return make
+
+
+def write_text(path: Path, *, num_lines: int, seed: int) -> None:
+    """Sentences with a little grammar in them, so that there is something to learn."""
+    draw = random.Random(seed)
+    people = ("mara", "the baker", "old tim", "my aunt")
+    acts = ("paints", "carries", "wants", "mends", "hides")
+    things = ("a blue boat", "the long ladder", "two small bells", "a paper crown")
+    ends = (".", "before noon.", "and laughs.", "— again!")
+    lines = (
+        f"{draw.choice(people)} {draw.choice(acts)} {draw.choice(things)} {draw.choice(ends)}\n"
+        for _ in range(num_lines)
+    )
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+# -- starting -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A command that has ended. `code` is its exit status; with several ranks, the largest."""
+
+    code: int
+    out: str
+    err: str
+
+    def assert_done(self) -> None:
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err}"
+
+
+class Running:
+    """Commands started together in process groups of their own, with their output in files."""
+
+    def __init__(
+        self, commands: Sequence[Sequence[str]], folder: Path, envs: Sequence[Mapping[str, str]]
+    ) -> None:
+        self._paths = (folder / "out.txt", folder / "err.txt")
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._deadline_s = time.monotonic() + LAUNCH_LIMIT_S
+        folder.mkdir(parents=True)
+        with self._paths[0].open("wb") as out, self._paths[1].open("wb") as err:
+            for command, env in zip(commands, envs, strict=True):
+                # Files, not pipes: a rank that outlives its launcher must not block us.
+                process = subprocess.Popen(
+                    command, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True
+                )
+                self._processes.append(process)
+
+    @property
+    def pid(self) -> int:
+        """The first command's process."""
+        return self._processes[0].pid
+
+    def pid_of(self, words: str) -> int:
+        """The one process among those started, however deep, with `words` in its command line."""
+        found = [pid for pid in self._members() if words in command_line(pid)]
+        assert len(found) == 1, f"{words}: processes {found}"
+        return found[0]
+
+    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Until `condition` holds; fails when the processes end or the time is up before."""
+        while not condition():
+            assert self._members(), f"ended before {what}:\n{self._read(1)}"
+            assert time.monotonic() < self._deadline_s, f"no {what} in time:\n{self._read(1)}"
+            time.sleep(0.005)
+
+    def end(self) -> Ended:
+        """Wait for the commands and all that they started; kill them when their time is up."""
+        while self._members() and time.monotonic() < self._deadline_s:
+            self._poll()
+            time.sleep(0.05)
+        late = self._members()
+        self.kill()
+        codes = [process.wait() for process in self._processes]
+        ended = Ended(code=max(codes, key=abs), out=self._read(0), err=self._read(1))
+        assert not late, f"processes {late} did not end in time:\n{ended.out}\n{ended.err}"
+        return ended
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """Signal every process, as a terminal's Ctrl-C or a scheduler does."""
+        for process in self._processes:
+            os.killpg(process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL to whatever is left."""
+        for process in self._processes:
+            if group_members(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+
+    def _poll(self) -> None:
+        for process in self._processes:
+            process.poll()
+
+    def _members(self) -> list[int]:
+        return [pid for process in self._processes for pid in group_members(process.pid)]
+
+    def _read(self, which: int) -> str:
+        return self._paths[which].read_text(encoding="utf-8", errors="replace")
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
+    """Start commands together; what still runs at the end of the session is killed."""
+    folder = tmp_path_factory.mktemp("output")
+    started: list[Running] = []
+
+    def begin(
+        commands: Sequence[Sequence[object]], envs: Sequence[Mapping[str, str]] = ({},)
+    ) -> Running:
+        words = [[str(word) for word in command] for command in commands]
+        environments = [{**plain_environment(), **env} for env in envs]
+        started.append(Running(words, folder / str(len(started)), environments))
+        return started[-1]
+
+    yield begin
+    for running in started:
+        running.kill()
+
+
+@pytest.fixture(scope="session")
+def start_launcher(start: Callable[..., Running]) -> Callable[..., Running]:
+    """`deepspeed --num_gpus 2 launcher/run.py WORDS`, started."""
+
+    def begin(*words: object) -> Running:
+        options = ["--quiet", "--num_gpus", "2", "--master_port", free_port()]
+        return start([[BIN / "deepspeed", *options, "launcher/run.py", *words]])
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def start_ranks(start: Callable[..., Running]) -> Callable[..., Running]:
+    """Two ranks of `launcher/run.py WORDS`, started as the launcher would, but without it.
+
+    It takes seconds to start, which only tests of the launcher itself need to spend.
+    """
+
+    def begin(*words: object) -> Running:
+        port = str(free_port())
+        command = [sys.executable, "-u", "launcher/run.py"]
+        commands = [[*command, f"--local_rank={rank}", *words] for rank in range(2)]
+        common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        envs = [
+            {**common, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for rank in range(2)
+        ]
+        return start(commands, envs)
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def launch(start_launcher: Callable[..., Running]) -> Callable[..., Ended]:
+    """`deepspeed --num_gpus 2 launcher/run.py WORDS`, to its end."""
+    return lambda *words: start_launcher(*words).end()
+
+
+@pytest.fixture(scope="session")
+def run_ranks(start_ranks: Callable[..., Running]) -> Callable[..., Ended]:
+    """Two ranks without the launcher, to their end."""
+    return lambda *words: start_ranks(*words).end()
+
+
+@pytest.fixture(scope="session")
+def run_alone(start: Callable[..., Running]) -> Callable[..., Ended]:
+    """`babyllama-ds WORDS`, one process, to its end; `env` is added to the environment."""
+
+    def run(*words: object, env: Mapping[str, str] | None = None) -> Ended:
+        return start([[BIN / "babyllama-ds", *words]], [env or {}]).end()
+
+    return run
+
+
+def plain_environment() -> dict[str, str]:
+    """Ours, without a trace of ranks that a test in this process was; computing on the CPU."""
+    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def group_members(group: int) -> list[int]:
+    """Live processes of a process group; those dead but not yet collected do not count."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # just gone
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+def command_line(pid: int) -> str:
+    """A process's command line; empty when it has just gone."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return " ".join(word.decode() for word in words)
+
+
+# -- work done once -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Commands that were run in a folder, for tests to look at."""
+
+    folder: Path
+    ended: list[Ended]
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.runs / "tiny-1"
+
+    @property
+    def job(self) -> Path:
+        return self.folder / "job.yaml"
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Scene]:
+    """Do `make(scene)`, which returns how its commands ended, once for all pytest processes."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def play(name: str, make: Callable[[Scene], list[Ended]]) -> Scene:
+        scene = Scene(folder=shared / name, ended=[])
+        done = shared / f"{name}.json"
+        with FileLock(shared / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(scene.folder, ignore_errors=True)
+                scene.folder.mkdir()
+                done.write_text(json.dumps([asdict(ended) for ended in make(scene)]))
+        return replace(scene, ended=[Ended(**ended) for ended in json.loads(done.read_text())])
+
+    return play
+
+
+@pytest.fixture(scope="session")
+def finished(
+    once: Callable[..., Scene], tiny_job: Callable[..., Path], launch: Callable[..., Ended]
+) -> Scene:
+    """The tiny job, run from text to report on two ranks, undisturbed. To be read only."""
+
+    def make(scene: Scene) -> list[Ended]:
+        return [launch(tiny_job(scene.folder), "--runs", scene.runs)]
+
+    scene = once("finished", make)
+    scene.ended[0].assert_done()
+    return scene
+
+
+@pytest.fixture(scope="session")
+def copy_of_finished(finished: Scene) -> Callable[[Scene], None]:
+    """Copy the finished run, its store and its job into another scene."""
+
+    def copy(scene: Scene) -> None:
+        shutil.copytree(finished.runs, scene.runs, symlinks=True)
+        shutil.copy(finished.job, scene.job)
+
+    return copy
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of `metrics.jsonl`; none while there is no file."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def metrics() -> Callable[[Path], list[dict[str, Any]]]:
+    """The reader of `metrics.jsonl`."""
+    return read_metrics

@@ -1,0 +1,121 @@
+"""A kernel asked for by name is honoured or refused; only `auto` chooses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from babyllama_ds.errors import MachineError
+from babyllama_ds.models import attention
+from babyllama_ds.models.attention import FLASH_KERNELS, resolve_attention
+
+WHERE = "student.model.attention"
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, capability: int, installed: tuple[str, ...]) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
+    monkeypatch.setattr(attention, "_installed", lambda kernel: kernel in installed)
+
+
+def resolve(
+    requested: Any, device: Any = "cuda", precision: Any = "bf16", training: bool = True
+) -> str:
+    return resolve_attention(
+        requested, device=device, precision=precision, training=training, where=WHERE
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        (9, (), "sdpa"),
+        (8, FLASH_KERNELS, "flash_attention_2"),
+        (9, ("flash_attention_2",), "flash_attention_2"),
+        (9, ("flash_attention_2", "flash_attention_3"), "flash_attention_3"),
+        (10, FLASH_KERNELS, "flash_attention_4"),
+        (7, FLASH_KERNELS, "sdpa"),
+    ],
+)
+def test_auto_takes_the_newest_usable_kernel(
+    capability: int,
+    installed: tuple[str, ...],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, capability=capability, installed=installed)
+    for training in (False, True):
+        assert resolve("auto", training=training) == expected
+        assert resolve("auto", precision="fp32", training=training) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("precision", "training", "expected"),
+    [
+        ("bf16", True, "eager"),  # the fused kernel's backward pass is the slower one
+        ("bf16", False, "sdpa"),
+        ("fp32", True, "sdpa"),
+        ("fp32", False, "sdpa"),
+    ],
+)
+def test_auto_on_a_cpu(
+    precision: str, training: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, capability=9, installed=FLASH_KERNELS)
+    assert resolve("auto", "cpu", precision, training) == expected
+
+
+@pytest.mark.parametrize("requested", ["sdpa", "eager"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("training", [False, True])
+def test_pytorchs_own_are_always_there(
+    requested: str, device: str, precision: str, training: bool
+) -> None:
+    assert resolve(requested, device, precision, training) == requested
+
+
+@pytest.mark.parametrize("kernel", FLASH_KERNELS)
+def test_a_usable_kernel_asked_for_by_name_is_honoured(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, capability=9, installed=FLASH_KERNELS)
+    assert resolve(kernel) == kernel
+
+
+@pytest.mark.parametrize("kernel", FLASH_KERNELS)
+@pytest.mark.parametrize(
+    ("device", "precision", "capability", "installed", "reason"),
+    [
+        ("cpu", "bf16", 9, True, "the device is cpu"),
+        ("cuda", "fp32", 9, True, "the precision is fp32"),
+        ("cuda", "bf16", 7, True, "the card's compute capability is 7.x"),
+        ("cuda", "bf16", 9, False, "it is not installed"),
+    ],
+)
+def test_an_unusable_kernel_asked_for_by_name_is_refused(
+    kernel: str,
+    device: str,
+    precision: str,
+    capability: int,
+    installed: bool,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend(monkeypatch, capability=capability, installed=(kernel,) if installed else ())
+    with pytest.raises(MachineError) as caught:
+        resolve(kernel, device, precision)
+    (problem,) = caught.value.problems
+    assert problem.where == WHERE
+    assert problem.got.startswith(f"{kernel}, but {reason}")
+    assert "sdpa" in (problem.hint or "")
+
+
+@pytest.mark.parametrize("kernel", FLASH_KERNELS)
+def test_transformers_is_asked_about_each_kernel(kernel: str) -> None:
+    """The question exists under the name that is put together."""
+    from transformers.utils import import_utils
+
+    expected = getattr(import_utils, f"is_flash_attn_{kernel[-1]}_available")()
+    assert attention._installed(kernel) is bool(expected)

@@ -1,0 +1,79 @@
+"""An exported model, loaded by transformers alone, is the model that was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from babyllama_ds.models.export import export_model
+
+SUMMARY = {"params": None, "steps": 3, "seconds": 1.5}
+TOKENS = torch.arange(120).view(2, 60) % 61
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.no_grad()
+def test_what_is_loaded_is_what_was_exported(
+    kind: str,
+    tied: bool,
+    dtype: torch.dtype,
+    tmp_path: Path,
+    tiny_model: Callable[..., Any],
+    word_tokenizer: Callable[[int], Any],
+) -> None:
+    model = tiny_model(kind, tie_word_embeddings=tied).eval()
+    expected = model(input_ids=TOKENS).logits
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    export_model(model, word_tokenizer(61), tmp_path, SUMMARY, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+    for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    logits = loaded(input_ids=TOKENS).logits
+    if dtype == torch.float32:
+        assert torch.equal(logits, expected)
+    else:
+        assert (logits.float() - expected).abs().max() < 0.05 * expected.abs().max()
+    summary = json.loads((tmp_path / "training.json").read_text())
+    assert summary == {**SUMMARY, "params": num_parameters}
+
+
+def test_the_directory_is_whole_and_holds_no_pickle(
+    tmp_path: Path, tiny_model: Callable[..., Any], word_tokenizer: Callable[[int], Any]
+) -> None:
+    tokenizer = word_tokenizer(61)
+    export_model(tiny_model("llama"), tokenizer, tmp_path, SUMMARY, dtype=torch.bfloat16)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training.json",
+    }
+    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".jinja"}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded("w5 w60 w3")["input_ids"] == [5, 60, 3]
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+
+
+def test_an_exported_model_generates(
+    tmp_path: Path, tiny_model: Callable[..., Any], word_tokenizer: Callable[[int], Any]
+) -> None:
+    export_model(
+        tiny_model("gpt2"), word_tokenizer(61), tmp_path, SUMMARY, dtype=torch.bfloat16
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = torch.tensor([[7, 8, 9]])
+    written = loaded.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert written.shape == (1, 7)

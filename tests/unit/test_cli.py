@@ -1,0 +1,276 @@
+"""Words in, an exit status out; what went wrong is told once, on stderr, by rank 0."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+import babyllama_ds
+from babyllama_ds import cli
+from babyllama_ds.errors import DataError, JobError, Problem, RunError, Stopped
+from babyllama_ds.ranks import RemoteError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+# -- how it ends --------------------------------------------------------------------------------------
+
+TWO_PROBLEMS = RunError(
+    Problem(where="a", got="1", expected="2"), Problem(where="b", got="3", expected="4", hint="h")
+)
+ENDS: list[tuple[BaseException, int, str]] = [
+    (JobError.of("seed", got=-1, expected=">= 0"), 2, "error: seed: got -1, expected >= 0\n"),
+    (DataError.of("x", got=1, expected=2, hint="do"), 2, "error: x: got 1, expected 2\n    hint: do\n"),
+    (TWO_PROBLEMS, 2, "error: a: got 1, expected 2\nb: got 3, expected 4\n    hint: h\n"),
+    (Stopped("SIGTERM"), 143, "stopped (SIGTERM); the same command goes on from here\n"),
+    (Stopped("SIGINT", 130), 130, "stopped (SIGINT); the same command goes on from here\n"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "text"), ENDS)
+def test_an_expected_end_is_told_once(
+    error: BaseException, code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.exit_code_of(raising(error)) == code
+    assert capsys.readouterr() == ("", text)
+
+
+@pytest.mark.parametrize(("error", "code", "text"), ENDS)
+def test_the_other_ranks_end_alike_and_silently(
+    error: BaseException,
+    code: int,
+    text: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.exit_code_of(raising(error)) == code
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_our_own_mistake_has_its_trace_from_where_it_happened(
+    rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert cli.exit_code_of(raising(ZeroDivisionError("oops"))) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert "ZeroDivisionError: oops" in told
+
+
+def test_a_mistake_on_another_rank_has_no_second_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.exit_code_of(raising(RemoteError(1, "ZeroDivisionError", "oops"))) == 1
+    assert capsys.readouterr() == ("", "")
+
+
+def test_done_is_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.exit_code_of(lambda: None) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+# -- check ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "nursery", "seed=7", "student.training.epochs=2"],
+        ["check", "nursery", "--runs", "there", "seed=7", "student.training.epochs=2"],
+        ["check", "nursery", "seed=7", "--runs", "there", "student.training.epochs=2"],
+        ["check", "--runs", "there", "nursery", "seed=7", "student.training.epochs=2"],
+        ["check", "--runs=there", "nursery", "student.training.epochs=2", "seed=7"],
+    ],
+    ids=" ".join,
+)
+def test_overrides_stand_anywhere_among_the_options(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    resolved = yaml.safe_load(out)
+    assert resolved["seed"] == 7
+    assert resolved["student"]["training"]["epochs"] == 2
+    assert resolved["distillation"]["temperature"] == 2.0
+    assert err == ""
+
+
+def test_the_later_override_wins(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["check", "nursery", "seed=7", "--runs", "there", "seed=8"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 8
+
+
+def test_only_rank_zero_prints_the_job(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["check", "nursery"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["check", "no-such-job"], "no-such-job: got no such file"),
+        (["check", "nursery", "seed=x"], "command line: seed=x: seed: got 'x'"),
+        (["check", "nursery", "sead=1"], "did you mean `seed`?"),
+        (["check", "nursery", "word"], "expected KEY=VALUE"),
+        (["run", "nursery", "sead=1"], "did you mean `seed`?"),
+        (["report", "no/such/run"], "no/such/run"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_a_user_can_mend_is_an_error_of_the_family(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("error: ") == 1
+    assert told in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "COMMAND"),
+        (["chekc", "nursery"], "chekc"),
+        (["check"], "JOB"),
+        (["check", "nursery", "--bogus"], "--bogus"),
+        (["check", "nursery", "seed=1", "--bogus"], "--bogus"),
+        (["check", "nursery", "--seed=1"], "--seed=1"),
+        (["check", "nursery", "--runs", "there", "word"], "word"),
+        (["schema", "seed=1"], "seed=1"),
+        (["schema", "word"], "word"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_unknown_words_are_refused(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+
+
+def test_version_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == babyllama_ds.__version__
+    assert cli.main(["schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert "student" in schema["properties"]
+
+
+# -- run --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Path]]:
+    """What the pipeline was started with."""
+    from babyllama_ds import console, pipeline
+
+    calls: list[tuple[Any, Path]] = []
+    monkeypatch.setattr(pipeline, "run_job", lambda job, *, runs: calls.append((job, runs)))
+    # Logging is set up for a whole process, which this is not.
+    monkeypatch.setattr(console, "configure_logging", lambda **_: None)
+    return calls
+
+
+def test_run_starts_the_pipeline_with_the_resolved_job(started: list[tuple[Any, Path]]) -> None:
+    assert cli.main(["run", "nursery", "seed=7", "--runs", "there"]) == 0
+    ((job, runs),) = started
+    assert job.seed == 7
+    assert runs == Path("there")
+    assert cli.main(["run", "nursery"]) == 0
+    assert started[1][1] == Path("runs")
+
+
+def test_a_wrong_job_starts_nothing(started: list[tuple[Any, Path]]) -> None:
+    assert cli.main(["run", "nursery", "seed=x"]) == 2
+    assert started == []
+
+
+# -- the launcher's script ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run", ROOT / "launcher" / "run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_launchers_script_runs_a_job(
+    script: ModuleType, started: list[tuple[Any, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["run.py", "--local_rank=1", "nursery", "--runs", "there", "seed=7"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert script.main() == 0
+    ((job, runs),) = started
+    assert (job.seed, runs) == (7, Path("there"))
+
+
+def test_the_launchers_script_checks_a_job(
+    script: ModuleType,
+    started: list[tuple[Any, Path]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--local_rank=0", "nursery", "--check", "seed=7"])
+    assert script.main() == 0
+    assert yaml.safe_load(capsys.readouterr().out)["seed"] == 7
+    assert started == []
+    monkeypatch.setattr(sys, "argv", ["run.py", "nursery", "--check", "seed=x"])
+    assert script.main() == 2
+
+
+COMMAND_LINE = "import sys; from babyllama_ds.cli import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["launcher/run.py", "--check"], ["-c", COMMAND_LINE, "check"]],
+    ids=["launcher", "command line"],
+)
+def test_the_exit_status_is_the_processs(words: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *words, "nursery", "seed=x"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: command line: seed=x")

@@ -1,0 +1,209 @@
+"""A run's directory belongs to one experiment; what changes no result may change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from babyllama_ds.errors import RunError
+from babyllama_ds.rundir import RunDirectory, differing_keys
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.shipped import find_job
+
+ENVIRON = {"BABYLM_DATA": "/data/babylm"}
+TEACHER = (
+    "{name: loaded, model: {kind: pretrained, path: /models/a}}"
+)
+
+
+def job_of(name: str, *overrides: str) -> JobSpec:
+    return load_job(find_job(name), overrides, environ=ENVIRON)
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "one")
+
+
+def test_the_resolved_job_is_written_and_reads_back(directory: RunDirectory) -> None:
+    job = job_of("nursery", "student.training.epsilon=1e-9")
+    directory.open(job)
+    assert load_job(directory.path / "job.yaml", environ={}) == job
+    directory.open(job)
+
+
+@pytest.mark.parametrize("name", ["nursery", "babylm_tiny"])
+def test_the_same_job_may_be_opened_again(name: str, directory: RunDirectory) -> None:
+    directory.open(job_of(name))
+    directory.open(job_of(name))
+
+
+# -- what may change ------------------------------------------------------------------------------------
+
+FREE = {
+    "nursery": [
+        "student.training.micro_batch=4",
+        "teachers.gpt2.training.micro_batch=2",
+        "student.training.log_every_steps=1",
+        "student.training.checkpoint_every_steps=5",
+        "teachers.0.model.attention=eager",
+        "student.model.attention=sdpa",
+        "distillation.chunk_tokens=64",
+        "deepspeed.device=cpu",
+        "deepspeed.config=zero2_cpu",
+        "evaluation.batch_tokens=100",
+        "evaluation.leading_space=false",
+        "evaluation.max_pairs_per_task=3",
+        "evaluation.minimal_pairs=[{name: more, path: /pairs}]",
+    ],
+    "babylm_tiny": [
+        'corpus.train=["/elsewhere/*.train"]',
+        'corpus.train=["/a.train", "/b.train"]',
+        'corpus.split.dev=["/elsewhere/*.dev"]',
+        "evaluation.minimal_pairs=[]",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "override"), [(name, override) for name in FREE for override in FREE[name]]
+)
+def test_what_changes_no_model_may_change(
+    name: str, override: str, directory: RunDirectory
+) -> None:
+    directory.open(job_of(name))
+    changed = job_of(name, override)
+    assert changed != job_of(name)
+    directory.open(changed)
+    assert load_job(directory.path / "job.yaml", environ={}) == changed
+
+
+def test_paths_of_models_and_tokenizers_may_change(directory: RunDirectory) -> None:
+    def job(path: str) -> JobSpec:
+        return job_of(
+            "nursery",
+            f"tokenizer={{kind: pretrained, path: {path}}}",
+            f"student.model={{kind: pretrained, path: {path}}}",
+            f"teachers=[{{name: a, model: {{kind: pretrained, path: {path}}}}}]",
+        )
+
+    directory.open(job("/models/here"))
+    directory.open(job("/models/moved"))
+
+
+# -- what may not -----------------------------------------------------------------------------------------
+
+MATTERS = {
+    "nursery": [
+        ("seed=2", ["seed"]),
+        ("name=another", ["name"]),
+        ("corpus.words=2000", ["corpus.words"]),
+        ("tokenizer.vocab_size=700", ["tokenizer.vocab_size"]),
+        ("windows.length=32", ["windows.length"]),
+        ("windows.offsets=fixed", ["windows.offsets"]),
+        ("student.training.epochs=7", ["student.training.epochs"]),
+        ("student.training.betas=[0.8, 0.999]", ["student.training.betas.0"]),
+        ("student.training.clip_norm=null", ["student.training.clip_norm"]),
+        ("student.training.keep=last", ["student.training.keep"]),
+        ("student.training.evaluate_every_steps=3", ["student.training.evaluate_every_steps"]),
+        ("student.model.hidden_size=64", ["student.model.hidden_size"]),
+        ("student.seed=5", ["student.seed"]),
+        ("teachers.gpt2.weight=2", ["teachers.0.weight"]),
+        ("teachers.llama.name=other", ["teachers.1.name"]),
+        ("distillation.alpha=0.4", ["distillation.alpha"]),
+        ("distillation.soft_reduction=token", ["distillation.soft_reduction"]),
+        ("control.training={batch_windows: 8, epochs: 1, learning_rate: 0.1}", None),
+        (f"teachers=[{TEACHER}]", None),
+    ],
+    "babylm_tiny": [
+        ("corpus.cleaning=none", ["corpus.cleaning"]),
+        ("corpus.split={kind: tail}", ["corpus.split.fraction", "corpus.split.kind"]),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "keys"),
+    [(name, override, keys) for name in MATTERS for override, keys in MATTERS[name]],
+)
+def test_another_experiment_is_refused_and_its_keys_named(
+    name: str, override: str, keys: list[str] | None, directory: RunDirectory
+) -> None:
+    directory.open(job_of(name))
+    before = (directory.path / "job.yaml").read_bytes()
+    with pytest.raises(RunError) as caught:
+        directory.open(job_of(name, override))
+    named = [problem.where.removeprefix(f"{directory.path}: ") for problem in caught.value.problems]
+    if keys is None:  # a whole part: all that is in it
+        assert {key.partition(".")[0] for key in named} == {override.partition("=")[0].split(".")[0]}
+        assert len(named) > 3
+    else:
+        assert named == keys
+    assert (directory.path / "job.yaml").read_bytes() == before
+
+
+def test_all_differences_are_told_with_both_values(directory: RunDirectory) -> None:
+    directory.open(job_of("nursery"))
+    with pytest.raises(RunError) as caught:
+        directory.open(job_of("nursery", "seed=2", "distillation.alpha=0.25"))
+    alpha, seed = caught.value.problems
+    assert alpha.got == "0.5 in the run that is there"
+    assert alpha.expected == "0.25, as this job says"
+    assert seed.got == "1 in the run that is there"
+    assert "another `name`" in (seed.hint or "")
+
+
+def test_differing_keys_by_hand() -> None:
+    theirs = {"a": {"b": 1, "c": [1, 2]}, "evaluation": {"x": 1}, "only": None, "gone": 3}
+    ours = {"a": {"b": 2, "c": [1]}, "evaluation": {"x": 2}, "new": "n"}
+    assert list(differing_keys(theirs, ours)) == [
+        ("a.b", 1, 2),
+        ("a.c.1", 2, None),
+        ("gone", 3, None),
+        ("new", None, "n"),
+    ]
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"", b"- a\n- b\n", b"text"])
+def test_a_job_that_cannot_be_read_is_an_error(content: bytes, directory: RunDirectory) -> None:
+    directory.path.mkdir(parents=True)
+    (directory.path / "job.yaml").write_bytes(content)
+    with pytest.raises(RunError, match="expected the job of the run that is there") as caught:
+        directory.open(job_of("nursery"))
+    assert caught.value.problems[0].where == str(directory.path / "job.yaml")
+    assert (directory.path / "job.yaml").read_bytes() == content
+
+
+def test_an_unwritable_directory_is_an_error(directory: RunDirectory) -> None:
+    directory.path.parent.mkdir(parents=True)
+    directory.path.write_text("a file")
+    with pytest.raises(RunError, match="expected a place that can be written"):
+        directory.open(job_of("nursery"))
+
+
+# -- stages and state -----------------------------------------------------------------------------------
+
+
+def test_a_stage_is_claimed_once(directory: RunDirectory) -> None:
+    directory.path.mkdir(parents=True)
+    directory.claim_stage("student", "a" * 64, made_from="its teachers")
+    directory.claim_stage("control", "b" * 64, made_from="its text")
+    directory.claim_stage("student", "a" * 64, made_from="its teachers")
+    with pytest.raises(RunError) as caught:
+        directory.claim_stage("student", "c" * 64, made_from="its teachers")
+    (problem,) = caught.value.problems
+    assert problem.where == f"{directory.path}: student"
+    assert problem.got == "fingerprint aaaaaaaaaaaa in the run that is there"
+    assert problem.expected == "cccccccccccc: its teachers changed since"
+    stages = json.loads((directory.path / "stages.json").read_text())
+    assert stages == {"student": "a" * 64, "control": "b" * 64}
+
+
+def test_the_state_is_the_last_one_set(directory: RunDirectory) -> None:
+    directory.set_state("running", pid=1)
+    directory.set_state("stopped", reason="SIGTERM")
+    state = json.loads((directory.path / "state.json").read_text())
+    assert state == {"status": "stopped", "reason": "SIGTERM"}
