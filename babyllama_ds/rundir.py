@@ -110,7 +110,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError.of(
-            path, got=str(error).splitlines()[0], expected="the job of the run that is there"
-        ) from error
-    return dict(loaded)
+        raise _not_a_job(path, got=str(error).splitlines()[0]) from error
+    if not isinstance(loaded, dict):
+        raise _not_a_job(path, got="a file that holds no job")
+    return loaded
+
+
+def _not_a_job(path: Path, *, got: str) -> RunError:
+    return RunError.of(path, got=got, expected="the job of the run that is there")

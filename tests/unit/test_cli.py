@@ -34,14 +34,18 @@ def raising(error: BaseException) -> Callable[[], None]:
     return work
 
 
-# -- how it ends --------------------------------------------------------------------------------------
+# -- how it ends -----------------------------------------------------------------------------------
 
 TWO_PROBLEMS = RunError(
     Problem(where="a", got="1", expected="2"), Problem(where="b", got="3", expected="4", hint="h")
 )
 ENDS: list[tuple[BaseException, int, str]] = [
     (JobError.of("seed", got=-1, expected=">= 0"), 2, "error: seed: got -1, expected >= 0\n"),
-    (DataError.of("x", got=1, expected=2, hint="do"), 2, "error: x: got 1, expected 2\n    hint: do\n"),
+    (
+        DataError.of("x", got=1, expected=2, hint="do"),
+        2,
+        "error: x: got 1, expected 2\n    hint: do\n",
+    ),
     (TWO_PROBLEMS, 2, "error: a: got 1, expected 2\nb: got 3, expected 4\n    hint: h\n"),
     (Stopped("SIGTERM"), 143, "stopped (SIGTERM); the same command goes on from here\n"),
     (Stopped("SIGINT", 130), 130, "stopped (SIGINT); the same command goes on from here\n"),
@@ -90,7 +94,7 @@ def test_done_is_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-# -- check ----------------------------------------------------------------------------------------------
+# -- check -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_overrides_stand_anywhere_among_the_options(
     resolved = yaml.safe_load(out)
     assert resolved["seed"] == 7
     assert resolved["student"]["training"]["epochs"] == 2
-    assert resolved["distillation"]["temperature"] == 2.0
+    assert resolved["student"]["training"]["betas"] == [0.9, 0.999]  # a default, spelled out
     assert err == ""
 
 
@@ -189,7 +193,7 @@ def test_version_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert "student" in schema["properties"]
 
 
-# -- run --------------------------------------------------------------------------------------------------
+# -- run -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -218,7 +222,7 @@ def test_a_wrong_job_starts_nothing(started: list[tuple[Any, Path]]) -> None:
     assert started == []
 
 
-# -- the launcher's script ----------------------------------------------------------------------------------
+# -- the launcher's script -------------------------------------------------------------------------
 
 
 @pytest.fixture

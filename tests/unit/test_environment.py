@@ -49,7 +49,7 @@ def test_a_cuda_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert described["hardware"]["cuda_device"] == "card 3"
 
 
-# -- the commit -------------------------------------------------------------------------------------------
+# -- the commit ------------------------------------------------------------------------------------
 
 Git = Callable[..., str]
 

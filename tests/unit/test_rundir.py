@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,16 +12,45 @@ from babyllama_ds.errors import RunError
 from babyllama_ds.rundir import RunDirectory, differing_keys
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.loading import load_job
-from babyllama_ds.spec.shipped import find_job
 
-ENVIRON = {"BABYLM_DATA": "/data/babylm"}
-TEACHER = (
-    "{name: loaded, model: {kind: pretrained, path: /models/a}}"
-)
+JobOf = Callable[..., JobSpec]
+
+LLAMA = "{kind: llama, hidden_size: 32, num_layers: 2, num_heads: 4, intermediate_size: 48}"
+JOBS = {
+    "nursery": "{kind: nursery}",
+    "files": "{kind: files, train: [/data/*.train], split: {kind: held_out, dev: [/data/*.dev]}}",
+}
+JOB = f"""
+name: one
+corpus: CORPUS
+tokenizer: {{kind: bpe, vocab_size: 800}}
+windows: {{length: 64}}
+teachers:
+  - name: gpt2
+    model: {{kind: gpt2, hidden_size: 32, num_layers: 2, num_heads: 4}}
+    training: &training {{batch_windows: 32, epochs: 4, learning_rate: 2e-3}}
+  - name: llama
+    model: {LLAMA}
+    training: *training
+student:
+  model: {LLAMA}
+  training: *training
+control: {{}}
+distillation: {{alpha: 0.5}}
+"""
+OTHER_TEACHERS = "[{name: loaded, model: {kind: pretrained, path: /models/a}}]"
 
 
-def job_of(name: str, *overrides: str) -> JobSpec:
-    return load_job(find_job(name), overrides, environ=ENVIRON)
+@pytest.fixture
+def job_of(tmp_path: Path) -> JobOf:
+    """A job on a corpus of the kind, changed by overrides."""
+
+    def load(corpus: str, *overrides: str) -> JobSpec:
+        path = tmp_path / "job.yaml"
+        path.write_text(JOB.replace("CORPUS", JOBS[corpus]))
+        return load_job(path, overrides, environ={})
+
+    return load
 
 
 @pytest.fixture
@@ -28,20 +58,22 @@ def directory(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "runs" / "one")
 
 
-def test_the_resolved_job_is_written_and_reads_back(directory: RunDirectory) -> None:
+def test_the_resolved_job_is_written_and_reads_back(job_of: JobOf, directory: RunDirectory) -> None:
     job = job_of("nursery", "student.training.epsilon=1e-9")
     directory.open(job)
     assert load_job(directory.path / "job.yaml", environ={}) == job
     directory.open(job)
 
 
-@pytest.mark.parametrize("name", ["nursery", "babylm_tiny"])
-def test_the_same_job_may_be_opened_again(name: str, directory: RunDirectory) -> None:
+@pytest.mark.parametrize("name", ["nursery", "files"])
+def test_the_same_job_may_be_opened_again(
+    job_of: JobOf, name: str, directory: RunDirectory
+) -> None:
     directory.open(job_of(name))
     directory.open(job_of(name))
 
 
-# -- what may change ------------------------------------------------------------------------------------
+# -- what may change -------------------------------------------------------------------------------
 
 FREE = {
     "nursery": [
@@ -59,11 +91,10 @@ FREE = {
         "evaluation.max_pairs_per_task=3",
         "evaluation.minimal_pairs=[{name: more, path: /pairs}]",
     ],
-    "babylm_tiny": [
+    "files": [
         'corpus.train=["/elsewhere/*.train"]',
         'corpus.train=["/a.train", "/b.train"]',
         'corpus.split.dev=["/elsewhere/*.dev"]',
-        "evaluation.minimal_pairs=[]",
     ],
 }
 
@@ -72,7 +103,7 @@ FREE = {
     ("name", "override"), [(name, override) for name in FREE for override in FREE[name]]
 )
 def test_what_changes_no_model_may_change(
-    name: str, override: str, directory: RunDirectory
+    job_of: JobOf, name: str, override: str, directory: RunDirectory
 ) -> None:
     directory.open(job_of(name))
     changed = job_of(name, override)
@@ -81,7 +112,7 @@ def test_what_changes_no_model_may_change(
     assert load_job(directory.path / "job.yaml", environ={}) == changed
 
 
-def test_paths_of_models_and_tokenizers_may_change(directory: RunDirectory) -> None:
+def test_paths_of_models_and_tokenizers_may_change(job_of: JobOf, directory: RunDirectory) -> None:
     def job(path: str) -> JobSpec:
         return job_of(
             "nursery",
@@ -94,7 +125,7 @@ def test_paths_of_models_and_tokenizers_may_change(directory: RunDirectory) -> N
     directory.open(job("/models/moved"))
 
 
-# -- what may not -----------------------------------------------------------------------------------------
+# -- what may not ----------------------------------------------------------------------------------
 
 MATTERS = {
     "nursery": [
@@ -116,9 +147,9 @@ MATTERS = {
         ("distillation.alpha=0.4", ["distillation.alpha"]),
         ("distillation.soft_reduction=token", ["distillation.soft_reduction"]),
         ("control.training={batch_windows: 8, epochs: 1, learning_rate: 0.1}", None),
-        (f"teachers=[{TEACHER}]", None),
+        (f"teachers={OTHER_TEACHERS}", None),
     ],
-    "babylm_tiny": [
+    "files": [
         ("corpus.cleaning=none", ["corpus.cleaning"]),
         ("corpus.split={kind: tail}", ["corpus.split.fraction", "corpus.split.kind"]),
     ],
@@ -130,7 +161,7 @@ MATTERS = {
     [(name, override, keys) for name in MATTERS for override, keys in MATTERS[name]],
 )
 def test_another_experiment_is_refused_and_its_keys_named(
-    name: str, override: str, keys: list[str] | None, directory: RunDirectory
+    job_of: JobOf, name: str, override: str, keys: list[str] | None, directory: RunDirectory
 ) -> None:
     directory.open(job_of(name))
     before = (directory.path / "job.yaml").read_bytes()
@@ -138,14 +169,16 @@ def test_another_experiment_is_refused_and_its_keys_named(
         directory.open(job_of(name, override))
     named = [problem.where.removeprefix(f"{directory.path}: ") for problem in caught.value.problems]
     if keys is None:  # a whole part: all that is in it
-        assert {key.partition(".")[0] for key in named} == {override.partition("=")[0].split(".")[0]}
+        assert {key.partition(".")[0] for key in named} == {
+            override.partition("=")[0].split(".")[0]
+        }
         assert len(named) > 3
     else:
         assert named == keys
     assert (directory.path / "job.yaml").read_bytes() == before
 
 
-def test_all_differences_are_told_with_both_values(directory: RunDirectory) -> None:
+def test_all_differences_are_told_with_both_values(job_of: JobOf, directory: RunDirectory) -> None:
     directory.open(job_of("nursery"))
     with pytest.raises(RunError) as caught:
         directory.open(job_of("nursery", "seed=2", "distillation.alpha=0.25"))
@@ -168,7 +201,9 @@ def test_differing_keys_by_hand() -> None:
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"", b"- a\n- b\n", b"text"])
-def test_a_job_that_cannot_be_read_is_an_error(content: bytes, directory: RunDirectory) -> None:
+def test_a_job_that_cannot_be_read_is_an_error(
+    job_of: JobOf, content: bytes, directory: RunDirectory
+) -> None:
     directory.path.mkdir(parents=True)
     (directory.path / "job.yaml").write_bytes(content)
     with pytest.raises(RunError, match="expected the job of the run that is there") as caught:
@@ -177,14 +212,14 @@ def test_a_job_that_cannot_be_read_is_an_error(content: bytes, directory: RunDir
     assert (directory.path / "job.yaml").read_bytes() == content
 
 
-def test_an_unwritable_directory_is_an_error(directory: RunDirectory) -> None:
+def test_an_unwritable_directory_is_an_error(job_of: JobOf, directory: RunDirectory) -> None:
     directory.path.parent.mkdir(parents=True)
     directory.path.write_text("a file")
     with pytest.raises(RunError, match="expected a place that can be written"):
         directory.open(job_of("nursery"))
 
 
-# -- stages and state -----------------------------------------------------------------------------------
+# -- stages and state ------------------------------------------------------------------------------
 
 
 def test_a_stage_is_claimed_once(directory: RunDirectory) -> None:

@@ -21,9 +21,7 @@ from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder, Progre
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import RunError
 
-PROGRESS = Progress(
-    step=3, tokens=96, seconds=1.25, best_dev_ce=2.5, best_step=2, last_dev_ce=2.75
-)
+PROGRESS = Progress(step=3, tokens=96, seconds=1.25, best_dev_ce=2.5, best_step=2, last_dev_ce=2.75)
 
 
 class Regression(nn.Module):
@@ -181,7 +179,7 @@ def test_the_same_step_is_written_once(new_engine: MakeEngine, folder: Checkpoin
     assert {path.name: path.stat().st_mtime_ns for path in written.iterdir()} == before
 
 
-# -- what is refused --------------------------------------------------------------------------------
+# -- what is refused -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["state.safetensors", "progress.json", "best.safetensors"])
@@ -226,7 +224,7 @@ def test_another_trainings_checkpoint_is_refused(
     assert "ffffffffffff" in problem.expected
 
 
-# -- a disk that refuses ------------------------------------------------------------------------------
+# -- a disk that refuses ---------------------------------------------------------------------------
 
 
 @contextmanager

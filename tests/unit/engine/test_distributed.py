@@ -33,7 +33,7 @@ def pretend_cards(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
-# -- the device -------------------------------------------------------------------------------------
+# -- the device ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_too_few_cards_are_refused(
     assert "deepspeed.device=cpu" in (problem.hint or "")
 
 
-# -- threads ----------------------------------------------------------------------------------------
+# -- threads ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_ranks_share_the_cores(
     assert distributed.threads_per_rank() == expected
 
 
-# -- the process group --------------------------------------------------------------------------------
+# -- the process group -----------------------------------------------------------------------------
 
 
 def test_alone_there_is_a_world_of_one_as_often_as_wanted(

@@ -16,7 +16,8 @@ THEIRS = {"cosine": get_cosine_schedule_with_warmup, "linear": get_linear_schedu
 
 @pytest.mark.parametrize("schedule", THEIRS)
 @pytest.mark.parametrize(
-    ("warmup_steps", "total_steps"), [(0, 1), (0, 40), (1, 2), (7, 40), (39, 40), (40, 40), (60, 40)]
+    ("warmup_steps", "total_steps"),
+    [(0, 1), (0, 40), (1, 2), (7, 40), (39, 40), (40, 40), (60, 40)],
 )
 def test_equals_transformers_at_every_step(
     schedule: str, warmup_steps: int, total_steps: int, training_spec: Callable[..., Any]
@@ -26,7 +27,9 @@ def test_equals_transformers_at_every_step(
     theirs = THEIRS[schedule](optimizer, warmup_steps, total_steps)
     for step in range(total_steps):
         (expected,) = theirs.get_last_lr()
-        assert learning_rate(training, step, total_steps) == pytest.approx(expected, rel=1e-12), step
+        assert learning_rate(training, step, total_steps) == pytest.approx(expected, rel=1e-12), (
+            step
+        )
         optimizer.step()
         theirs.step()
 

@@ -61,12 +61,14 @@ def train(engine: TrainingEngine, batches: Tensor, rates: Sequence[float]) -> li
     return norms
 
 
-# -- the reference --------------------------------------------------------------------------------
+# -- the reference ---------------------------------------------------------------------------------
 
 
 def undecayed(names: Sequence[str]) -> set[str]:
     """Norms and biases of LLaMA and GPT-2, by name."""
-    pattern = re.compile(r"(ln_[12f]|(input|post_attention)_layernorm|model\.norm)\.weight|.*\.bias")
+    pattern = re.compile(
+        r"(ln_[12f]|(input|post_attention)_layernorm|model\.norm)\.weight|.*\.bias"
+    )
     return {name for name in names if pattern.search(name)}
 
 
@@ -124,7 +126,7 @@ def assert_close_fp32(ours: Tensor, theirs: Tensor, name: str) -> None:
     assert error <= 2e-5 * theirs.abs().max().item(), f"{name}: off by {error}"
 
 
-# -- one rank -------------------------------------------------------------------------------------
+# -- one rank --------------------------------------------------------------------------------------
 
 CASES: dict[str, dict[str, Any]] = {
     # Gradient norms of these models lie around 1.5, so 0.5 always clips and 100 never does.
@@ -217,7 +219,7 @@ def test_a_model_that_comes_in_eval_mode_is_trained_with_its_dropout(
     assert engine.forward(batch_BS).item() != engine.forward(batch_BS).item()
 
 
-# -- decay groups -----------------------------------------------------------------------------------
+# -- decay groups ----------------------------------------------------------------------------------
 
 
 def trainers_decayed(model: nn.Module, prefix: str = "") -> Iterator[str]:
@@ -259,7 +261,7 @@ def test_frozen_parameters_are_left_out(
     assert group["params"] == [model.lm_head.weight]
 
 
-# -- the state by name --------------------------------------------------------------------------------
+# -- the state by name -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -318,7 +320,7 @@ def test_the_number_of_updates_matters(
     assert not torch.allclose(*results, atol=1e-4)
 
 
-# -- numbers that are not finite ------------------------------------------------------------------------
+# -- numbers that are not finite -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -359,7 +361,7 @@ def test_a_broken_weight_is_an_overflow(
     assert engine.overflowed
 
 
-# -- buffers that stay fp32 ------------------------------------------------------------------------------
+# -- buffers that stay fp32 ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -401,7 +403,7 @@ def test_only_fp32_buffers_are_restored() -> None:
     assert module.weight.dtype == torch.bfloat16
 
 
-# -- two ranks --------------------------------------------------------------------------------------------
+# -- two ranks -------------------------------------------------------------------------------------
 
 TWO_RANK_CASES = {
     "llama": {"kind": "llama", "clip_norm": 0.5, "micro_batch": 2},
@@ -475,7 +477,9 @@ def test_one_rank_reads_the_checkpoint_of_two(
     make_engine: Callable[..., TrainingEngine],
 ) -> None:
     of_model, of_training = split_case(TWO_RANK_CASES["llama"])
-    engine = make_engine(NextTokenLoss(tiny_model(**of_model, seed=8)), training_spec(**of_training))
+    engine = make_engine(
+        NextTokenLoss(tiny_model(**of_model, seed=8)), training_spec(**of_training)
+    )
     folder = CheckpointFolder(two_ranks / "llama" / "checkpoints", fingerprint="llama")
     progress = folder.resume(engine, BestWeights())
     assert progress.step == len(RATES)

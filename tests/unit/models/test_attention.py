@@ -14,7 +14,9 @@ from babyllama_ds.models.attention import FLASH_KERNELS, resolve_attention
 WHERE = "student.model.attention"
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, *, capability: int, installed: tuple[str, ...]) -> None:
+def pretend(
+    monkeypatch: pytest.MonkeyPatch, *, capability: int, installed: tuple[str, ...]
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
     monkeypatch.setattr(attention, "_installed", lambda kernel: kernel in installed)
 

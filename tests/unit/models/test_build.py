@@ -40,7 +40,7 @@ def build(spec: Any, tokenizer: Any, *, seed: int = 1, attention: str = "sdpa") 
     return build_model(spec, tokenizer, seed=seed, attention=attention, where="student.model")
 
 
-# -- the published shapes ---------------------------------------------------------------------------
+# -- the published shapes --------------------------------------------------------------------------
 
 PUBLISHED = {
     # BabyLlama (arXiv 2308.02019): two teachers and the student.
@@ -62,9 +62,7 @@ PUBLISHED = {
     ),
     # BabyLlama-2 (arXiv 2409.17312): teachers and student, with grouped-query heads.
     "SmolLlama 345M": (
-        llama(
-            hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, intermediate_size=2560
-        ),
+        llama(hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, intermediate_size=2560),
         345_355_200,
     ),
     # Models of BabyLlama's repository.
@@ -156,7 +154,7 @@ def test_the_attention_asked_for_is_used(attention: str, word_tokenizer: MakeTok
     assert model.config._attn_implementation == attention
 
 
-# -- the seed ---------------------------------------------------------------------------------------
+# -- the seed --------------------------------------------------------------------------------------
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -193,7 +191,7 @@ def test_a_63_bit_seed_is_accepted(word_tokenizer: MakeTokenizer) -> None:
     build(llama(), word_tokenizer(61), seed=2**63 - 1)
 
 
-# -- loading ----------------------------------------------------------------------------------------
+# -- loading ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -329,13 +327,13 @@ def test_a_kernel_that_is_not_installed_is_refused(saved: Path) -> None:
         load_model(str(saved), attention="no-such-kernel", where="student.model")
 
 
-# -- what must fit ------------------------------------------------------------------------------------
+# -- what must fit ---------------------------------------------------------------------------------
 
 
 def test_every_token_has_a_row(tiny_model: Callable[..., Any]) -> None:
     for vocab_size in (61, 50):
         check_vocabulary_fits(tiny_model("gpt2"), vocab_size, where="student.model")
-    with pytest.raises(ModelError, match="student.model: got an embedding of 61 rows"):
+    with pytest.raises(ModelError, match=r"student\.model: got an embedding of 61 rows"):
         check_vocabulary_fits(tiny_model("gpt2"), 62, where="student.model")
 
 

@@ -70,9 +70,7 @@ def test_the_directory_is_whole_and_holds_no_pickle(
 def test_an_exported_model_generates(
     tmp_path: Path, tiny_model: Callable[..., Any], word_tokenizer: Callable[[int], Any]
 ) -> None:
-    export_model(
-        tiny_model("gpt2"), word_tokenizer(61), tmp_path, SUMMARY, dtype=torch.bfloat16
-    )
+    export_model(tiny_model("gpt2"), word_tokenizer(61), tmp_path, SUMMARY, dtype=torch.bfloat16)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     prompt = torch.tensor([[7, 8, 9]])
     written = loaded.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)

@@ -1,4 +1,4 @@
-"""Backbone and head together are the model; families whose logits are more than that are refused."""
+"""Backbone and head together are the model; families whose logits are more are refused."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_gradients_reach_every_weight(tiny_model: Callable[..., Any]) -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-# -- which families are plain -------------------------------------------------------------------------
+# -- which families are plain ----------------------------------------------------------------------
 
 SMALL = {
     "vocab_size": 61,
@@ -83,9 +83,7 @@ def test_a_head_with_bias_is_accepted_and_split_with_it() -> None:
     check_plain_head(model, where="teachers.a.model")
     backbone, head = split_causal_lm(model)
     assert head.bias_P is model.lm_head.bias
-    torch.testing.assert_close(
-        logits(backbone(TOKENS), head, 61), model(input_ids=TOKENS).logits
-    )
+    torch.testing.assert_close(logits(backbone(TOKENS), head, 61), model(input_ids=TOKENS).logits)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -74,9 +74,7 @@ def test_targets_go_into_a_loss_with_gradients(
         assert member.model.head.weight_PD.grad is None
 
 
-def test_destroyed_teachers_are_freed(
-    alone: torch.device, tiny_model: Callable[..., Any]
-) -> None:
+def test_destroyed_teachers_are_freed(alone: torch.device, tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     weight = weakref.ref(model.lm_head.weight)
     frozen = FrozenModel(model, device=alone, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Every window once an epoch, the same batches whatever the ranks, and padding that counts nothing."""
+"""Every window once an epoch, the same batches on any ranks, and padding that counts nothing."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from babyllama_ds.errors import JobError
 from babyllama_ds.losses.distillation import IGNORED_LABEL
-from babyllama_ds.training.batches import Batch, BatchPlan, micro_batch, total_steps
+from babyllama_ds.training.batches import (
+    Batch,
+    BatchPlan,
+    check_warmup,
+    micro_batch,
+    total_steps,
+)
 
 LENGTH = 5
 
@@ -138,3 +145,14 @@ def test_training_ends_at_the_first_limit(
 ) -> None:
     training = training_spec(batch_windows=4, **changes)
     assert total_steps(training, num_windows=10, length=6) == expected
+
+
+def test_a_warm_up_longer_than_the_training_is_refused(training_spec: Callable[..., Any]) -> None:
+    options = {"batch_windows": 4, "epochs": 2.0}  # 10 windows: three steps an epoch
+    check_warmup(training_spec(warmup_steps=5, **options), 10, 6, where="student.training")
+    with pytest.raises(JobError) as caught:
+        check_warmup(training_spec(warmup_steps=6, **options), 10, 6, where="student.training")
+    (problem,) = caught.value.problems
+    assert problem.where == "student.training.warmup_steps"
+    assert problem.got == "6"
+    assert problem.expected == "fewer than the training's 6 optimizer steps"

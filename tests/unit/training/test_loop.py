@@ -193,7 +193,7 @@ def new_run(
     return make
 
 
-# -- what is due, and what is written -----------------------------------------------------------------
+# -- what is due, and what is written --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_training_learns(new_run: Callable[..., Run]) -> None:
     assert logged[-1]["ce"] < 0.6 * logged[0]["ce"]
 
 
-# -- which weights leave ------------------------------------------------------------------------------
+# -- which weights leave ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", ["best", "last"])
@@ -301,7 +301,7 @@ def test_the_weights_asked_for_leave(keep: str, new_run: Callable[..., Run]) -> 
     assert_equal_weights(run.weights(), expected)
 
 
-# -- stopping and going on ----------------------------------------------------------------------------
+# -- stopping and going on -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 7])
@@ -390,7 +390,7 @@ def test_micro_batches_change_nothing_but_rounding(new_run: Callable[..., Run]) 
         assert error <= 2e-5 * whole[key].abs().max().item(), key
 
 
-# -- numbers that are not finite ------------------------------------------------------------------------
+# -- numbers that are not finite -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -457,7 +457,7 @@ def test_time_counts_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.seconds_a_step(7) == 2
 
 
-# -- two ranks ------------------------------------------------------------------------------------------
+# -- two ranks -------------------------------------------------------------------------------------
 
 TWO_RANK_TRAINING = {"batch_windows": 4, "micro_batch": 1, "epochs": 2.0, "learning_rate": 1e-2}
 TWO_RANK_TRAINING |= {"log_every_steps": 1, "epsilon": 1e-4, "evaluate_every_steps": 3}

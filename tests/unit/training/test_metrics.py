@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and what people see; a resumed training takes back what it overtook."""
+"""metrics.jsonl, TensorBoard, what people see; a resumed training takes back what it overtook."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scalars(run_dir: Path, stage: str, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in board.Scalars(name)]
 
 
-# -- what is kept -----------------------------------------------------------------------------------
+# -- what is kept ----------------------------------------------------------------------------------
 
 
 def test_a_line_and_a_scalar_for_each_written_step(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_forgetting_leaves_other_stages_and_drops_a_line_cut_short(tmp_path: Pat
     assert not (tmp_path / "none.jsonl").exists()
 
 
-# -- what people see --------------------------------------------------------------------------------
+# -- what people see -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

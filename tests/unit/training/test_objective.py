@@ -135,9 +135,7 @@ def test_one_step_takes_the_gradient_of_the_whole_batchs_formula(
     assert kl_sum / batch.num_valid == pytest.approx(kl.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("reduction", "kl_count"), [("sequence", 5), ("token", 5 * LENGTH)]
-)
+@pytest.mark.parametrize(("reduction", "kl_count"), [("sequence", 5), ("token", 5 * LENGTH)])
 def test_counts_are_those_of_the_global_batch(
     reduction: Any, kl_count: int, tiny_model: Callable[..., Any]
 ) -> None:
