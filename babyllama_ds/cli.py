@@ -58,7 +58,7 @@ def exit_code_of(work: Callable[[], None]) -> int:
         return EXIT_CODE
     except Stopped as stop:
         if _is_lead():
-            print(f"stopped ({stop.reason}); the same command goes on from here", file=sys.stderr)
+            print(f"stopped ({stop}); the same command goes on from here", file=sys.stderr)
         return stop.exit_code
     except Exception as error:
         # On the other ranks the same failure arrives as a RemoteError: one trace is enough.

@@ -93,12 +93,13 @@ class TrainingError(UserError):
 
 
 class Stopped(Exception):  # noqa: N818 - an end that was asked for, not an error
-    """The run was asked to stop (`reason`) and did so at a safe point."""
+    """The run was asked to stop (`reason`) and did so at a safe point (`at`)."""
 
-    def __init__(self, reason: str, exit_code: int = 143) -> None:
+    def __init__(self, reason: str, exit_code: int = 143, at: str | None = None) -> None:
         self.reason = reason
         self.exit_code = exit_code
-        super().__init__(reason)
+        self.at = at
+        super().__init__(f"{reason}, at {at}" if at else reason)
 
-    def __reduce__(self) -> tuple[type[Stopped], tuple[str, int]]:
-        return type(self), (self.reason, self.exit_code)
+    def __reduce__(self) -> tuple[type[Stopped], tuple[str, int, str | None]]:
+        return type(self), (self.reason, self.exit_code, self.at)

@@ -509,7 +509,7 @@ def _state_kept(directory: RunDirectory) -> Iterator[None]:
         yield
     except Stopped as stop:
         if lead:
-            directory.set_state("stopped", reason=stop.reason)
+            directory.set_state("stopped", reason=stop.reason, at=stop.at)
         raise
     except BaseException as error:
         if lead:

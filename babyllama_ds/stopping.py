@@ -35,7 +35,10 @@ class StopRequest:
         command ends it alone. So where the parent is that script, its parent is watched too.
         """
         self._watched = launcher_pids() if watch_parent else ()
-        self._code = _NO_REASON
+        # A handler runs between any two instructions, so what it writes nothing else may write: a
+        # signal that arrives during the all-reduce would be overwritten by the outcome, and lost.
+        self._signalled = _NO_REASON
+        self._learnt = _NO_REASON
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
@@ -56,15 +59,15 @@ class StopRequest:
 
     def requested(self) -> str | None:
         """The reason as this rank knows it, or none; no communication."""
-        if self._code == _NO_REASON and self._parent_gone():
-            self._code = _LAUNCHER_GONE_CODE
-        return _reason(self._code)
+        if self._code() == _NO_REASON and self._parent_gone():
+            self._learnt = _LAUNCHER_GONE_CODE
+        return _reason(self._code())
 
     def agreed(self) -> str | None:
         """The reason that any rank knows, the same on every rank, or none; one small all-reduce."""
         self.requested()
-        self._code = ranks.max_int(self._code)
-        return _reason(self._code)
+        self._learnt = common = ranks.max_int(self._code())
+        return _reason(common)  # not what has come since: the other ranks do not know it
 
     def check(self) -> None:
         """Raise `Stopped` if asked to stop, as this rank knows it; for long work on one rank."""
@@ -76,6 +79,9 @@ class StopRequest:
         """The watched process furthest up: the command that a person started."""
         return self._watched[-1] if self._watched else None
 
+    def _code(self) -> int:
+        return max(self._signalled, self._learnt)
+
     def _parent_gone(self) -> bool:
         if not self._watched:
             return False
@@ -83,7 +89,7 @@ class StopRequest:
         return os.getppid() != parent or [_parent_of(parent)] * len(above) != above
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self._code = max(self._code, number)
+        self._signalled = max(self._signalled, number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -100,10 +106,10 @@ def launcher_pids() -> tuple[int, ...]:
     return (parent,) if above is None else (parent, above)
 
 
-def stopped(reason: str) -> Stopped:
+def stopped(reason: str, at: str | None = None) -> Stopped:
     """The `Stopped` for a reason, exit code as a shell has it: 128 + signal (no launcher: 143)."""
     number = signal.SIGTERM if reason == LAUNCHER_GONE else signal.Signals[reason]
-    return Stopped(reason, exit_code=128 + number)
+    return Stopped(reason, exit_code=128 + number, at=at)
 
 
 def _reason(code: int) -> str | None:

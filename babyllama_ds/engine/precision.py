@@ -13,9 +13,9 @@ from torch import nn
 def float_buffers_kept(module: nn.Module) -> Iterator[None]:
     """Restore fp32 buffers that the body cast along with the parameters.
 
-    Both DeepSpeed engines call `module.bfloat16()`, which rounds LLaMA's rotary frequencies
-    (a buffer) to 8 bits: positions beyond a few dozen then point elsewhere than in the same
-    model loaded by transformers, which keeps them in fp32.
+    DeepSpeed's inference engine calls `module.bfloat16()`, which rounds LLaMA's rotary
+    frequencies (a buffer) to 8 bits: positions beyond a few dozen then point elsewhere than in the
+    same model loaded by transformers, which keeps them in fp32, as does the training engine.
     """
     kept = {
         name: buffer.detach().clone()

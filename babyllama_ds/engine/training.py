@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from babyllama_ds.engine.precision import float_buffers_kept
 from babyllama_ds.spec.job import TrainingSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -37,13 +36,12 @@ class TrainingEngine:
         # A model loaded by transformers comes in eval mode, which would leave its dropout off.
         module.train().to(device)
         self.module = module
-        with float_buffers_kept(module):
-            self._engine, *_ = deepspeed.initialize(
-                model=module,
-                optimizer=adamw(module, training),
-                config=dict(config),
-                dist_init_required=False,
-            )
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=adamw(module, training),
+            config=dict(config),
+            dist_init_required=False,
+        )
         self._make_moments()
         self.accumulation_steps: int = self._engine.gradient_accumulation_steps()
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from babyllama_ds import files
+from babyllama_ds.errors import RunError
 from babyllama_ds.models.build import count_parameters
 
 
@@ -27,12 +29,23 @@ def export_model(
     `dtype` is what the model was trained and evaluated in, so what is measured is what is given
     away. The tokenizer's files are copied as they are. `training.json` holds the summary that the
     report reads.
+
+    Raises:
+        RunError: the disk refuses.
     """
     model.to(dtype)
     model.config.dtype = dtype
-    model.save_pretrained(directory)  # type: ignore[operator]
-    for path in tokenizer_dir.glob("*.json"):
-        if path.name != files.MANIFEST_NAME:
-            shutil.copy(path, directory)
+    try:
+        model.save_pretrained(directory)  # type: ignore[operator]
+        for path in tokenizer_dir.glob("*.json"):
+            if path.name != files.MANIFEST_NAME:
+                shutil.copy(path, directory)
+    except (OSError, SafetensorError) as error:  # the latter: what safetensors makes of it
+        raise RunError.of(
+            directory,
+            got=f"{getattr(error, 'strerror', None) or error} while writing a model",
+            expected="room for the model",
+            hint="free some space and start again: training goes on from its last checkpoint",
+        ) from error
     params = count_parameters(model)
     files.write_json(directory / "training.json", {**summary, "params": params})

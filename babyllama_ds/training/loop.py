@@ -234,7 +234,7 @@ class _Trainer:
             return
         if self.progress.step > 0:
             self._checkpoint()
-        raise stopped(reason)
+        raise stopped(reason, at=f"{self.stage.name}, step {self.progress.step}")
 
     def _evaluate(self, metrics: MetricsLog) -> None:
         score = evaluate_cross_entropy(

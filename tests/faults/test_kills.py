@@ -123,6 +123,7 @@ def test_ranks_notice_that_the_launcher_is_gone(
     # They wrote a checkpoint before they left: at the step where they noticed.
     newest = int(found["checkpoints"][-1].removeprefix("step-"))
     assert newest >= STRIKE_AFTER_STEP
+    assert found["state"]["at"] == f"{stage}, step {newest}"
 
 
 def test_a_terminated_command_says_so_by_its_exit_status(struck: Any) -> None:

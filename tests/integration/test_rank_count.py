@@ -19,10 +19,7 @@ OVERRIDES = (
     "control=null",
     "teachers.0.model.dropout=0.0",
     "distillation.soft_reduction=token",
-    *(
-        f"{model}.training.max_steps={STEPS}"
-        for model in ("teachers.0", "teachers.1", "student")
-    ),
+    *(f"{model}.training.max_steps={STEPS}" for model in ("teachers.0", "teachers.1", "student")),
 )
 STAGES = ("teachers/gpt2", "teachers/llama", "student")
 

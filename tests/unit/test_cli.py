@@ -48,7 +48,11 @@ ENDS: list[tuple[BaseException, int, str]] = [
     ),
     (TWO_PROBLEMS, 2, "error: a: got 1, expected 2\nb: got 3, expected 4\n    hint: h\n"),
     (Stopped("SIGTERM"), 143, "stopped (SIGTERM); the same command goes on from here\n"),
-    (Stopped("SIGINT", 130), 130, "stopped (SIGINT); the same command goes on from here\n"),
+    (
+        Stopped("SIGINT", 130, at="student, step 7"),
+        130,
+        "stopped (SIGINT, at student, step 7); the same command goes on from here\n",
+    ),
 ]
 
 

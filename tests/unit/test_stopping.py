@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from babyllama_ds import ranks
 from babyllama_ds.errors import Stopped
 from babyllama_ds.stopping import StopRequest, stopped
 
@@ -100,6 +101,27 @@ def test_signal_outweighs_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         assert stop.requested() == "launcher gone"
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested() == "SIGINT"
+    finally:
+        stop.uninstall()
+
+
+@pytest.mark.parametrize("known_elsewhere", [0, 1])
+def test_signal_during_the_agreement_counts_at_the_next(
+    monkeypatch: pytest.MonkeyPatch, known_elsewhere: int
+) -> None:
+    def interrupted(own: int) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)  # as if while this rank waits for the others
+        return max(own, known_elsewhere)
+
+    stop = StopRequest()
+    stop.install()
+    try:
+        with monkeypatch.context() as during:
+            during.setattr(ranks, "max_int", interrupted)
+            # What the others know now; the signal is this rank's secret yet.
+            assert stop.agreed() == (None, "launcher gone")[known_elsewhere]
+        assert stop.requested() == "SIGTERM"
+        assert stop.agreed() == "SIGTERM"
     finally:
         stop.uninstall()
 

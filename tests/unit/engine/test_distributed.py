@@ -115,7 +115,7 @@ def test_alone_there_is_a_world_of_one_as_often_as_wanted(
         assert (ranks.rank(), ranks.world_size()) == (0, 1)
         assert dist.get_backend() == "gloo"
         assert torch.get_num_threads() == 1
-        assert dist.get_world_size(groups._get_data_parallel_group()) == 1
+        assert dist.get_global_rank(groups._get_data_parallel_group(), 0) == 0
         distributed.stop()
         assert not dist.is_initialized()
         distributed.stop()

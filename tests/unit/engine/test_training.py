@@ -23,7 +23,6 @@ from torch.nn.functional import cross_entropy
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder, Progress
-from babyllama_ds.engine.precision import float_buffers_kept
 from babyllama_ds.engine.training import TrainingEngine, adamw
 from babyllama_ds.spec.job import TrainingSpec
 
@@ -383,24 +382,11 @@ def test_the_engine_computes_what_transformers_loads_again(
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     assert torch.equal(loaded.model.rotary_emb.inv_freq, rotary)
     assert torch.equal(loaded(input_ids=tokens_BS).logits, trained)
-    # Without the care taken the frequencies are rounded, and later positions point elsewhere.
+    # Rounded as the weights are, the frequencies would point later positions elsewhere.
     rounded = tiny_model("llama").eval().bfloat16()
     assert rounded.model.rotary_emb.inv_freq.dtype == torch.bfloat16
     difference_S = (rounded(input_ids=tokens_BS).logits - trained).abs().amax((0, 2))
     assert difference_S[100:].max() > 10 * difference_S[:2].max()
-
-
-def test_only_fp32_buffers_are_restored() -> None:
-    module = nn.Linear(2, 2)
-    module.register_buffer("fine", torch.tensor([1 / 3]))
-    module.register_buffer("coarse", torch.tensor([1 / 3], dtype=torch.float64))
-    module.register_buffer("whole", torch.tensor([7]))
-    with float_buffers_kept(module):
-        module.bfloat16()
-    assert torch.equal(module.fine, torch.tensor([1 / 3]))
-    assert module.coarse.dtype == torch.bfloat16
-    assert torch.equal(module.whole, torch.tensor([7]))
-    assert module.weight.dtype == torch.bfloat16
 
 
 # -- two ranks -------------------------------------------------------------------------------------

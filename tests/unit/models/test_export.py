@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from babyllama_ds.errors import RunError
+from babyllama_ds.files import write_manifest
 from babyllama_ds.models.export import export_model
 
 SUMMARY = {"params": None, "steps": 3, "seconds": 1.5}
 TOKENS = torch.arange(120).view(2, 60) % 61
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path: Path, word_tokenizer: Callable[[int], Any]) -> Path:
+    """A store's entry: tokenizer files and a manifest."""
+    directory = tmp_path / "tokenizer"
+    word_tokenizer(61).save_pretrained(directory)
+    write_manifest(directory, fingerprint="f")
+    return directory
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -27,13 +39,13 @@ def test_what_is_loaded_is_what_was_exported(
     dtype: torch.dtype,
     tmp_path: Path,
     tiny_model: Callable[..., Any],
-    word_tokenizer: Callable[[int], Any],
+    tokenizer_dir: Path,
 ) -> None:
     model = tiny_model(kind, tie_word_embeddings=tied).eval()
     expected = model(input_ids=TOKENS).logits
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    export_model(model, word_tokenizer(61), tmp_path, SUMMARY, dtype=dtype)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    export_model(model, tokenizer_dir, tmp_path / "out", SUMMARY, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
     for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(ours, theirs)
@@ -42,16 +54,16 @@ def test_what_is_loaded_is_what_was_exported(
         assert torch.equal(logits, expected)
     else:
         assert (logits.float() - expected).abs().max() < 0.05 * expected.abs().max()
-    summary = json.loads((tmp_path / "training.json").read_text())
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
     assert summary == {**SUMMARY, "params": num_parameters}
 
 
 def test_the_directory_is_whole_and_holds_no_pickle(
-    tmp_path: Path, tiny_model: Callable[..., Any], word_tokenizer: Callable[[int], Any]
+    tmp_path: Path, tiny_model: Callable[..., Any], tokenizer_dir: Path
 ) -> None:
-    tokenizer = word_tokenizer(61)
-    export_model(tiny_model("llama"), tokenizer, tmp_path, SUMMARY, dtype=torch.bfloat16)
-    names = {path.name for path in tmp_path.iterdir()}
+    out = tmp_path / "out"
+    export_model(tiny_model("llama"), tokenizer_dir, out, SUMMARY, dtype=torch.bfloat16)
+    names = {path.name for path in out.iterdir()}
     assert names >= {
         "config.json",
         "generation_config.json",
@@ -60,18 +72,35 @@ def test_the_directory_is_whole_and_holds_no_pickle(
         "tokenizer_config.json",
         "training.json",
     }
-    assert {Path(name).suffix for name in names} <= {".json", ".safetensors", ".jinja"}
-    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    assert loaded("w5 w60 w3")["input_ids"] == [5, 60, 3]
-    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
+    assert {Path(name).suffix for name in names} == {".json", ".safetensors"}
+    assert "manifest.json" not in names  # the tokenizer's; whoever publishes the model makes one
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (tokenizer_dir / name).read_bytes()
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoTokenizer.from_pretrained(out)("w5 w60 w3")["input_ids"] == [5, 60, 3]
+    assert GenerationConfig.from_pretrained(out).eos_token_id == 2
 
 
 def test_an_exported_model_generates(
-    tmp_path: Path, tiny_model: Callable[..., Any], word_tokenizer: Callable[[int], Any]
+    tmp_path: Path, tiny_model: Callable[..., Any], tokenizer_dir: Path
 ) -> None:
-    export_model(tiny_model("gpt2"), word_tokenizer(61), tmp_path, SUMMARY, dtype=torch.bfloat16)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    out = tmp_path / "out"
+    export_model(tiny_model("gpt2"), tokenizer_dir, out, SUMMARY, dtype=torch.bfloat16)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
     prompt = torch.tensor([[7, 8, 9]])
     written = loaded.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert written.shape == (1, 7)
+
+
+def test_a_disk_that_refuses_is_an_error(
+    tmp_path: Path, tiny_model: Callable[..., Any], tokenizer_dir: Path
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))  # as a full disk would
+    try:
+        with pytest.raises(RunError, match=r"File too large .*while writing a model"):
+            export_model(
+                tiny_model("llama"), tokenizer_dir, tmp_path / "out", SUMMARY, dtype=torch.bfloat16
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -71,7 +71,7 @@ class StopAfter(StopRequest):
 
     def agreed(self) -> str | None:
         if self.left == 0:
-            self._code = signal.SIGTERM
+            signal.raise_signal(signal.SIGTERM)
         if self.left is not None:
             self.left -= 1
         return super().agreed()
@@ -126,16 +126,16 @@ class Run:
             micro_batch=self.config["train_micro_batch_size_per_gpu"],
             deepspeed=self.config,
         )
+        stop = StopAfter(stop_after)
         around = Surroundings(
-            run_dir=self.directory,
-            device=self.device,
-            stop=StopAfter(stop_after),
-            checkpoints=self.folder,
+            run_dir=self.directory, device=self.device, stop=stop, checkpoints=self.folder
         )
-        windows = RandomWindows(before)
-        return train(
-            stage, around, windows=windows, dev=dev or dev_windows(), ensemble=self.ensemble
-        )
+        parts = {"windows": RandomWindows(before), "dev": dev or dev_windows()}
+        stop.install()
+        try:
+            return train(stage, around, **parts, ensemble=self.ensemble)
+        finally:
+            stop.uninstall()
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {key: p.detach().clone() for key, p in self.last_model.named_parameters()}
@@ -316,6 +316,7 @@ def test_stopped_and_started_again_ends_with_the_same_weights(
     with pytest.raises(Stopped) as caught:
         run.train(stop_after=stop_after)
     assert (caught.value.reason, caught.value.exit_code) == ("SIGTERM", 143)
+    assert caught.value.at == f"student, step {stop_after}"
     assert run.folder.saved[-1] == stop_after
     torch.manual_seed(99)  # nothing may depend on what this process drew before
     summary = run.train()

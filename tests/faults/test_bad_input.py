@@ -1,0 +1,286 @@
+"""What bad input gets: a clear error, exit status 2, and nothing lost or half-written.
+
+One rank, in this process, through the command line's own `main`. `test_refusals` shows that two
+ranks behave the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from babyllama_ds.cli import main
+
+Refuse = Callable[..., str]
+
+BRIEF = {"batch_windows": 8, "epochs": 1.0, "max_steps": 2, "learning_rate": 1e-3}
+WIDE = {
+    "kind": "llama",
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "intermediate_size": 16,
+    "max_positions": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`main` owns a process: it sets environment, logging and threads. Give them back."""
+    import torch
+
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    log = logging.getLogger("babyllama_ds")
+    logging_was = (log.handlers[:], log.level, log.propagate)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    log.handlers[:], log.level, log.propagate = logging_was
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def job(tmp_path: Path, tiny_job: Callable[..., Path]) -> Path:
+    """One small teacher, trained for two steps, and its student."""
+    teacher = {"name": "elder", "model": WIDE, "training": BRIEF}
+    student = {"model": WIDE, "training": BRIEF}
+    return tiny_job(tmp_path / "job", teachers=[teacher], student=student, control=None)
+
+
+@pytest.fixture
+def refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refuse:
+    """Run a job that must be refused; what was said about it."""
+
+    def run(job: Path, *overrides: str, runs: Path | None = None) -> str:
+        runs = runs or tmp_path / "runs"
+        code = main(["run", str(job), "--runs", str(runs), *overrides])
+        said = capsys.readouterr()
+        assert code == 2, said.err
+        assert said.out == ""
+        assert said.err.count("error: ") == 1, said.err
+        assert "got " in said.err
+        assert "expected " in said.err
+        assert "Traceback" not in said.err
+        if runs.is_dir():
+            everything = [path.name for path in runs.rglob("*")]
+            assert [name for name in everything if ".tmp" in name] == []
+            assert ".lock.json" not in everything
+        return said.err
+
+    return run
+
+
+def state(tmp_path: Path) -> dict[str, Any]:
+    return dict(json.loads((tmp_path / "runs" / "tiny-1" / "state.json").read_text()))
+
+
+def nothing_trained(folder: Path) -> bool:
+    return not list(folder.rglob("*.safetensors"))
+
+
+# -- text -------------------------------------------------------------------------------------------
+
+
+def test_missing_file(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    said = refuse(job, f"corpus.train=[{tmp_path}/nowhere.txt]")
+    assert "corpus.train: got" in said
+    assert f"{tmp_path}/nowhere.txt" in said
+    assert state(tmp_path)["status"] == "failed"
+    assert "nowhere.txt" in state(tmp_path)["error"]
+
+
+def test_unreadable_file(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")
+    said = refuse(job, f"corpus.train=[{tmp_path}/loop.txt]")
+    assert "loop.txt" in said
+
+
+def test_empty_corpus(job: Path, refuse: Refuse) -> None:
+    (job.parent / "town.train").write_text("\n  \n")
+    assert "town.train" in refuse(job)
+
+
+def test_corpus_shorter_than_a_window(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    said = refuse(
+        job,
+        "windows.length=8192",
+        "teachers.0.model.max_positions=8192",
+        "student.model.max_positions=8192",
+    )
+    assert "shorter than one window" in said
+    assert "windows.length" in said
+    assert nothing_trained(tmp_path)
+
+
+def test_development_text_shorter_than_a_window(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    (job.parent / "town.dev").write_text("mara mends a bell\n")
+    said = refuse(job)
+    assert "corpus (dev)" in said
+    assert nothing_trained(tmp_path)
+
+
+def test_vocabulary_larger_than_the_corpus_supports(
+    job: Path, tmp_path: Path, refuse: Refuse
+) -> None:
+    said = refuse(job, "tokenizer.vocab_size=20000")
+    assert "tokenizer.vocab_size: got text that supports" in said
+    assert "hint: set tokenizer.vocab_size to at most" in said
+    assert not list((tmp_path / "runs" / "store").rglob("tokenizer.json"))
+
+
+# -- models -----------------------------------------------------------------------------------------
+
+
+def test_heads_that_do_not_divide_the_width(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    said = refuse(job, "student.model.hidden_size=50", "student.model.num_heads=4")
+    assert "student.model.hidden_size: got 50, expected a multiple of num_heads (4)" in said
+    assert "hint: 48 or 52 would do" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_windows_longer_than_positions(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    said = refuse(job, "windows.length=65")
+    assert "teachers.0.model.max_positions: got 64, expected >= windows.length (65)" in said
+    assert "student.model.max_positions: got 64" in said  # told together
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture(scope="module")
+def saved_model(tmp_path_factory: pytest.TempPathFactory, tiny_job: Callable[..., Path]) -> Path:
+    """A LLaMA of 64 positions with the tokenizer that `job` learns, as its owner saved it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from babyllama_ds.corpus.tokenizer import train_tokenizer
+    from babyllama_ds.spec.job import TrainedTokenizer
+
+    folder = tmp_path_factory.mktemp("saved")
+    text = tiny_job(folder / "job").parent / "town.train"
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+    model.save_pretrained(folder / "model")
+    lines = iter(text.read_text().splitlines(keepends=True))
+    spec = TrainedTokenizer(kind="bpe", vocab_size=300)
+    train_tokenizer(spec, lines, folder / "model")
+    return folder / "model"
+
+
+def loaded(path: Path) -> str:
+    return f"teachers.0={{name: elder, model: {{kind: pretrained, path: {path}}}}}"
+
+
+def test_windows_longer_than_a_loaded_teachers_positions(
+    job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
+) -> None:
+    said = refuse(job, loaded(saved_model), "windows.length=65", "student.model.max_positions=128")
+    assert "got 64 positions, expected at least 65" in said
+    assert "teachers" in said
+    assert nothing_trained(tmp_path)
+
+
+def test_teacher_with_another_vocabulary(
+    job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
+) -> None:
+    from babyllama_ds.corpus.tokenizer import train_tokenizer
+    from babyllama_ds.spec.job import TrainedTokenizer
+
+    stranger = tmp_path / "stranger"
+    shutil.copytree(saved_model, stranger)
+    for path in stranger.glob("tokenizer*"):
+        path.unlink()
+    lines = iter(["seven swift zebras quizzed six foxes\n"] * 9)
+    # As many tokens, but others.
+    train_tokenizer(TrainedTokenizer(kind="bpe", vocab_size=280), lines, stranger)
+    said = refuse(job, loaded(stranger))
+    assert "teachers.elder.model: got a vocabulary that differs in" in said
+    assert (
+        f"hint: use this model's tokenizer: tokenizer={{kind: pretrained, path: {stranger}}}"
+        in said
+    )
+    assert nothing_trained(tmp_path / "runs")
+
+
+def test_teacher_that_is_not_there(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    said = refuse(job, loaded(tmp_path / "no" / "model"))
+    assert f"{tmp_path}/no/model" in said
+    assert nothing_trained(tmp_path)
+
+
+# -- the machine ------------------------------------------------------------------------------------
+
+
+def test_device_that_is_missing(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    said = refuse(job, "deepspeed.device=cuda")
+    assert "deepspeed.device: got 0 CUDA devices" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_directory_that_cannot_be_written(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "file").write_text("in the way")
+    said = refuse(job, runs=tmp_path / "file" / "runs")
+    assert f"{tmp_path}/file/runs" in said
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+# -- numbers ----------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_finite(
+    job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(saved_model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    said = refuse(job, f"student.model={{kind: pretrained, path: {broken}}}")
+    assert "student: step 1: got" in said
+    assert "not finite, in epoch 0, windows " in said
+    assert "last good checkpoint: none yet" in said
+    assert state(tmp_path)["status"] == "failed"
+    assert not (tmp_path / "runs" / "tiny-1" / "student").exists()
+
+
+def test_training_that_blows_up(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    """The windows that are named are those of the step that is named."""
+    content = yaml.safe_load(job.read_text())
+    content["student"]["training"] |= {"learning_rate": 1e30, "checkpoint_every_steps": 1}
+    job.write_text(yaml.safe_dump(content))
+    said = refuse(job, "deepspeed.config=zero2_cpu_fp32")
+    assert "student: step 2: got" in said
+    checkpoint = tmp_path / "runs" / "tiny-1" / "checkpoints" / "student" / "step-00000001"
+    assert f"last good checkpoint: {checkpoint}" in said
+    assert (checkpoint / "manifest.json").is_file()
+
+    from babyllama_ds.corpus.shards import TokenShards
+    from babyllama_ds.corpus.windows import TrainWindows
+    from babyllama_ds.spec.loading import load_job
+
+    seed = load_job(job, []).stage_seed("student")
+    shards = TokenShards.open(tmp_path / "runs" / "tiny-1" / "tokens")
+    windows = TrainWindows(shards, length=32, offsets="random", seed=seed).batch(0, 1, 8)
+    assert f"windows {', '.join(map(str, windows))}," in said
