@@ -60,7 +60,7 @@ GPT2 = {
 }
 
 
-# -- the job ------------------------------------------------------------------------------------
+# -- the job --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,8 @@ def tiny_job() -> Callable[..., Path]:
             **changes,
         }
         path = folder / "job.yaml"
-        path.write_text(yaml.safe_dump(job, sort_keys=False), encoding="utf-8")
+        plain = json.loads(json.dumps(job))  # nothing shared, which YAML would write as an alias
+        path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
         return path
 
     return make
@@ -118,7 +119,7 @@ def write_text(path: Path, *, num_lines: int, seed: int) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-# -- starting -----------------------------------------------------------------------------------
+# -- starting -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +314,7 @@ def command_line(pid: int) -> str:
     return " ".join(word.decode() for word in words)
 
 
-# -- work done once -----------------------------------------------------------------------------
+# -- work done once -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,9 @@ def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
         MachineError: CUDA is asked for by name and there is none, or too few cards.
     """
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+    # DeepSpeed's own variable may settle what `auto` leaves open; a named device overrides it.
+    prefers_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    if requested == "cpu" or (requested == "auto" and prefers_cpu):
         return "cpu"
     cards = torch.cuda.device_count()
     if cards < local_ranks:
@@ -48,7 +50,7 @@ def start(device: Device) -> torch.device:
     cores run one thread each instead of four between them.
     """
     # Read at deepspeed's import: without it a CPU job on a machine with a GPU would start NCCL.
-    os.environ.setdefault("DS_ACCELERATOR", device)
+    os.environ["DS_ACCELERATOR"] = device
     _describe_lone_rank()
     import deepspeed
 

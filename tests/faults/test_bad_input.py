@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from babyllama_ds.cli import main
 
@@ -91,7 +90,7 @@ def nothing_trained(folder: Path) -> bool:
     return not list(folder.rglob("*.safetensors"))
 
 
-# -- text -------------------------------------------------------------------------------------------
+# -- text -----------------------------------------------------------------------------------------
 
 
 def test_missing_file(job: Path, tmp_path: Path, refuse: Refuse) -> None:
@@ -141,7 +140,7 @@ def test_vocabulary_larger_than_the_corpus_supports(
     assert not list((tmp_path / "runs" / "store").rglob("tokenizer.json"))
 
 
-# -- models -----------------------------------------------------------------------------------------
+# -- models ---------------------------------------------------------------------------------------
 
 
 def test_heads_that_do_not_divide_the_width(job: Path, tmp_path: Path, refuse: Refuse) -> None:
@@ -153,7 +152,7 @@ def test_heads_that_do_not_divide_the_width(job: Path, tmp_path: Path, refuse: R
 
 def test_windows_longer_than_positions(job: Path, tmp_path: Path, refuse: Refuse) -> None:
     said = refuse(job, "windows.length=65")
-    assert "teachers.0.model.max_positions: got 64, expected >= windows.length (65)" in said
+    assert "teachers[0].model.max_positions: got 64, expected >= windows.length (65)" in said
     assert "student.model.max_positions: got 64" in said  # told together
     assert not (tmp_path / "runs").exists()
 
@@ -228,7 +227,7 @@ def test_teacher_that_is_not_there(job: Path, tmp_path: Path, refuse: Refuse) ->
     assert nothing_trained(tmp_path)
 
 
-# -- the machine ------------------------------------------------------------------------------------
+# -- the machine ----------------------------------------------------------------------------------
 
 
 def test_device_that_is_missing(job: Path, tmp_path: Path, refuse: Refuse) -> None:
@@ -244,43 +243,76 @@ def test_run_directory_that_cannot_be_written(job: Path, tmp_path: Path, refuse:
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-# -- numbers ----------------------------------------------------------------------------------------
+# -- numbers --------------------------------------------------------------------------------------
 
 
-def test_weights_that_are_not_finite(
-    job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
-) -> None:
+def damaged(saved_model: Path, copy: Path, name: str, row: int) -> str:
+    """The override that starts the student from a copy of the model with a NaN in one weight."""
+    import torch
     from safetensors.torch import load_file, save_file
 
-    broken = tmp_path / "broken"
-    shutil.copytree(saved_model, broken)
-    weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][3] = float("nan")
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    said = refuse(job, f"student.model={{kind: pretrained, path: {broken}}}")
-    assert "student: step 1: got" in said
+    shutil.copytree(saved_model, copy)
+    weights = load_file(copy / "model.safetensors")
+    weights[name][row] = torch.nan
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return f"student.model={{kind: pretrained, path: {copy}}}"
+
+
+def fail_in_training(job: Path, runs: Path, *overrides: str) -> str:
+    """Run a job that trains until its numbers are no longer finite; the error's text.
+
+    Not by `main`: at such a step DeepSpeed logs a warning of its own, to the standard error that
+    it found when it was imported.
+    """
+    from babyllama_ds.errors import TrainingError
+    from babyllama_ds.pipeline import run_job
+    from babyllama_ds.spec.loading import load_job
+
+    with pytest.raises(TrainingError) as caught:
+        run_job(load_job(job, overrides), runs=runs)
+    assert [path for path in runs.rglob("*") if ".tmp" in path.name] == []
+    return str(caught.value)
+
+
+def test_loaded_weights_that_are_not_finite(
+    job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
+) -> None:
+    said = refuse(job, damaged(saved_model, tmp_path / "broken", "model.norm.weight", 3))
+    assert "student.model: got logits that are not finite" in said
+    assert nothing_trained(tmp_path / "runs")
+
+
+def test_weights_that_only_training_meets(job: Path, tmp_path: Path, saved_model: Path) -> None:
+    often_used = 270  # a merge: no text of these words is without it
+    override = damaged(saved_model, tmp_path / "broken", "model.embed_tokens.weight", often_used)
+    said = fail_in_training(job, tmp_path / "runs", override)
+    assert said.startswith("student: step 1: got")
     assert "not finite, in epoch 0, windows " in said
     assert "last good checkpoint: none yet" in said
     assert state(tmp_path)["status"] == "failed"
+    assert "student: step 1" in state(tmp_path)["error"]
     assert not (tmp_path / "runs" / "tiny-1" / "student").exists()
 
 
-def test_training_that_blows_up(job: Path, tmp_path: Path, refuse: Refuse) -> None:
-    """The windows that are named are those of the step that is named."""
-    content = yaml.safe_load(job.read_text())
-    content["student"]["training"] |= {"learning_rate": 1e30, "checkpoint_every_steps": 1}
-    job.write_text(yaml.safe_dump(content))
-    said = refuse(job, "deepspeed.config=zero2_cpu_fp32")
-    assert "student: step 2: got" in said
-    checkpoint = tmp_path / "runs" / "tiny-1" / "checkpoints" / "student" / "step-00000001"
-    assert f"last good checkpoint: {checkpoint}" in said
-    assert (checkpoint / "manifest.json").is_file()
-
+def test_training_that_diverges(job: Path, tmp_path: Path) -> None:
+    """Step, windows and checkpoint that are named are the right ones."""
     from babyllama_ds.corpus.shards import TokenShards
     from babyllama_ds.corpus.windows import TrainWindows
     from babyllama_ds.spec.loading import load_job
 
+    overrides = (
+        "student.training.learning_rate=1e30",
+        "student.training.checkpoint_every_steps=1",
+        "deepspeed.config=zero2_cpu_fp32",
+    )
+    said = fail_in_training(job, tmp_path / "runs", *overrides)
+    assert said.startswith("student: step 2: got")
+    run = tmp_path / "runs" / "tiny-1"
+    checkpoint = run / "checkpoints" / "student" / "step-00000001"
+    assert f"last good checkpoint: {checkpoint}" in said
+    assert (checkpoint / "manifest.json").is_file()
+
     seed = load_job(job, []).stage_seed("student")
-    shards = TokenShards.open(tmp_path / "runs" / "tiny-1" / "tokens")
+    shards = TokenShards.open(run / "tokens")
     windows = TrainWindows(shards, length=32, offsets="random", seed=seed).batch(0, 1, 8)
     assert f"windows {', '.join(map(str, windows))}," in said

@@ -103,7 +103,7 @@ def resumed_from(ended: Any) -> int | None:
     return int(found[0]) if found else None
 
 
-# -- each stroke ------------------------------------------------------------------------------------
+# -- each stroke ----------------------------------------------------------------------------------
 
 
 def test_a_killed_rank_ends_the_launch(struck: Any, states: dict[str, dict[str, Any]]) -> None:
@@ -138,7 +138,7 @@ def test_the_next_start_goes_on_from_the_newest_checkpoint(
     assert resumed_from(struck.ended[STAGES.index(stage) + 1]) == newest
 
 
-# -- the end ----------------------------------------------------------------------------------------
+# -- the end --------------------------------------------------------------------------------------
 
 
 def test_it_ends_as_if_nothing_had_happened(struck: Any) -> None:

@@ -26,10 +26,10 @@ def assert_refused(ended: Any, runs: Path, *words: str) -> None:
         assert ended.err.count(word) == 1, f"{word!r} in\n{ended.err}"
     assert "Traceback" not in ended.err
     assert [path for path in runs.rglob("*") if ".tmp" in path.name] == []
-    assert [path for path in runs.rglob("*.lock.json")] == []
+    assert list(runs.rglob("*.lock.json")) == []
 
 
-# -- through the launcher ---------------------------------------------------------------------------
+# -- through the launcher -------------------------------------------------------------------------
 
 
 def test_batch_that_the_ranks_do_not_divide(
@@ -57,7 +57,7 @@ def test_run_directory_of_another_job(
     assert json.loads((runs / "tiny-1" / "state.json").read_text()) == {"status": "done"}
 
 
-# -- on two ranks -----------------------------------------------------------------------------------
+# -- on two ranks ---------------------------------------------------------------------------------
 
 
 def test_bytes_that_are_not_utf8(
@@ -129,4 +129,4 @@ def test_run_directory_in_use(
     state = json.loads((runs / "tiny-1" / "state.json").read_text())
     expected = {"reason": "SIGTERM", "at": f"teachers/gpt2, step {newest}"}
     assert state == {"status": "stopped", **expected}
-    assert [path for path in runs.rglob("*.lock.json")] == []
+    assert list(runs.rglob("*.lock.json")) == []

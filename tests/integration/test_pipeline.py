@@ -35,7 +35,7 @@ def of_stage(lines: list[dict[str, Any]], stage: str, key: str) -> list[dict[str
     return [line for line in lines if line["stage"] == stage and key in line]
 
 
-# -- what it said -----------------------------------------------------------------------------------
+# -- what it said ---------------------------------------------------------------------------------
 
 
 def test_output_is_calm_and_comes_from_one_rank(finished: Any) -> None:
@@ -49,7 +49,7 @@ def test_output_is_calm_and_comes_from_one_rank(finished: Any) -> None:
         assert sum(line.endswith(f"{stage}: training") for line in told) == 1
 
 
-# -- what it left behind ----------------------------------------------------------------------------
+# -- what it left behind --------------------------------------------------------------------------
 
 
 def test_run_directory_is_laid_out_as_designed(finished: Any) -> None:
@@ -112,7 +112,7 @@ def test_student_and_its_control_are_different_models(finished: Any) -> None:
     assert student != control
 
 
-# -- the numbers ------------------------------------------------------------------------------------
+# -- the numbers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -31,7 +31,7 @@ def told(ended: Any, words: str) -> int:
     return sum(line.endswith(words) for line in ended.err.splitlines())
 
 
-# -- the same command -------------------------------------------------------------------------------
+# -- the same command -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_report_says_the_same_again(again: Any, finished: Any) -> None:
     assert mine == theirs
 
 
-# -- another evaluation -----------------------------------------------------------------------------
+# -- another evaluation ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_another_evaluation_measures_every_model(measured_anew: Any, finished: A
     assert report["minimal_pairs"]["ends"]["tasks"]["odd_ends"]["ties"]["student"] == 1
 
 
-# -- another student, beside the first --------------------------------------------------------------
+# -- another student, beside the first ------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,8 @@ LAUNCHER_WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*LAUNCHER_WORDS, "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT"):
+    others = ("OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+    for name in (*LAUNCHER_WORDS, *others):
         # Set first: so that it is restored after the test even where it was not set before.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -57,6 +58,15 @@ def test_device(
     pretend_cards(monkeypatch, cards)
     monkeypatch.setenv("LOCAL_SIZE", str(local_ranks))
     assert distributed.resolve_device(requested) == expected
+
+
+def test_auto_honours_the_accelerator_that_deepspeed_was_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pretend_cards(monkeypatch, 8)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert distributed.resolve_device("auto") == "cpu"
+    assert distributed.resolve_device("cuda") == "cuda"
 
 
 @pytest.mark.parametrize(

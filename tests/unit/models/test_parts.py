@@ -100,7 +100,8 @@ def capped() -> nn.Module:
     """Gemma 2: 30 · tanh(logits / 30), here of an untrained model with logits of about 1."""
     from transformers import Gemma2Config
 
-    return random_model(Gemma2Config(**SMALL, final_logit_softcapping=30.0))
+    small = {**SMALL, "initializer_range": 0.08}
+    return random_model(Gemma2Config(**small, final_logit_softcapping=30.0))
 
 
 def scaled() -> nn.Module:
