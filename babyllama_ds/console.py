@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: log records enter; lines that respect a progress bar leave."""
+"""What a person at the terminal sees: log records enter; lines that spare a progress bar leave."""
 
 from __future__ import annotations
 

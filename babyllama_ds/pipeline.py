@@ -204,7 +204,7 @@ class Pipeline:
         }
         ranks.on_rank_zero(lambda: self._keep_environment(facts))
         log.info(
-            "%s: %d ranks on %s (%d threads each), ZeRO-%d, %s, attention %s, in %s",
+            "%s: ranks %d, on %s, threads per rank %d, ZeRO-%d, %s, attention %s, in %s",
             self.job.run_name,
             facts["ranks"],
             facts["hardware"]["cuda_device"] or facts["hardware"]["host_cpu"] or "cpu",

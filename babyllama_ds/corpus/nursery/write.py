@@ -8,7 +8,6 @@ for the same arguments, on any machine. Text is streamed: its length is not limi
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -16,8 +15,6 @@ from pathlib import Path
 
 from babyllama_ds.corpus.nursery.pairs import TASKS, Pair, Task, distinct_pairs, too_few_pairs
 from babyllama_ds.corpus.nursery.scenes import tell_scene
-
-logger = logging.getLogger(__name__)
 
 NURSERY_VERSION = 1
 """Raised when the same arguments would give other text; part of every key made from it."""
@@ -48,7 +45,6 @@ def write_nursery(
     for chosen in candidates:
         path = directory / "pairs" / f"{chosen.task.name}.jsonl"
         write_pairs(path, chosen.task, chosen.pairs())
-    logger.info("nursery corpus of %d words written to %s", words, directory)
 
 
 def write_scenes(path: Path, seed: str, words: int, *, training: bool) -> None:
