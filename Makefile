@@ -38,7 +38,7 @@ distill: setup  ## run a job: JOB=… RUNS=… NPROC=… ARGS="key=value …"
 	$(BIN)/deepspeed --quiet --num_gpus $(NPROC) $(LAUNCH) launcher/run.py $(JOB) --runs $(RUNS) $(ARGS)
 
 test: setup  ## run the tests (no GPU, no corpus needed)
-	$(BIN)/pytest -n 2 -m "not gpu and not data"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not data"
 
 test-data: setup  ## run the tests on real text: BABYLM_DATA=…
 	$(BIN)/pytest -m data
