@@ -19,7 +19,12 @@ OVERRIDES = (
     "control=null",
     "teachers.0.model.dropout=0.0",
     "distillation.soft_reduction=token",
-    *(f"{model}.training.max_steps={STEPS}" for model in ("teachers.0", "teachers.1", "student")),
+    *(
+        f"{model}.training.{setting}"
+        for model in ("teachers.0", "teachers.1", "student")
+        # Slow, so that rounding is not amplified.
+        for setting in (f"max_steps={STEPS}", "learning_rate=2e-3")
+    ),
 )
 STAGES = ("teachers/gpt2", "teachers/llama", "student")
 
