@@ -34,6 +34,9 @@ from babyllama_ds.store import Store
 
 log = logging.getLogger(__name__)
 
+PREPARATION = 1
+"""Raised when a change of the code gives other tokens for the same text."""
+
 Check = Callable[[], None]
 """Called now and then during long work; raises to stop it."""
 
@@ -72,7 +75,9 @@ def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
     spec = job.corpus if isinstance(job.corpus, FilesCorpus) else nursery_files(_some(text_dir))
     sources = read_sources(spec, check=check)
     tokenizer_key, tokenizer_dir = _tokenizer(job, sources, store, check)
-    tokens_key = hash_json({"text": sources.fingerprint(), "tokenizer": tokenizer_key})
+    tokens_key = hash_json(
+        {"version": PREPARATION, "text": sources.fingerprint(), "tokenizer": tokenizer_key}
+    )
 
     def make(directory: Path) -> None:
         log.info("tokens: encoding %.1f MB", sum(file.bytes for file in sources.files) / 1e6)
@@ -126,7 +131,9 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
         loaded = load_tokenizer(spec.path)
         key = tokenizer_fingerprint(loaded)
         return key, store.build("tokenizers", key, lambda folder: save_tokenizer(loaded, folder))
-    key = hash_json({"text": sources.fingerprint(), **spec.model_dump(mode="json")})
+    key = hash_json(
+        {"version": PREPARATION, "text": sources.fingerprint(), **spec.model_dump(mode="json")}
+    )
 
     def make(directory: Path) -> None:
         log.info("tokenizer: learning %d tokens", spec.vocab_size)
