@@ -129,7 +129,7 @@ def write_text(path: Path, *, num_lines: int, seed: int) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A command that has ended. `code` is its exit status; with several ranks, the largest."""
+    """A command that has ended, or several ranks, with the same exit status `code`."""
 
     code: int
     out: str
@@ -183,8 +183,9 @@ class Running:
         late = self._members()
         self.kill()
         codes = [process.wait() for process in self._processes]
-        ended = Ended(code=max(codes, key=abs), out=self._read(0), err=self._read(1))
+        ended = Ended(code=codes[0], out=self._read(0), err=self._read(1))
         assert not late, f"processes {late} did not end in time:\n{ended.out}\n{ended.err}"
+        assert len(set(codes)) == 1, f"ranks ended with {codes}:\n{ended.err}"
         return ended
 
     def signal_all(self, number: signal.Signals) -> None:
@@ -247,17 +248,23 @@ def start_ranks(start: Callable[..., Running]) -> Callable[..., Running]:
     """
 
     def begin(*words: object) -> Running:
-        port = str(free_port())
         command = [sys.executable, "-u", "launcher/run.py"]
         commands = [[*command, f"--local_rank={rank}", *words] for rank in range(2)]
-        common = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        envs = [
-            {**common, "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            for rank in range(2)
-        ]
-        return start(commands, envs)
+        return start(commands, environments_of_ranks())
 
     return begin
+
+
+@pytest.fixture
+def rank_environments() -> list[dict[str, str]]:
+    """What the launcher tells two ranks of one world."""
+    return environments_of_ranks()
+
+
+def environments_of_ranks() -> list[dict[str, str]]:
+    world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    world["MASTER_PORT"] = str(free_port())
+    return [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,7 @@ STAGES = ("teachers/gpt2", "teachers/llama", "student")
 def traces(
     once: Any,
     tiny_job: Callable[..., Path],
-    launch: Callable[..., Any],
+    run_ranks: Callable[..., Any],
     run_alone: Callable[..., Any],
     metrics: Callable[[Path], list[dict[str, Any]]],
 ) -> dict[str, list[dict[str, Any]]]:
@@ -41,7 +41,7 @@ def traces(
         job = tiny_job(scene.folder)
         micro = [f"{stage}.training.micro_batch=2" for stage in ("teachers.0", "student")]
         return [
-            launch(job, *OVERRIDES, "--runs", scene.folder / "two ranks"),
+            run_ranks(job, *OVERRIDES, "--runs", scene.folder / "two ranks"),
             run_alone("run", job, *OVERRIDES, "--runs", scene.folder / "one rank"),
             run_alone("run", job, *OVERRIDES, *micro, "--runs", scene.folder / "accumulated"),
         ]
@@ -69,4 +69,5 @@ def test_same_curve(
 
     expected = curve("one rank")
     assert len(expected) == (3 if key == "dev_ce" else STEPS)
-    assert curve(other) == pytest.approx(expected, rel=1e-5)
+    # A KL is a small difference of log-probabilities, of which fp32 keeps 5e-7 each.
+    assert curve(other) == pytest.approx(expected, rel=1e-5, abs=1e-6 if key == "kl" else 0)

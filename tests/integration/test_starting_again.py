@@ -121,7 +121,7 @@ def test_another_evaluation_measures_every_model(measured_anew: Any, finished: A
 
 @pytest.fixture(scope="module")
 def other_student(
-    once: Any, copy_of_finished: Any, finished: Any, launch: Callable[..., Any]
+    once: Any, copy_of_finished: Any, finished: Any, run_ranks: Callable[..., Any]
 ) -> Any:
     """A tied student from one teacher that is there and one that is loaded: the first student."""
 
@@ -135,7 +135,7 @@ def other_student(
             "control=null",
             f"teachers.1={loaded}",
         )
-        return [launch(scene.job, "--runs", scene.runs, *overrides)]
+        return [run_ranks(scene.job, "--runs", scene.runs, *overrides)]
 
     return once("other_student", make)
 
