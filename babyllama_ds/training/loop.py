@@ -21,7 +21,7 @@ from babyllama_ds import ranks
 from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder
 from babyllama_ds.engine.schedule import learning_rate
 from babyllama_ds.engine.training import TrainingEngine
-from babyllama_ds.errors import TrainingError
+from babyllama_ds.errors import ModelError, TrainingError
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.models.build import count_parameters
@@ -222,8 +222,13 @@ class _Trainer:
             f"{self.stage.name}: step {step + 1}",  # counted from 1, as in the metrics
             got=f"{what} that is not finite, in epoch {batch.epoch}, windows {windows}",
             expected="finite numbers",
-            hint="lower the learning rate or lengthen the warm-up; last good checkpoint: "
-            f"{self.around.checkpoints.newest_name()}",
+            hint=self._after_divergence(),
+        )
+
+    def _after_divergence(self) -> str:
+        return (
+            "lower the learning rate or lengthen the warm-up; last good checkpoint: "
+            f"{self.around.checkpoints.newest_name()}"
         )
 
     # -- between steps ----------------------------------------------------------------------------
@@ -237,14 +242,22 @@ class _Trainer:
         raise stopped(reason, at=f"{self.stage.name}, step {self.progress.step}")
 
     def _evaluate(self, metrics: MetricsLog) -> None:
-        score = evaluate_cross_entropy(
-            self.stage.model,
-            self.dev.windows_of,
-            self.dev.num_windows,
-            device=self.around.device,
-            batch_windows=self.dev.batch_windows,
-            vocab_size=self.stage.vocab_size,
-        )
+        try:
+            score = evaluate_cross_entropy(
+                self.stage.model,
+                self.dev.windows_of,
+                self.dev.num_windows,
+                device=self.around.device,
+                batch_windows=self.dev.batch_windows,
+                vocab_size=self.stage.vocab_size,
+            )
+        except ModelError as error:  # not finite: the last update overflowed the weights
+            raise TrainingError.of(
+                f"{self.stage.name}: step {self.progress.step}",
+                got="a development cross-entropy that is not finite",
+                expected="finite numbers",
+                hint=self._after_divergence(),
+            ) from error
         dev_ce, step = score.cross_entropy, self.progress.step
         self.progress = replace(self.progress, last_dev_ce=dev_ce)
         if self.progress.best_dev_ce is None or dev_ce < self.progress.best_dev_ce:

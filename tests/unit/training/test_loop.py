@@ -428,6 +428,13 @@ def test_without_a_checkpoint_the_error_says_so(new_run: Callable[..., Run]) -> 
         run.train(before=spoil)
 
 
+def test_a_development_loss_that_is_not_finite_ends_training(new_run: Callable[..., Run]) -> None:
+    run = new_run(precision="fp32", learning_rate=1e30, evaluate_every_steps=1)
+    expected = r"student: step 1: got a development cross-entropy that is not finite.*\n.*none yet"
+    with pytest.raises(TrainingError, match=expected):
+        run.train()
+
+
 def test_the_engine_is_freed_also_after_an_error(
     new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
