@@ -47,10 +47,6 @@ class TrainWindows:
         if self.num_windows < 1:
             raise _too_short("train", tokens, length, needed=(1 + spare) * length)
 
-    def num_batches(self, batch_windows: int) -> int:
-        """Batches in an epoch, the last of which may be shorter."""
-        return -(-self.num_windows // batch_windows)
-
     def order(self, epoch: int) -> Indices:
         """The permutation of all window indices in which an epoch visits them; read-only."""
         return _order(self._seed, epoch, self.num_windows)

@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -169,11 +168,6 @@ def check_positions(model: nn.Module, length: int, *, where: str) -> None:
             expected=f"at least {length}, the length of a window",
             hint="shorten `windows.length` or use a model with more positions",
         )
-
-
-def load_config(path: str) -> PretrainedConfig:
-    """The configuration of a saved model."""
-    return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -93,7 +93,7 @@ class BatchPlan:
         self._batch_windows = training.batch_windows
         self._share = (rank, num_ranks, micro_batch)
         self._device = device
-        self.steps_per_epoch = math.ceil(windows.num_windows / training.batch_windows)
+        self.steps_per_epoch = steps_per_epoch(training, windows.num_windows)
         self.total_steps = total_steps(training, windows.num_windows, windows.length)
 
     def batch(self, step: int) -> Batch:
@@ -130,10 +130,14 @@ def micro_batch(input_ids_BS: Tensor, real_B: Tensor) -> MicroBatch:
     return MicroBatch(input_ids_BS, labels_BS.flatten(), valid_BS.flatten())
 
 
+def steps_per_epoch(training: TrainingSpec, num_windows: int) -> int:
+    """Optimizer steps in a pass over the windows, a short last one included."""
+    return math.ceil(num_windows / training.batch_windows)
+
+
 def total_steps(training: TrainingSpec, num_windows: int, length: int) -> int:
     """Optimizer steps until the first of the job's limits; at least one."""
-    per_epoch = math.ceil(num_windows / training.batch_windows)
-    limits = [math.ceil(training.epochs * per_epoch)]
+    limits = [math.ceil(training.epochs * steps_per_epoch(training, num_windows))]
     if training.max_steps is not None:
         limits.append(training.max_steps)
     if training.max_tokens is not None:

@@ -7,14 +7,9 @@ full stops; `sentence` adds those.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from babyllama_ds.corpus.nursery.lexicon import BE, DO, HAVE, Noun, Verb
-
-Pronoun = Literal["I", "you", "he", "she", "it", "we", "they"]
-Form = Literal[
-    "present", "past", "progressive", "past progressive", "perfect", "can", "will", "want", "wanted"
-]
 
 OBJECT: dict[str, str] = {
     "I": "me", "you": "you", "he": "him", "she": "her", "it": "it", "we": "us", "they": "them",

@@ -278,7 +278,6 @@ class Story:
         likely = owner in self._now or self.draw.chance(0.7)
         if owner is self._subject or (likely and self.is_clear(owner)):
             return POSSESSIVE[owner.pronoun]
-            return POSSESSIVE[owner.pronoun]
         owner_name = self.describe(owner)
         self.mention(owner)
         return possessive(owner_name)

@@ -125,7 +125,7 @@ def test_each_epoch_has_every_window_once(batch_windows: int) -> None:
     for epoch in range(4):
         batches = [
             windows.batch(epoch, k, batch_windows)
-            for k in range(windows.num_batches(batch_windows))
+            for k in range(-(-windows.num_windows // batch_windows))
         ]
         assert all(len(batch) == batch_windows for batch in batches[:-1])
         assert 0 < len(batches[-1]) <= batch_windows

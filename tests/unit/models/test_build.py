@@ -18,7 +18,6 @@ from babyllama_ds.models.build import (
     check_positions,
     check_vocabulary_fits,
     count_parameters,
-    load_config,
     load_model,
     model_config,
 )
@@ -214,7 +213,7 @@ def test_loads_what_was_saved(kind: str, tmp_path: Path, tiny_model: Callable[..
     for key, weight in weights(model).items():
         assert torch.equal(weights(loaded)[key], weight), key
     assert next(load(tmp_path, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
-    assert load_config(str(tmp_path)).vocab_size == 61
+    assert loaded.config.vocab_size == 61
 
 
 def test_build_loads_a_pretrained_model(saved: Path, word_tokenizer: MakeTokenizer) -> None:
