@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -552,6 +553,27 @@ def test_a_signal_on_one_rank_stops_both_and_the_same_start_goes_on(two_ranks: P
 
 
 @pytest.mark.launch
+def test_one_rank_goes_on_where_two_stopped(
+    two_ranks: Path,
+    alone: torch.device,
+    engine_config: Callable[..., dict[str, Any]],
+    training_spec: Callable[..., TrainingSpec],
+) -> None:
+    """A checkpoint is by parameter name: the number of ranks may change."""
+    from safetensors.torch import load_file
+
+    run = run_of(two_ranks, "handed_over", engine_config(training_spec(**TWO_RANK_TRAINING)), alone)
+    before = run.metrics()
+    run.train()
+    assert run.metrics()[: len(before)] == before, "it began anew"
+    assert min(run.folder.saved) > 5
+    undisturbed = load_file(two_ranks / "undisturbed.safetensors")
+    for key, weight in run.weights().items():
+        error = (weight - undisturbed[key]).abs().max().item()
+        assert error <= 2e-5 * weight.abs().max().item(), key
+
+
+@pytest.mark.launch
 def test_not_finite_on_one_rank_is_the_same_error_on_both(two_ranks: Path) -> None:
     results = [json.loads((two_ranks / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0]["error"] == results[1]["error"]
@@ -575,6 +597,8 @@ def run_as_rank(folder: Path) -> None:
         run.train(stop_after=5 if ranks.rank() == 1 else None)
     except Stopped as stop:
         result["stopped"], result["saved"] = (stop.reason, stop.exit_code), run.folder.saved
+    if ranks.rank() == 0:
+        shutil.copytree(run.directory, folder / "handed_over")
     run.train()
     if ranks.rank() == 0:
         save_file(run.weights(), folder / "resumed.safetensors")
