@@ -18,6 +18,7 @@ The gradient is made on the way, chunk by chunk over positions, from
 so that no [N, V] tensor of any model exists, forward or backward; backward only scales what
 forward made. Matrix products run in the model's dtype, everything between them (`rows.py`) in
 fp32, or fp64 for fp64 models. The gradient of the head is summed over chunks in fp32.
+Instead of p itself its k most likely tokens may be given, all others as one (`topk.py`).
 
 Hidden states, heads, labels, masks and counts enter; a scalar with a graph and two sums for
 logging leave, for the training step.
@@ -28,7 +29,7 @@ its own), V vocabulary, P rows of a head (P ≥ V, padded), 1 a dimension kept f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,25 +38,24 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
+from babyllama_ds.losses.chunks import TeacherStates, chunks, logits_into
 from babyllama_ds.losses.heads import Head
-from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, row_losses
+from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, num_work, row_losses
+from babyllama_ds.losses.topk import TOP_K_WORK, TopKTargets, mixture_of, top_k_row_losses
+
+__all__ = [
+    "IGNORED_LABEL",
+    "CrossEntropyLoss",
+    "DistillationLoss",
+    "TeacherStates",
+    "TopKTargets",
+    "cross_entropy_loss",
+    "cross_entropy_sum",
+    "distillation_loss",
+]
 
 IGNORED_LABEL = -100
 """The label of a position without one."""
-
-_CPU_CHUNK_BYTES = 8 * 2**20
-_ACCELERATOR_CHUNK_BYTES = 128 * 2**20
-"""Size of one fp32 [C, V]. On a CPU three of them should share its last-level cache, while more
-rows mean fewer passes over the head's gradient; on an accelerator, fewer kernel launches."""
-
-
-@dataclass(frozen=True)
-class TeacherStates:
-    """A teacher's final hidden states on the student's positions, and the weight of its vote."""
-
-    hidden_ND: Tensor
-    head: Head
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def distillation_loss(
     student_head: Head,
     labels_N: Tensor,
     valid_N: Tensor,
-    teachers: Sequence[TeacherStates],
+    teachers: Sequence[TeacherStates] | TopKTargets,
     *,
     alpha: float,
     temperature: float,
@@ -101,16 +101,16 @@ def distillation_loss(
     even NaN. `ce_count` and `kl_count` (≥ 1) are those of the global optimizer batch; `scale`
     undoes what the engine divides by (ranks × accumulation steps). With `alpha` 1 the KL is still
     measured, with `alpha` 0 the CE. `chunk_tokens` bounds the positions whose logits exist at one
-    time; None chooses. Nothing of the teachers is kept for backward, so that their tensors may
-    come from inference mode.
+    time; None chooses. `teachers` are their states, or the k most likely tokens of their mixture
+    at this temperature (`topk.py`), into which `mean_of` has gone. Nothing of them is kept for
+    backward, so that their tensors may come from inference mode.
     """
-    total_weight = sum(teacher.weight for teacher in teachers)
     objective = _Objective(
         labels_N=labels_N,
         valid_N=valid_N,
         teachers=teachers,
-        mixture=Mixture(
-            shares=tuple(teacher.weight / total_weight for teacher in teachers),
+        mixture=mixture_of(
+            _states(teachers),
             temperature=temperature,
             mean_of=mean_of,
         ),
@@ -163,7 +163,7 @@ class _Objective:
 
     labels_N: Tensor
     valid_N: Tensor
-    teachers: Sequence[TeacherStates]
+    teachers: Sequence[TeacherStates] | TopKTargets
     mixture: Mixture
     ce_weight: float
     kl_weight: float
@@ -203,10 +203,13 @@ class _GradientMadeInForward(torch.autograd.Function):
         hidden_ND: Tensor,
         weight_PD: Tensor,
         bias_P: Tensor | None,
+        states_are_logits: bool,
         objective: _Objective,
         wanted: _Wanted,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        sums = _over_chunks(hidden_ND, Head(weight_PD, bias_P), objective, wanted)
+        sums = _over_chunks(
+            hidden_ND, Head(weight_PD, bias_P, states_are_logits), objective, wanted
+        )
         ce_sum, kl_sum = sums.ce_N1.sum(), sums.kl_N1.sum()
         ctx.mark_non_differentiable(ce_sum, kl_sum)
         ctx.save_for_backward(sums.grad_hidden_ND, sums.grad_weight_PD, sums.grad_bias_P)
@@ -216,7 +219,7 @@ class _GradientMadeInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = (None if grad is None else grad * grad_loss for grad in ctx.saved_tensors)
-        return *grads, None, None
+        return *grads, None, None, None
 
 
 # One clean graph break. The public torch.compiler.disable would import all of dynamo right here.
@@ -227,7 +230,7 @@ def _loss(hidden_ND: Tensor, head: Head, objective: _Objective) -> DistillationL
         *(torch.is_grad_enabled() and t is not None and t.requires_grad for t in differentiable)
     )
     results = _GradientMadeInForward.apply(  # type: ignore[no-untyped-call]
-        *differentiable, objective, wanted
+        *differentiable, head.states_are_logits, objective, wanted
     )
     return DistillationLoss(*results)
 
@@ -257,25 +260,35 @@ def _over_chunks(hidden_ND: Tensor, head: Head, objective: _Objective, wanted: _
     # Zeroed, what lies at an unused position cannot spoil a product, and nobody has to wait for
     # a count of the used ones.
     unused_N1 = ~(labelled_N1 | valid_N1)
+    teachers = _states(objective.teachers)
 
-    for rows, buffers in _chunks(hidden_ND, objective, dtype):
+    for rows, buffers in chunks(
+        [hidden_ND, *(teacher.hidden_ND for teacher in teachers)],
+        vocab_size=objective.vocab_size,
+        num_work=_num_work(hidden_ND, objective.teachers),
+        dtype=dtype,
+        chunk_tokens=objective.chunk_tokens,
+    ):
         hidden_CD = hidden_ND[rows].masked_fill(unused_N1[rows], 0)
-        student_CV = _logits_into(buffers.student_CV, hidden_CD, head)
-        teachers_CV = [
-            _logits_into(buffer, t.hidden_ND[rows].masked_fill(unused_N1[rows], 0), t.head)
-            for buffer, t in zip(buffers.teachers_CV, objective.teachers, strict=True)
-        ]
+        student_CV, *teachers_CV = buffers.logits_CV
+        logits_into(student_CV, hidden_CD, head)
+        for teacher_CV, teacher in zip(teachers_CV, teachers, strict=True):
+            states_CD = teacher.hidden_ND[rows].masked_fill(unused_N1[rows], 0)
+            logits_into(teacher_CV, states_CD, teacher.head)
+        soft: Sequence[Tensor] | TopKTargets = teachers_CV
+        if isinstance(objective.teachers, TopKTargets):
+            soft = objective.teachers.chunk(rows, valid_N1[rows])
         factors = Factors(
             ce_C1=labelled_N1[rows].to(dtype) * objective.ce_weight,
             kl_C1=valid_N1[rows].to(dtype) * (objective.kl_weight / objective.mixture.temperature),
         )
-        ce_C1, kl_C1 = row_losses(
+        ce_C1, kl_C1 = _row_losses(
             student_CV,
-            teachers_CV,
+            soft,
             label_N1[rows],
             objective.mixture,
             factors if any(wanted) else None,
-            buffers.work_CV,
+            buffers.work_RV,
         )
         sums.ce_N1[rows] = ce_C1.masked_fill(~labelled_N1[rows], 0)
         sums.kl_N1[rows] = kl_C1.masked_fill(~valid_N1[rows], 0)
@@ -283,15 +296,43 @@ def _over_chunks(hidden_ND: Tensor, head: Head, objective: _Objective, wanted: _
     return _in_dtypes_of(sums, head)
 
 
+def _states(teachers: Sequence[TeacherStates] | TopKTargets) -> Sequence[TeacherStates]:
+    return () if isinstance(teachers, TopKTargets) else teachers
+
+
+def _num_work(hidden_ND: Tensor, teachers: Sequence[TeacherStates] | TopKTargets) -> int:
+    if isinstance(teachers, TopKTargets):
+        return TOP_K_WORK
+    return num_work(hidden_ND.dtype, hidden_ND.device, len(teachers))
+
+
+def _row_losses(
+    student_CV: Tensor,
+    teachers: Sequence[Tensor] | TopKTargets,
+    label_C1: Tensor,
+    mixture: Mixture,
+    factors: Factors | None,
+    work: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    if isinstance(teachers, TopKTargets):
+        return top_k_row_losses(student_CV, teachers, label_C1, mixture.temperature, factors, work)
+    return row_losses(student_CV, teachers, label_C1, mixture, factors, work)
+
+
 def _check_shapes(hidden_ND: Tensor, head: Head, objective: _Objective) -> None:
     num_positions = hidden_ND.shape[0]
     assert hidden_ND.ndim == 2, "positions are to be flattened"
-    assert hidden_ND.dtype == head.weight_PD.dtype, "hidden states and head differ in dtype"
+    assert head.states_are_logits or hidden_ND.dtype == head.weight_PD.dtype, (
+        "hidden states and head differ in dtype"
+    )
     assert objective.labels_N.shape == (num_positions,), "not one label for each position"
     assert objective.valid_N.shape == (num_positions,), "not one validity for each position"
-    assert all(t.hidden_ND.shape[0] == num_positions for t in objective.teachers), (
+    assert all(t.hidden_ND.shape[0] == num_positions for t in _states(objective.teachers)), (
         "teachers saw other positions"
     )
+    if isinstance(objective.teachers, TopKTargets):
+        assert objective.teachers.log_probs_NK.shape == objective.teachers.token_ids_NK.shape
+        assert len(objective.teachers.token_ids_NK) == num_positions, "targets of other positions"
     assert objective.chunk_tokens is None or objective.chunk_tokens > 0, "an empty chunk"
 
 
@@ -310,63 +351,15 @@ def _zeros(hidden_ND: Tensor, head: Head, wanted: _Wanted) -> _Sums:
     )
 
 
-@dataclass(frozen=True)
-class _Buffers:
-    """Room for one chunk's logits, in the models' dtypes, and for the work on them.
-
-    Used by every chunk: on a CPU, fresh memory of this size costs its page faults each time.
-    """
-
-    student_CV: Tensor
-    teachers_CV: list[Tensor]
-    work_CV: list[Tensor]
-
-    def first(self, num_positions: int) -> _Buffers:
-        """The part for a chunk of so many positions."""
-        return _Buffers(
-            self.student_CV[:num_positions],
-            [buffer[:num_positions] for buffer in self.teachers_CV],
-            [buffer[:num_positions] for buffer in self.work_CV],
-        )
-
-
-def _chunks(
-    hidden_ND: Tensor, objective: _Objective, dtype: torch.dtype
-) -> Iterator[tuple[slice, _Buffers]]:
-    """The slices of positions, in order, each with its room."""
-    num_positions, vocab_size = hidden_ND.shape[0], objective.vocab_size
-    step = objective.chunk_tokens or _default_chunk_tokens(vocab_size, hidden_ND.device)
-    shape = min(step, num_positions), vocab_size
-    buffers = _Buffers(
-        hidden_ND.new_empty(shape),
-        [teacher.hidden_ND.new_empty(shape) for teacher in objective.teachers],
-        [hidden_ND.new_empty(shape, dtype=dtype) for _ in range(3 if objective.teachers else 1)],
-    )
-    for start in range(0, num_positions, step):
-        rows = slice(start, min(start + step, num_positions))
-        yield rows, buffers.first(rows.stop - rows.start)
-
-
-def _default_chunk_tokens(vocab_size: int, device: torch.device) -> int:
-    """As many positions as fit the chunk's size, in sixteens (matrix units work in tiles)."""
-    size_bytes = _CPU_CHUNK_BYTES if device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
-    return max(16, size_bytes // (4 * vocab_size) // 16 * 16)
-
-
-def _logits_into(buffer_CV: Tensor, hidden_CD: Tensor, head: Head) -> Tensor:
-    """Logits of the vocabulary's rows of the head, written into the buffer."""
-    weight_VD, bias_V = head.rows(buffer_CV.shape[1])
-    if bias_V is None:
-        return torch.mm(hidden_CD, weight_VD.T, out=buffer_CV)
-    return torch.addmm(bias_V, hidden_CD, weight_VD.T, out=buffer_CV)
-
-
 def _add_gradients(
     sums: _Sums, rows: slice, grad_logits_CV: Tensor, hidden_CD: Tensor, head: Head
 ) -> None:
     """A chunk's part of the gradients; padding rows of the head keep 0."""
     vocab_size = grad_logits_CV.shape[1]
-    if sums.grad_hidden_ND is not None:
+    if sums.grad_hidden_ND is not None and head.states_are_logits:
+        sums.grad_hidden_ND[rows, :vocab_size] = grad_logits_CV
+        sums.grad_hidden_ND[rows, vocab_size:] = 0
+    elif sums.grad_hidden_ND is not None:
         weight_VD, _ = head.rows(vocab_size)
         torch.mm(grad_logits_CV, weight_VD, out=sums.grad_hidden_ND[rows])
     if sums.grad_weight_PD is not None:

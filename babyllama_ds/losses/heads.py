@@ -5,6 +5,9 @@
 Embeddings are often padded to a round number of rows. A padding row is no token: its logit is
 −inf, which is had by leaving the row out. (A logit of 0 would give it probability.)
 
+Some models do more than that to their logits (they cap, scale or add to them). Of these, the final
+hidden states are taken to be the logits that the model itself made, and the head is the identity.
+
 Shapes: N positions, D hidden size, V vocabulary, P rows of the embedding (P ≥ V).
 """
 
@@ -22,6 +25,22 @@ class Head:
 
     weight_PD: Tensor
     bias_P: Tensor | None = None
+    states_are_logits: bool = False
+    """An identity head; its weight tells width and dtype of the states, and nothing else."""
+
+    @classmethod
+    def identity(cls, num_rows: int, dtype: torch.dtype, device: torch.device) -> Head:
+        """The head of states that are logits already, of P tokens.
+
+        Its weight takes no memory, and being NaN spoils whatever would multiply by it.
+        """
+        nan = torch.full((), torch.nan, dtype=dtype, device=device)
+        return cls(nan.expand(num_rows, num_rows), states_are_logits=True)
+
+    def detached(self) -> Head:
+        """The same head, outside autograd."""
+        bias_P = None if self.bias_P is None else self.bias_P.detach()
+        return Head(self.weight_PD.detach(), bias_P, self.states_are_logits)
 
     def rows(self, vocab_size: int) -> tuple[Tensor, Tensor | None]:
         """Weight `[V, D]` and bias `[V]` of the real tokens (views, not copies)."""
@@ -39,4 +58,6 @@ def logits(hidden_ND: Tensor, head: Head, vocab_size: int) -> Tensor:
     holds more than a chunk of these.
     """
     weight_VD, bias_V = head.rows(vocab_size)
+    if head.states_are_logits:
+        return hidden_ND[:, :vocab_size]
     return torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)

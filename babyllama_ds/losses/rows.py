@@ -17,12 +17,17 @@ Shapes: C positions of the chunk, V vocabulary, 1 a dimension kept for broadcast
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 MeanOf = Literal["logits", "probabilities"]
 
@@ -45,6 +50,10 @@ class Factors:
     ce_C1: Tensor
     kl_C1: Tensor
 
+    def of(self, rows: slice) -> Factors:
+        """Those of some positions."""
+        return Factors(ce_C1=self.ce_C1[rows], kl_C1=self.kl_C1[rows])
+
 
 def row_losses(
     student_CV: Tensor,
@@ -57,9 +66,82 @@ def row_losses(
     """(CE, KL) of each position, `[C, 1]` both; KL is 0 without teachers.
 
     With `factors`, the gradient overwrites `student_CV`. A position without a label takes any
-    token for `label_C1`; dropping its CE is up to the caller. `work` holds three `[C, V]` spaces
-    (one without teachers), overwritten.
+    token for `label_C1`; dropping its CE is up to the caller. `work` holds `num_work` spaces,
+    overwritten, of any number of rows: as many positions are done at a time.
     """
+    if takes_kernel(student_CV.dtype, student_CV.device, len(teachers_CV)):
+        kernels = _kernels()
+        assert kernels is not None
+        losses: tuple[Tensor, Tensor] = kernels.row_losses(
+            student_CV, teachers_CV, label_C1, mixture, factors
+        )
+        return losses
+    parts = [
+        _tile_losses(
+            student_CV[rows],
+            [teacher_CV[rows] for teacher_CV in teachers_CV],
+            label_C1[rows],
+            mixture,
+            factors and factors.of(rows),
+            spaces,
+        )
+        for rows, spaces in tiles(len(student_CV), work)
+    ]
+    return joined(parts)
+
+
+def num_work(dtype: torch.dtype, device: torch.device, num_teachers: int) -> int:
+    """How many work spaces `row_losses` asks for."""
+    if takes_kernel(dtype, device, num_teachers):
+        return 0
+    return 3 if num_teachers else 1
+
+
+def takes_kernel(dtype: torch.dtype, device: torch.device, num_teachers: int) -> bool:
+    """Whether student logits of this kind go through the Triton kernel.
+
+    Where CUDA comes without Triton, that is said once in the log.
+    """
+    if device.type != "cuda" or dtype == torch.float64:
+        return False
+    kernels = _kernels()
+    return kernels is not None and num_teachers <= kernels.MAX_TEACHERS
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    try:
+        from babyllama_ds.losses import triton_rows
+    except ImportError as error:
+        log.warning(
+            "the loss takes PyTorch's operators on CUDA, which is slower than its kernel: %s", error
+        )
+        return None
+    return triton_rows
+
+
+def tiles(num_rows: int, work: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of so many rows as the work spaces have, and of the spaces as many."""
+    step = len(work[0])
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        yield rows, [space[: rows.stop - rows.start] for space in work]
+
+
+def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(CE, KL) of all tiles' positions."""
+    ces, kls = zip(*parts, strict=True)
+    return torch.cat(ces), torch.cat(kls)
+
+
+def _tile_losses(
+    student_CV: Tensor,
+    teachers_CV: Sequence[Tensor],
+    label_C1: Tensor,
+    mixture: Mixture,
+    factors: Factors | None,
+    work: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
     x = work[0].copy_(student_CV)
     x.sub_(x.amax(-1, keepdim=True))
     label_logit_C1 = x.gather(-1, label_C1)
@@ -86,7 +168,7 @@ def _soft_rows(
 ) -> tuple[Tensor, Tensor]:
     """Σ exp(x) and the KL; with `factors`, x becomes the gradient but for the label's part."""
     temperature = mixture.temperature
-    p_sum_C1 = _mix(teachers_CV, mixture, out=p, log_out=y)
+    p_sum_C1 = mix(teachers_CV, mixture, out=p, log_out=y)
     y.add_(x, alpha=-1 / temperature)  # log p − z/T but for constants of the row
     kl_C1 = y.mul_(p).sum(-1, keepdim=True) / p_sum_C1 - p_sum_C1.log()
 
@@ -107,12 +189,10 @@ def _soft_rows(
     return exp_C1, kl_C1
 
 
-def _mix(
-    teachers_CV: Sequence[Tensor], mixture: Mixture, *, out: Tensor, log_out: Tensor
-) -> Tensor:
+def mix(teachers_CV: Sequence[Tensor], mixture: Mixture, *, out: Tensor, log_out: Tensor) -> Tensor:
     """p times a number of each row, in `out`; its logarithm in `log_out`; the numbers, `[C, 1]`."""
-    mix = _mix_logits if mixture.mean_of == "logits" else _mix_probabilities
-    return mix(teachers_CV, mixture, out, log_out)
+    by_kind = _mix_logits if mixture.mean_of == "logits" else _mix_probabilities
+    return by_kind(teachers_CV, mixture, out, log_out)
 
 
 def _mix_logits(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from babyllama_ds.losses.distillation import (
     distillation_loss,
 )
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.losses.topk import top_k_targets
 
 N, D, V, P = 40, 6, 11, 13
 
@@ -407,8 +410,50 @@ def test_no_tensor_of_all_positions_times_the_vocabulary(mean_of, dtype) -> None
     largest = max(recorder.sizes)
     assert chunk * size <= largest  # else the recorder saw nothing
     assert largest <= max(chunk * size, size * width, positions * width) < positions * size
-    # Logits of three models and three spaces to work in, once for all twelve chunks.
+    # Logits of three models and three spaces to work in (here a tile is a chunk), once for all
+    # twelve chunks.
     assert sum(numel == chunk * size for numel in recorder.fresh_sizes) == 6
+
+
+@pytest.mark.parametrize("k", [1, 20])
+def test_top_k_keeps_no_tensor_of_all_positions_times_the_vocabulary(k) -> None:
+    positions, size, width, chunk = 600, 200, 16, 50
+    hidden = normal(positions, width, seed=1).requires_grad_()
+    weight = normal(size, width, seed=2).requires_grad_()
+    teachers = [
+        TeacherStates(normal(positions, d, seed=3), Head(normal(size, d, seed=4))) for d in (8, 24)
+    ]
+    with AllocationRecorder() as recorder:
+        targets = top_k_targets(
+            teachers, k=k, temperature=2.0, mean_of="logits", vocab_size=size, chunk_tokens=chunk
+        )
+        distillation_loss(
+            hidden,
+            Head(weight),
+            make_labels(positions, size),
+            torch.ones(positions, dtype=torch.bool),
+            targets,
+            alpha=0.5,
+            temperature=2.0,
+            mean_of="logits",
+            ce_count=540,
+            kl_count=60,
+            vocab_size=size,
+            chunk_tokens=chunk,
+        ).loss.backward()
+    assert hidden.grad is not None
+    assert chunk * size <= max(recorder.sizes) < positions * size
+    # Logits of two teachers and two spaces for the targets, then of the student and two spaces.
+    assert sum(numel == chunk * size for numel in recorder.fresh_sizes) == 7
+
+
+@pytest.mark.parametrize("cut", ["token_ids_NK", "log_probs_NK"])
+def test_top_k_targets_of_other_positions_are_our_mistake(cut) -> None:
+    targets = top_k_targets(
+        make_teachers(), k=3, temperature=2.0, mean_of="logits", vocab_size=V, chunk_tokens=7
+    )
+    with pytest.raises(AssertionError):
+        compute(*student(), teachers=replace(targets, **{cut: getattr(targets, cut)[1:]}))
 
 
 def test_evaluation_makes_no_gradients() -> None:

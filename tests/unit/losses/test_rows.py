@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from babyllama_ds.losses.rows import Factors, Mixture, row_losses
+from babyllama_ds.losses import rows as module
+from babyllama_ds.losses.rows import Factors, Mixture, num_work, row_losses, takes_kernel
 
 # Odds of 3 : 1, 1 : 1 and 9 : 1 for the first token.
 THREE_TO_ONE = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)
@@ -76,3 +79,50 @@ def test_a_token_no_teacher_can_reach_counts_nothing() -> None:
     _, kl = row_losses(student, [sure], LABEL, mix, factors, spaces)
     assert kl.item() == pytest.approx(math.log(2))
     assert student.tolist()[0] == [-0.5, 0.5]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+@pytest.mark.parametrize("num_teachers", [0, 2])
+def test_work_spaces_of_any_number_of_rows_give_the_same(num_teachers: int, rows: int) -> None:
+    rng = torch.Generator().manual_seed(0)
+    student, *teachers = torch.randn(1 + num_teachers, 5, 7, generator=rng, dtype=torch.float64)
+    label = torch.arange(5)[:, None]
+    factors = Factors(ce_C1=torch.rand(5, 1).double(), kl_C1=torch.rand(5, 1).double())
+    mix = mixture(2.0, shares=(0.5, 0.5)[:num_teachers])
+
+    def compute(num_rows: int) -> list[torch.Tensor]:
+        z = student.clone()
+        spaces = [torch.full((num_rows, 7), math.nan, dtype=torch.float64) for _ in range(3)]
+        return [*row_losses(z, teachers, label, mix, factors, spaces), z]
+
+    assert all(map(torch.equal, compute(rows), compute(5)))
+
+
+# -- the kernel for CUDA ---------------------------------------------------------------------------
+
+
+def test_only_fp32_and_less_on_cuda_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_kernels", lambda: SimpleNamespace(MAX_TEACHERS=8))
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert takes_kernel(torch.bfloat16, cuda, 2)
+    assert takes_kernel(torch.float32, cuda, 8)
+    assert not takes_kernel(torch.float32, cpu, 2)
+    assert not takes_kernel(torch.float64, cuda, 2)
+    assert not takes_kernel(torch.float32, cuda, 9)
+    assert [num_work(torch.float32, cuda, k) for k in (0, 2, 9)] == [0, 0, 3]
+    assert [num_work(torch.float32, cpu, k) for k in (0, 2)] == [1, 3]
+
+
+def test_cuda_without_triton_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "babyllama_ds.losses.triton_rows", None)
+    monkeypatch.delattr("babyllama_ds.losses.triton_rows", raising=False)
+    module._kernels.cache_clear()
+    try:
+        for _ in range(3):
+            assert not takes_kernel(torch.bfloat16, torch.device("cuda"), 2)
+    finally:
+        module._kernels.cache_clear()
+    (message,) = caplog.messages
+    assert message.startswith("the loss takes PyTorch's operators on CUDA")
