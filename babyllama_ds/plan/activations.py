@@ -1,0 +1,117 @@
+"""Activations: what autograd keeps of a model's forward pass until the backward pass.
+
+Enters: a model's sizes, a micro-batch, the attention kernel. Leaves: bytes. The terms are the
+tensors that transformers' LLaMA and GPT-2 blocks save, counted one by one; tests compare their
+sum with what `torch.autograd.graph.saved_tensors_hooks` sees. Weights are not counted.
+
+Shapes: N tokens of the micro-batch, S a window's, D width, A and K widths of all heads and of all
+key-value heads, F width inside the MLP, H heads, e bytes of a number (bf16 2, fp32 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from babyllama_ds.models.sizes import ModelSizes
+from babyllama_ds.spec.deepspeed import Device
+
+_ID_BYTES = 8
+_FP32 = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchShape:
+    """What one forward pass of one rank sees, and how."""
+
+    windows: int
+    length: int
+    kernel: str
+    """`eager`, `sdpa` or a FlashAttention."""
+    element_bytes: int
+    """Of parameters and activations: 2 in bf16, 4 in fp32."""
+    device: Device
+
+    @property
+    def tokens(self) -> int:
+        """N, the tokens of the micro-batch."""
+        return self.windows * self.length
+
+
+def saved_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+    """Bytes that the backbone's forward pass leaves for its backward pass.
+
+    A family that is neither LLaMA nor GPT-2 is counted as a LLaMA of its widths.
+    """
+    if sizes.family == "gpt2":
+        return _gpt2(sizes, shape)
+    return _llama(sizes, shape)
+
+
+def working_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+    """Bytes that come and go inside one layer: the larger of its two halves' intermediates.
+
+    MLP: the product's gradient and those of its factors, 3eNF. Eager attention: scores before and
+    after scaling and masking, their fp32 copy and its softmax, (2e + 8) N·H·S.
+    """
+    n, e = shape.tokens, shape.element_bytes
+    mlp = 3 * e * n * sizes.intermediate_size
+    scores = n * sizes.num_heads * shape.length
+    eager = (2 * e + 2 * _FP32) * scores if _keeps_scores(sizes, shape) else 0
+    return max(mlp, eager)
+
+
+def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+    n, e, d = shape.tokens, shape.element_bytes, sizes.hidden_size
+    norm = _FP32 * n * d + _FP32 * n + e * n * d  # fp32 input, 1/rms, normalised input
+    layer = (
+        2 * (norm + e * n * d)  # and the norm's output, which the next products keep
+        + _attention(sizes, shape, probabilities_fp32=True)
+        + 4 * e * n * sizes.intermediate_size  # gate, silu(gate), up, their product
+    )
+    cos_and_sin = 2 * e * shape.length * sizes.head_size
+    return sizes.num_layers * layer + norm + cos_and_sin + _ID_BYTES * n
+
+
+def _gpt2(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+    n, e, d = shape.tokens, shape.element_bytes, sizes.hidden_size
+    # The CPU keeps mean and 1/deviation in the input's dtype, CUDA in fp32.
+    norm = e * n * d + 2 * n * (e if shape.device == "cpu" else _FP32)
+    mask = _dropout_mask(sizes, shape) * n * d
+    layer = (
+        2 * (norm + e * n * d)
+        + _attention(sizes, shape, probabilities_fp32=False)
+        + 5 * e * n * sizes.intermediate_size  # x, x/2, tanh, 1 + tanh, their product
+        + 2 * mask
+    )
+    return sizes.num_layers * layer + norm + mask + _ID_BYTES * (n + shape.length)
+
+
+def _attention(sizes: ModelSizes, shape: MicroBatchShape, *, probabilities_fp32: bool) -> int:
+    """q, k, v and the heads' output, and what the kernel keeps to come back by."""
+    n, e = shape.tokens, shape.element_bytes
+    scores = n * sizes.num_heads * shape.length
+    if not _keeps_scores(sizes, shape):
+        log_sums = _FP32 * n * sizes.num_heads
+        return e * n * (2 * sizes.attention_size + 2 * sizes.kv_size) + log_sums
+    heads = 4 * e * n * sizes.attention_size  # grouped keys and values are repeated
+    if shape.kernel != "eager":  # fused, with dropout, on a CPU: plain products in fp32
+        heads = (e + 3 * _FP32) * n * sizes.attention_size
+        return heads + 3 * _FP32 * scores
+    if probabilities_fp32 and e < _FP32:
+        return heads + (_FP32 + e) * scores
+    if sizes.dropout:
+        return heads + (2 * e + _dropout_mask(sizes, shape)) * scores
+    return heads + e * scores
+
+
+def _keeps_scores(sizes: ModelSizes, shape: MicroBatchShape) -> bool:
+    """Whether all S × S probabilities exist: not in the fused kernels, but for one case."""
+    plain_fallback = shape.device == "cpu" and sizes.dropout > 0
+    return shape.kernel == "eager" or plain_fallback
+
+
+def _dropout_mask(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+    """Bytes of a number's place in a dropout mask: a boolean on CUDA, a factor on a CPU."""
+    if not sizes.dropout:
+        return 0
+    return shape.element_bytes if shape.device == "cpu" else 1

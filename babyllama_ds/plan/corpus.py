@@ -1,0 +1,202 @@
+"""The corpus before it is prepared: a job enters, how many tokens it will have leaves.
+
+Exact where an earlier run has left the very shards in its store; else as the user says; else
+estimated from the size of the text. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+
+from babyllama_ds.corpus.prepare import CorpusEntries, prepare_corpus
+from babyllama_ds.corpus.shards import TokenShards
+from babyllama_ds.corpus.sources import find_files
+from babyllama_ds.corpus.tokenizer import load_tokenizer
+from babyllama_ds.corpus.windows import TrainWindows
+from babyllama_ds.errors import DataError
+from babyllama_ds.spec.job import (
+    FilesCorpus,
+    HeldOutFiles,
+    JobSpec,
+    NurseryCorpus,
+    TailOfEachFile,
+    TrainedTokenizer,
+)
+from babyllama_ds.store import Store
+
+# Bytes of English text in a token of a byte-level BPE, by vocabulary size; measured on held-out
+# text of the six BabyLM domains, with a tokenizer trained on an eighth of ten million words.
+_VOCABULARIES = (800, 2_000, 4_096, 8_192, 16_000, 32_000)
+_BYTES_A_TOKEN = (2.21, 2.64, 2.91, 3.12, 3.27, 3.38)
+
+NURSERY_TOKENS_A_WORD = 1.35
+"""Measured at a vocabulary of 800; larger ones give a little less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCorpus:
+    """How much there is to train and to measure on."""
+
+    train_tokens: int
+    dev_tokens: int | None
+    """None: not known, and evaluations are left out."""
+    vocab_size: int
+    source: Literal["store", "--tokens", "estimate"]
+    """Where the numbers come from."""
+    assumption: str
+    """The same in words."""
+
+
+def plan_corpus(job: JobSpec, *, runs: Path, tokens: int | None) -> PlannedCorpus:
+    """Tokens of the job's corpus; `tokens` is what the user says of its training text.
+
+    Raises:
+        DataError: neither shards, nor text, nor a number; a tokenizer that cannot be loaded.
+    """
+    if tokens is not None:
+        return PlannedCorpus(
+            train_tokens=tokens,
+            dev_tokens=_tail_tokens(job, tokens),
+            vocab_size=_vocab_size(job),
+            source="--tokens",
+            assumption=f"{tokens:,} training tokens, as given by --tokens",
+        )
+    shards = _prepared(job, runs)
+    if shards is not None:
+        return PlannedCorpus(
+            train_tokens=shards.num_tokens("train"),
+            dev_tokens=shards.num_tokens("dev"),
+            vocab_size=shards.vocab_size,
+            source="store",
+            assumption=f"tokens counted in the shards of {runs / 'store'}",
+        )
+    return _estimate(job)
+
+
+def cut(job: JobSpec, train_tokens: int) -> TrainWindows:
+    """The training windows of so many tokens: their counts alone can be asked for.
+
+    Raises:
+        DataError: not one window.
+    """
+    tokens = cast(TokenShards, _Counted(train_tokens))
+    spec = job.windows
+    return TrainWindows(tokens, length=spec.length, offsets=spec.offsets, seed=0)
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What `TrainWindows` asks of token shards, where there are none yet."""
+
+    train_tokens: int
+
+    def num_tokens(self, split: str) -> int:
+        assert split == "train", "of the training text alone is anything known"
+        return self.train_tokens
+
+
+def bytes_a_token(vocab_size: int) -> float:
+    """Bytes of English text in a token, by the measured table, interpolated over log V."""
+    places = [math.log(size) for size in _VOCABULARIES]
+    return float(np.interp(math.log(vocab_size), places, _BYTES_A_TOKEN))
+
+
+# -- exact -----------------------------------------------------------------------------------------
+
+
+class _NotMadeError(Exception):
+    """The store lacks an entry."""
+
+
+class _Finder(Store):
+    """A store that finds and never makes."""
+
+    def build(
+        self,
+        kind: str,
+        key: str,
+        make: Callable[[Path], None],  # noqa: ARG002 - the store's interface
+        facts: Mapping[str, object] = {},  # noqa: ARG002
+        *,
+        resumable: bool = False,  # noqa: ARG002
+    ) -> Path:
+        entry = self.find(kind, key)
+        if entry is None:
+            raise _NotMadeError(kind)
+        return entry
+
+
+def _prepared(job: JobSpec, runs: Path) -> TokenShards | None:
+    """The job's own shards, if an earlier run left them; the text is read for its hash."""
+    if not (runs / "store" / "tokens").is_dir():
+        return None
+    try:
+        entries: CorpusEntries = prepare_corpus(job, _Finder(runs / "store"), lambda: None)
+    except (_NotMadeError, DataError):  # a corpus that is not there may still be estimated
+        return None
+    return TokenShards.open(entries.tokens_dir)
+
+
+# -- estimated -------------------------------------------------------------------------------------
+
+
+def _estimate(job: JobSpec) -> PlannedCorpus:
+    vocab_size = _vocab_size(job)
+    if isinstance(job.corpus, NurseryCorpus):
+        return PlannedCorpus(
+            train_tokens=round(job.corpus.words * NURSERY_TOKENS_A_WORD),
+            dev_tokens=round(job.corpus.dev_words * NURSERY_TOKENS_A_WORD),
+            vocab_size=vocab_size,
+            source="estimate",
+            assumption=f"{NURSERY_TOKENS_A_WORD} tokens a word of the nursery",
+        )
+    train_bytes, dev_bytes = _text_bytes(job.corpus)
+    ratio = bytes_a_token(vocab_size)
+    return PlannedCorpus(
+        train_tokens=round(train_bytes / ratio),
+        dev_tokens=round(dev_bytes / ratio),
+        vocab_size=vocab_size,
+        source="estimate",
+        assumption=f"{ratio:.2f} bytes of text a token (English, vocabulary {vocab_size:,}), "
+        "nothing lost in cleaning",
+    )
+
+
+def _text_bytes(corpus: FilesCorpus) -> tuple[float, float]:
+    """Bytes of training and of development text, as the files stand."""
+    held_out = corpus.split.dev if isinstance(corpus.split, HeldOutFiles) else ()
+    sizes = {"train": 0.0, "dev": 0.0}
+    try:
+        for split, path in find_files(corpus.train, held_out):
+            sizes[split] += path.stat().st_size
+    except (DataError, OSError) as error:
+        raise DataError.of(
+            "corpus",
+            got=str(error.problems[0].got) if isinstance(error, DataError) else str(error),
+            expected="the job's text, to estimate its tokens",
+            hint="give --tokens N, the tokens of the training text, to plan without it",
+        ) from error
+    if isinstance(corpus.split, TailOfEachFile):
+        held_out_bytes = corpus.split.fraction * sizes["train"]
+        return sizes["train"] - held_out_bytes, held_out_bytes
+    return sizes["train"], sizes["dev"]
+
+
+def _tail_tokens(job: JobSpec, train_tokens: int) -> int | None:
+    """Development tokens that go with so many training tokens, where the job's split says so."""
+    if isinstance(job.corpus, FilesCorpus) and isinstance(job.corpus.split, TailOfEachFile):
+        fraction = job.corpus.split.fraction
+        return round(train_tokens * fraction / (1 - fraction))
+    return None
+
+
+def _vocab_size(job: JobSpec) -> int:
+    if isinstance(job.tokenizer, TrainedTokenizer):
+        return job.tokenizer.vocab_size
+    return len(load_tokenizer(job.tokenizer.path))

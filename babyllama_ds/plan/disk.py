@@ -1,0 +1,83 @@
+"""Disk: what a job leaves in its run directory and the store, and what it needs meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from babyllama_ds.engine.checkpoint import KEPT
+from babyllama_ds.engine.training import MOMENTS
+from babyllama_ds.plan.corpus import PlannedCorpus
+from babyllama_ds.plan.stages import PlannedStages
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.teachers.cache.layout import padded_bytes
+from babyllama_ds.teachers.cache.topk import record_bytes
+
+_FP32 = 4
+_TOKEN_ID_BYTES = 2
+_LONG_ID_BYTES = 4
+_SHORT_IDS = 1 << 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskItem:
+    """One kind of file."""
+
+    name: str
+    bytes: int
+    stays: bool
+    """False: removed when the stage that needs it is done."""
+
+
+def disk_items(
+    job: JobSpec, corpus: PlannedCorpus, work: PlannedStages, *, element_bytes: int
+) -> Sequence[DiskItem]:
+    """Every kind of file above a few megabytes.
+
+    Checkpoints hold master weights and both moments in fp32 and the best weights so far. A new
+    one is whole before the oldest of those kept goes, so that there are at times one more.
+    """
+    largest = max(stage.sizes.params for stage in work.stages)
+    checkpoint = ((1 + len(MOMENTS)) * _FP32 + element_bytes) * largest
+    models = sum(stage.sizes.params for stage in work.stages)
+    models += sum(
+        teacher.sizes.params
+        for teacher in work.teachers
+        if f"teachers/{teacher.name}" not in {stage.name for stage in work.stages}
+    )
+    return [
+        DiskItem(name="models", bytes=element_bytes * models, stays=True),
+        DiskItem(
+            name="token shards",
+            bytes=_id_bytes(corpus.vocab_size) * (corpus.train_tokens + (corpus.dev_tokens or 0)),
+            stays=True,
+        ),
+        DiskItem(
+            name="teacher cache",
+            bytes=cache_bytes(job, corpus, work, element_bytes=element_bytes),
+            stays=True,
+        ),
+        DiskItem(
+            name=f"checkpoints ({KEPT}, and one being written)",
+            bytes=(KEPT + 1) * checkpoint,
+            stays=False,
+        ),
+    ]
+
+
+def cache_bytes(
+    job: JobSpec, corpus: PlannedCorpus, work: PlannedStages, *, element_bytes: int
+) -> int:
+    """The records of every distinct window: all teachers' final states, or k likely tokens."""
+    loss, length = job.distillation, job.windows.length
+    windows = work.distinct_windows or 0
+    if loss.cache == "hidden":
+        widths = [teacher.sizes.hidden_size for teacher in work.teachers]
+        return windows * sum(padded_bytes(length * width * element_bytes) for width in widths)
+    if loss.cache == "topk":
+        return windows * record_bytes(loss.cache_top_k, length, corpus.vocab_size)
+    return 0
+
+
+def _id_bytes(vocab_size: int) -> int:
+    return _TOKEN_ID_BYTES if vocab_size <= _SHORT_IDS else _LONG_ID_BYTES

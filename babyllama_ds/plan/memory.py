@@ -1,0 +1,279 @@
+"""Memory of one rank: a stage, a number of ranks and a machine enter; bytes by item leave.
+
+A training's memory has several high points. At each, other things are there at once:
+
+    cache       teachers fill the cache, the student is not there yet
+    start       the model in fp32, before the engine casts it
+    forward     activations whole, the loss's chunk of logits, the head's gradient
+    backward    gradients travel: buckets, their fp32 copies, the owned partition
+    evaluation  a larger batch, without gradients
+    checkpoint  rank 0 gathers masters and moments in host memory
+
+The plan's peak is the highest of them. What DeepSpeed holds under ZeRO-2 with bf16 parameters and
+fp32 accumulation was read off its source (0.19.8, `runtime/zero/stage_1_and_2.py`): parameters in
+one flat buffer of the model's dtype; a partition of fp32 masters; AdamW's two moments of it; one
+gradient buffer of `reduce_bucket_size` (two with `overlap_comm`); for each full bucket, its
+flattened copy and that in fp32; `averaged_gradients`, the owned fp32 partition, from the first
+bucket of a step to its update. Other gradients are freed bucket by bucket.
+
+On a CPU the allocator counts too: glibc keeps much of what a forward pass frees between the
+tensors that stay, and gives none of it back in the backward pass.
+
+P parameters, N ranks, e bytes of a number (bf16 2, fp32 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from babyllama_ds.losses.chunks import default_chunk_tokens
+from babyllama_ds.models.sizes import ModelSizes
+from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes, working_bytes
+from babyllama_ds.spec.deepspeed import ZeroBlock, precision
+
+_FP32 = 4
+_MOMENTS = 2
+KEPT_BY_GLIBC = 0.5
+"""Of the activations, kept by glibc's malloc beside them: measured, see docs/plan.md. With
+`MALLOC_MMAP_THRESHOLD_` set, which makes it return large blocks, it is near 0."""
+_REST_OF_LOSS_BYTES = 16
+"""Of a position: its label, validity, CE and KL."""
+
+Item = Literal[
+    "parameters",
+    "master weights, fp32",
+    "moments, fp32",
+    "gradients, fp32",
+    "gradient buckets",
+    "best weights",
+    "teachers",
+    "teachers' hidden states",
+    "teacher cache",
+    "activations",
+    "logits of a chunk",
+    "gradients of head and states",
+    "work of a layer",
+    "model before it is cast",
+    "gathered checkpoint",
+    "kept by the allocator",
+]
+
+Moment = Literal["cache", "start", "forward", "backward", "evaluation", "checkpoint"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldTeacher:
+    """A teacher beside the student."""
+
+    sizes: ModelSizes
+    live: bool
+    """False: its states are remembered, and its head alone is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageShape:
+    """Everything that the memory of one stage's rank depends on."""
+
+    model: ModelSizes
+    micro: MicroBatchShape
+    accumulation: int
+    """Micro-batches in a step."""
+    ranks: int
+    vocab_size: int
+    chunk_tokens: int | None
+    """Positions whose logits exist at one time; none: the loss chooses."""
+    teachers: Sequence[HeldTeacher]
+    work_spaces: int
+    """fp32 [C, V] that the loss works in: 3 with teachers' states, 2 with their most likely
+    tokens, 1 without teachers (`losses.distillation`)."""
+    cache_bytes: int
+    """Of the teacher cache in this device's memory."""
+    filling: Sequence[Sequence[ModelSizes]]
+    """Teachers that are there together while a cache is filled, before the student comes."""
+    evaluation_tokens: int
+    """In one forward pass of an evaluation."""
+    deepspeed: Mapping[str, Any]
+    """DeepSpeed's configuration."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes on the device at each high point, and in the host's memory where that is another."""
+
+    moments: Mapping[Moment, Mapping[Item, int]]
+    host_bytes: int
+    """Of rank 0, at most: the fp32 model at the start, or a gathered checkpoint and the best
+    weights. 0 on a CPU, where the device's numbers hold them."""
+
+    @property
+    def peak(self) -> Moment:
+        """The highest point."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def items(self) -> Mapping[Item, int]:
+        """What is there at the highest point."""
+        return self.moments[self.peak]
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it."""
+        return sum(self.items.values())
+
+
+def rank_memory(stage: StageShape) -> RankMemory:
+    """The memory of the rank that needs most, rank 0."""
+    on_cpu = stage.micro.device == "cpu"
+    params = stage.model.params
+    best = stage.micro.element_bytes * params
+    gathered = (1 + _MOMENTS) * _FP32 * params
+    beside = _beside(stage)
+    always = beside | _engine(stage)
+    if on_cpu:
+        always["best weights"] = best
+    moments: dict[Moment, Mapping[Item, int]] = {
+        "start": beside | {"model before it is cast": _FP32 * params},
+        "forward": always | _forward(stage),
+        "backward": always | _backward(stage),
+        "evaluation": always | _evaluation(stage),
+    }
+    if stage.filling:
+        moments["cache"] = _filling(stage)
+    if on_cpu:
+        moments["checkpoint"] = always | {"gathered checkpoint": gathered}
+    return RankMemory(moments, host_bytes=0 if on_cpu else max(_FP32 * params, gathered + best))
+
+
+def chunk_bytes(stage: StageShape) -> int:
+    """Room for a chunk's logits: e for each model, and fp32 work spaces (`losses.chunks`).
+
+    On a CPU the work spaces are as large as its caches, and left out.
+    """
+    tokens = stage.chunk_tokens or default_chunk_tokens(
+        stage.vocab_size, torch.device(stage.micro.device)
+    )
+    each = (1 + len(stage.teachers)) * stage.micro.element_bytes
+    if stage.micro.device == "cuda":
+        each += stage.work_spaces * _FP32
+    return min(tokens, stage.micro.tokens) * stage.vocab_size * each
+
+
+# -- what is there all the time ------------------------------------------------------------------
+
+
+def _beside(stage: StageShape) -> dict[Item, int]:
+    """Teachers, and what is remembered of them."""
+    e = stage.micro.element_bytes
+    held: dict[Item, int] = {
+        "teachers": sum(
+            e * (teacher.sizes.params if teacher.live else teacher.sizes.head_weights)
+            for teacher in stage.teachers
+        ),
+        "teacher cache": stage.cache_bytes,
+    }
+    return held
+
+
+def _engine(stage: StageShape) -> dict[Item, int]:
+    """Parameters whole; masters and moments in N parts (stage 0: whole)."""
+    params, parts = stage.model.params, stage.ranks if _zero(stage).stage else 1
+    return {
+        "parameters": stage.micro.element_bytes * params,
+        "master weights, fp32": _FP32 * params // parts,
+        "moments, fp32": _MOMENTS * _FP32 * params // parts,
+    }
+
+
+def _accumulated(stage: StageShape) -> int:
+    """The owned fp32 gradients; below stage 2 all of them."""
+    parts = stage.ranks if _zero(stage).stage == 2 else 1
+    return _FP32 * stage.model.params // parts
+
+
+def _zero(stage: StageShape) -> ZeroBlock:
+    return ZeroBlock.model_validate(stage.deepspeed["zero_optimization"])
+
+
+# -- the high points -----------------------------------------------------------------------------
+
+
+def _forward(stage: StageShape) -> dict[Item, int]:
+    """The end of the loss: head gradient summed in fp32, one chunk's product, and its cast."""
+    model, micro, e = stage.model, stage.micro, stage.micro.element_bytes
+    head = (_FP32 + e) * model.head_weights if e < _FP32 else _FP32 * model.head_weights
+    states = micro.tokens * (2 * e * model.hidden_size + _REST_OF_LOSS_BYTES)
+    saved = saved_bytes(model, micro)
+    return {
+        "gradients, fp32": _accumulated(stage) if stage.accumulation > 1 else 0,
+        "teachers' hidden states": _teacher_states(stage),
+        "activations": saved,
+        "kept by the allocator": _kept(stage, saved),
+        "logits of a chunk": chunk_bytes(stage),
+        "gradients of head and states": head + states,
+    }
+
+
+def _backward(stage: StageShape) -> dict[Item, int]:
+    """The first full bucket is reduced: by then the layers that filled it have let go."""
+    zero, params, e = _zero(stage), stage.model.params, stage.micro.element_bytes
+    filled = min(zero.reduce_bucket_size, params)
+    # A CPU gives memory when it is written to, so that a bucket costs what is filled of it.
+    allocated = filled if stage.micro.device == "cpu" else zero.reduce_bucket_size
+    buckets = e * allocated * (2 if zero.overlap_comm else 1)
+    copies = (e + _FP32) * filled if e < _FP32 else e * filled
+    saved = saved_bytes(stage.model, stage.micro)
+    # On a CPU what the layers let go stays with the process, too scattered for large buckets.
+    left = 1 if stage.micro.device == "cpu" else 1 - filled / params
+    return {
+        "gradients, fp32": _accumulated(stage),
+        "gradient buckets": buckets + copies,
+        "teachers' hidden states": _teacher_states(stage),
+        "activations": round(left * saved),
+        "kept by the allocator": _kept(stage, saved),
+        "work of a layer": working_bytes(stage.model, stage.micro),
+    }
+
+
+def _kept(stage: StageShape, saved: int) -> int:
+    return round(KEPT_BY_GLIBC * saved) if stage.micro.device == "cpu" else 0
+
+
+def _evaluation(stage: StageShape) -> dict[Item, int]:
+    """A wider forward pass that keeps nothing."""
+    windows = max(1, stage.evaluation_tokens // stage.micro.length)
+    wider = replace(stage.micro, windows=windows)
+    return {
+        "work of a layer": _passing(stage.model, wider),
+        "logits of a chunk": chunk_bytes(stage),
+    }
+
+
+def _filling(stage: StageShape) -> dict[Item, int]:
+    """The teachers that fill a cache together and need most."""
+    e = stage.micro.element_bytes
+    together = max(stage.filling, key=lambda teachers: sum(one.params for one in teachers))
+    return {
+        "teachers": sum(e * one.params for one in together),
+        "teacher cache": stage.cache_bytes,
+        "work of a layer": max(_passing(one, stage.micro) for one in together),
+    }
+
+
+def _passing(sizes: ModelSizes, micro: MicroBatchShape) -> int:
+    """A forward pass without gradients: the stream of states, and one layer's work."""
+    stream = micro.tokens * sizes.hidden_size * (2 * micro.element_bytes + 2 * _FP32)
+    return stream + working_bytes(sizes, micro)
+
+
+def _teacher_states(stage: StageShape) -> int:
+    widths = sum(teacher.sizes.hidden_size for teacher in stage.teachers)
+    return stage.micro.tokens * widths * stage.micro.element_bytes
+
+
+def element_bytes(deepspeed: Mapping[str, Any]) -> int:
+    """Of a parameter under this configuration."""
+    return 2 if precision(deepspeed) == "bf16" else 4

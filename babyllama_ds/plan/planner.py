@@ -1,0 +1,250 @@
+"""The planner: a job, rank counts and a machine enter; a `Plan` leaves.
+
+    plan_corpus → plan_stages → for each stage and rank count: rank_memory, seconds → disk
+
+Nothing is written, no weight allocated and nothing downloaded but the configuration of a model
+that the job names by a hub id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from babyllama_ds.errors import JobError
+from babyllama_ds.models.attention import resolve_attention
+from babyllama_ds.models.sizes import ModelSizes
+from babyllama_ds.plan.activations import MicroBatchShape
+from babyllama_ds.plan.corpus import PlannedCorpus, plan_corpus
+from babyllama_ds.plan.disk import DiskItem, cache_bytes, disk_items
+from babyllama_ds.plan.machines import UTILISATION, Machine, find_machine
+from babyllama_ds.plan.memory import (
+    HeldTeacher,
+    RankMemory,
+    StageShape,
+    element_bytes,
+    rank_memory,
+)
+from babyllama_ds.plan.rates import Rate
+from babyllama_ds.plan.stages import PlannedStage, PlannedStages, plan_stages
+from babyllama_ds.spec.deepspeed import Precision, deepspeed_config, precision
+from babyllama_ds.spec.job import JobSpec, ModelSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is to be planned for."""
+
+    ranks: Sequence[int] = (1, 2, 4, 8)
+    gpu: str | None = None
+    """A card's name, `here` for this machine, or none in particular."""
+    rate: Rate | None = None
+    """What one rank was measured to do; none: the card's peak times an assumed share."""
+    tokens: int | None = None
+    """Tokens of the training text; none: counted or estimated."""
+    runs: Path = Path("runs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankCount:
+    """The whole job on so many ranks."""
+
+    ranks: int
+    impossible: str | None
+    """Why the job cannot be cut for so many ranks; none: it can."""
+    memory: dict[str, RankMemory]
+    """By stage."""
+    seconds: dict[str, float] | None
+    """By stage; none: no speed is known."""
+
+    @property
+    def hungriest(self) -> str:
+        """The stage with the highest peak."""
+        return max(self.memory, key=lambda stage: self.memory[stage].peak_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a job will cost."""
+
+    job: JobSpec
+    question: Question
+    machine: Machine
+    precision: Precision
+    corpus: PlannedCorpus
+    work: PlannedStages
+    counts: Sequence[RankCount]
+    disk: Sequence[DiskItem]
+    assumptions: Sequence[str]
+
+    def usable_bytes(self, ranks: int) -> int | None:
+        """What a rank may use; none: no machine was named."""
+        return self.machine.usable_bytes(ranks)
+
+    def too_large(self, count: RankCount) -> list[str]:
+        """The stages that do not fit on so many ranks."""
+        usable = self.usable_bytes(count.ranks)
+        if usable is None:
+            return []
+        return [name for name, memory in count.memory.items() if memory.peak_bytes > usable]
+
+    def fits(self, count: RankCount) -> bool:
+        """Whether every stage can run on so many ranks, as far as is known."""
+        return count.impossible is None and not self.too_large(count)
+
+
+def plan_job(job: JobSpec, question: Question) -> Plan:
+    """Plan `job`.
+
+    Raises:
+        JobError: an unknown card, a job that none of the rank counts can cut.
+        DataError, ModelError, MachineError: what the job needs and is not there.
+    """
+    return _Planner(job, question).plan()
+
+
+@dataclass(frozen=True)
+class _Planner:
+    job: JobSpec
+    question: Question
+
+    def plan(self) -> Plan:
+        machine, work = self.machine, self.work
+        counts = [self._count(ranks) for ranks in self.question.ranks]
+        if all(count.impossible for count in counts):
+            raise JobError.of(
+                "--ranks",
+                got=", ".join(str(count.ranks) for count in counts),
+                expected="at least one number of ranks that the job can be cut for",
+                hint="; ".join(f"{count.ranks}: {count.impossible}" for count in counts),
+            )
+        return Plan(
+            job=self.job,
+            question=self.question,
+            machine=machine,
+            precision=self.precision,
+            corpus=self.corpus,
+            work=work,
+            counts=counts,
+            disk=disk_items(
+                self.job, self.corpus, work, element_bytes=2 if self.precision == "bf16" else 4
+            ),
+            assumptions=self._assumptions(),
+        )
+
+    @cached_property
+    def machine(self) -> Machine:
+        return find_machine(self.question.gpu, self.job.deepspeed.device)
+
+    @cached_property
+    def corpus(self) -> PlannedCorpus:
+        return plan_corpus(self.job, runs=self.question.runs, tokens=self.question.tokens)
+
+    @cached_property
+    def work(self) -> PlannedStages:
+        return plan_stages(self.job, self.corpus)
+
+    @cached_property
+    def precision(self) -> Precision:
+        student = self.job.student.training
+        return precision(deepspeed_config(self.job, student, device=self.machine.device, ranks=1))
+
+    def _count(self, ranks: int) -> RankCount:
+        try:
+            memory = {
+                stage.name: rank_memory(self._shape(stage, ranks)) for stage in self.work.stages
+            }
+        except JobError as error:
+            problem = error.problems[0]
+            reason = f"{problem.where}: {problem.got}, expected {problem.expected}"
+            return RankCount(ranks=ranks, impossible=reason, memory={}, seconds=None)
+        return RankCount(ranks=ranks, impossible=None, memory=memory, seconds=self._seconds(ranks))
+
+    def _shape(self, stage: PlannedStage, ranks: int) -> StageShape:
+        config = deepspeed_config(
+            self.job, stage.training, device=self.machine.device, ranks=ranks, where=stage.key
+        )
+        micro = MicroBatchShape(
+            windows=config["train_micro_batch_size_per_gpu"],
+            length=self.job.windows.length,
+            kernel=self._kernel(stage.spec, where=f"{stage.name}.model.attention"),
+            element_bytes=element_bytes(config),
+            device=self.machine.device,
+        )
+        loss = self.job.distillation
+        teachers = self.work.teachers if stage.distilled and loss.cache != "topk" else ()
+        return StageShape(
+            model=stage.sizes,
+            micro=micro,
+            accumulation=config["gradient_accumulation_steps"],
+            ranks=ranks,
+            vocab_size=self.corpus.vocab_size,
+            chunk_tokens=loss.chunk_tokens if stage.distilled else None,
+            teachers=[HeldTeacher(sizes=t.sizes, live=loss.cache == "none") for t in teachers],
+            work_spaces=self._work_spaces() if stage.distilled else 1,
+            cache_bytes=self._cached_on_device(micro.element_bytes) if stage.distilled else 0,
+            filling=self._filling() if stage.distilled else (),
+            evaluation_tokens=self.job.evaluation.batch_tokens,
+            deepspeed=config,
+        )
+
+    def _work_spaces(self) -> int:
+        return 2 if self.job.distillation.cache == "topk" else 3
+
+    def _filling(self) -> Sequence[Sequence[ModelSizes]]:
+        """Hidden states are computed teacher by teacher, most likely tokens by all at once."""
+        sizes = [teacher.sizes for teacher in self.work.teachers]
+        together = {"none": [], "hidden": [[one] for one in sizes], "topk": [sizes]}
+        return together[self.job.distillation.cache]
+
+    def _cached_on_device(self, element_bytes: int) -> int:
+        """Of a cache that the job puts into the device's memory; on a CPU, the host's is that."""
+        tiers = {"device"} if self.machine.device == "cuda" else {"device", "host"}
+        if self.job.distillation.cache_tier not in tiers:
+            return 0
+        return cache_bytes(self.job, self.corpus, self.work, element_bytes=element_bytes)
+
+    def _kernel(self, spec: ModelSpec, *, where: str) -> str:
+        if self.machine.device == "cpu":
+            return resolve_attention(
+                spec.attention, device="cpu", precision=self.precision, training=True, where=where
+            )
+        # Whatever is installed there: FlashAttention and the fused kernel keep the same tensors.
+        return "sdpa" if spec.attention == "auto" else spec.attention
+
+    def _seconds(self, ranks: int) -> dict[str, float] | None:
+        speed = self._flops_a_second()
+        if speed is None:
+            return None
+        return {stage.name: stage.flops.total / (speed * ranks) for stage in self.work.stages}
+
+    def _flops_a_second(self) -> float | None:
+        """Of one rank: measured, or the card's peak times what is assumed of it."""
+        rate = self.question.rate
+        if rate is not None:
+            student = next(stage for stage in self.work.stages if stage.name == "student")
+            return rate.flops_a_second(
+                (student.flops.training + student.flops.teachers) / student.tokens
+            )
+        peak = self.machine.peak_flops
+        return None if peak is None or self.precision == "fp32" else peak * UTILISATION
+
+    def _assumptions(self) -> list[str]:
+        found = [f"tokens: {self.corpus.assumption}"]
+        if self.corpus.dev_tokens is None:
+            found.append("evaluations during training: left out, the development text is not known")
+        found.append("minimal pairs: left out of FLOPs and time")
+        if self.question.rate is not None:
+            found.append(f"speed: {self.question.rate}, for each rank; other stages by their FLOPs")
+        elif self.machine.peak_flops is not None:
+            found.append(
+                f"speed: {UTILISATION:.0%} of the {self.machine.name}'s "
+                f"{self.machine.peak_flops / 1e12:g} TFLOP/s (dense bf16); give --rate where "
+                "one was measured"
+            )
+        else:
+            found.append("time: not known; name a card with --gpu or give a measured --rate")
+        found.append("ranks: N times as fast as one; communication, checkpoints and start left out")
+        return found

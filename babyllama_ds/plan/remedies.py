@@ -1,0 +1,206 @@
+"""Remedies: a plan that does not fit enters; what would, each planned anew, leaves in an error.
+
+A change is suggested only after the changed job was planned and found to fit. What this stack does
+not offer yet is said as that, with what it would save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from babyllama_ds.errors import JobError, MachineError, UserError
+from babyllama_ds.plan.memory import Item, RankMemory
+from babyllama_ds.plan.planner import Plan, Question, RankCount, plan_job
+from babyllama_ds.plan.text import gibibytes
+from babyllama_ds.spec.deepspeed import micro_batch
+from babyllama_ds.spec.job import JobSpec
+
+Reload = Callable[[Sequence[str]], JobSpec]
+"""The same job with more `KEY=VALUE` overrides, validated like any."""
+
+MOST_RANKS = 64
+MOST_PHASES = 4
+"""Phases of the windows that are suggested: a cache grows with them."""
+
+_OPTIMIZER: tuple[Item, ...] = ("master weights, fp32", "moments, fp32", "gradients, fp32")
+
+
+def check_fits(plan: Plan, reload: Reload) -> None:
+    """A job that fits on one of the rank counts asked for, or where no machine was named.
+
+    Raises:
+        MachineError: it fits on none; every stage that does not, and what would help.
+    """
+    if any(plan.fits(count) for count in plan.counts):
+        return
+    count = [count for count in plan.counts if count.impossible is None][-1]
+    usable = plan.usable_bytes(count.ranks)
+    assert usable is not None, "without a machine everything fits"
+    peaks = ", ".join(
+        f"{name} {gibibytes(count.memory[name].peak_bytes)}" for name in plan.too_large(count)
+    )
+    raise MachineError.of(
+        f"{plan.job.run_name} on {_ranks(count.ranks)} of {plan.machine.name}",
+        got=f"peaks of {peaks} for each rank",
+        expected=f"at most {gibibytes(usable)}, what tensors may use",
+        hint="\n          ".join(remedies(plan, count, reload)),
+    )
+
+
+def remedies(plan: Plan, count: RankCount, reload: Reload) -> list[str]:
+    """Lines of advice for a job that does not fit on `count.ranks`; at least one."""
+    found = list(_changes(plan, count, reload))
+    more = _more_ranks(plan, count)
+    if more is not None:
+        found.append(more)
+    if found:
+        heading = "each of these was planned anew and fits:"
+        return [heading, *found, *_not_offered(plan, count)]
+    nothing = "no change of the job's own settings was found to fit: take a larger card"
+    return [nothing, *_not_offered(plan, count)]
+
+
+# -- what the job can change ---------------------------------------------------------------------
+
+
+def _changes(plan: Plan, count: RankCount, reload: Reload) -> Iterator[str]:
+    """Overrides under which every stage fits, the least intrusive first."""
+    smaller = _smaller_micro_batches(plan, count, reload)
+    if smaller is not None:
+        yield f"{' '.join(smaller)}  (smaller micro-batches, more accumulation: the same result)"
+    if any(stage.spec.attention == "eager" for stage in plan.work.stages):
+        overrides = [f"{_model_key(stage.name)}.attention=sdpa" for stage in plan.work.stages]
+        if _fits_with(plan, count, reload, overrides):
+            yield f"{' '.join(overrides)}  (no S × S probabilities are kept)"
+    for cache in _caches(plan):
+        if _fits_with(plan, count, reload, cache):
+            yield f"{' '.join(cache)}  (teachers leave the card before the student trains)"
+        elif smaller is None:
+            both = [*cache, *_least_micro_batches(plan, count)]
+            if _fits_with(plan, count, reload, both):
+                yield " ".join(both)
+
+
+def _smaller_micro_batches(plan: Plan, count: RankCount, reload: Reload) -> list[str] | None:
+    """The largest micro-batch that fits, for every stage that does not; none: not one does."""
+    chosen: dict[str, str] = {}
+    for name in plan.too_large(count):
+        key, share = _training_key(plan, name), _share(plan, name, count)
+        for micro in reversed([n for n in range(1, share) if share % n == 0]):
+            planned = _planned_with(plan, count, reload, [f"{key}.micro_batch={micro}"])
+            if planned is not None and name not in planned.too_large(planned.counts[0]):
+                chosen[key] = f"{key}.micro_batch={micro}"
+                break
+        else:
+            return None
+    overrides = list(chosen.values())
+    return overrides if _fits_with(plan, count, reload, overrides) else None
+
+
+def _least_micro_batches(plan: Plan, count: RankCount) -> list[str]:
+    keys = dict.fromkeys(_training_key(plan, name) for name in plan.too_large(count))
+    return [f"{key}.micro_batch=1" for key in keys]
+
+
+def _caches(plan: Plan) -> Iterator[list[str]]:
+    """Overrides that take the teachers off the device while the student trains."""
+    loss, windows = plan.job.distillation, plan.job.windows
+    if loss.cache != "none" or "student" not in {stage.name for stage in plan.work.stages}:
+        return
+    repeat = []
+    if windows.num_phases is None:
+        phases = min(MOST_PHASES, math.ceil(plan.job.student.training.epochs))
+        repeat = [f"windows.offsets={{phases: {phases}}}"]
+    for kind in ("hidden", "topk"):
+        yield [f"distillation.cache={kind}", "distillation.cache_tier=disk", *repeat]
+
+
+def _more_ranks(plan: Plan, count: RankCount) -> str | None:
+    """The next power of two of ranks on which it fits, as it is."""
+    if plan.machine.device == "cpu":  # they would share the same memory
+        return None
+    ranks = 2 * count.ranks
+    while ranks <= MOST_RANKS:
+        try:
+            planned = plan_job(plan.job, _for_ranks(plan.question, plan, ranks))
+        except JobError:
+            return None
+        if planned.fits(planned.counts[0]):
+            peak = max(memory.peak_bytes for memory in planned.counts[0].memory.values())
+            return f"--ranks {ranks}  ({gibibytes(peak)} a rank)"
+        ranks *= 2
+    return None
+
+
+def _fits_with(plan: Plan, count: RankCount, reload: Reload, overrides: Sequence[str]) -> bool:
+    planned = _planned_with(plan, count, reload, overrides)
+    return planned is not None and planned.fits(planned.counts[0])
+
+
+def _planned_with(
+    plan: Plan, count: RankCount, reload: Reload, overrides: Sequence[str]
+) -> Plan | None:
+    """The changed job's plan; none: the change is refused."""
+    try:
+        return plan_job(reload(overrides), _for_ranks(plan.question, plan, count.ranks))
+    except UserError:
+        return None
+
+
+def _for_ranks(question: Question, plan: Plan, ranks: int) -> Question:
+    """The same question for one rank count; the corpus is not looked for again."""
+    return replace(question, ranks=(ranks,), tokens=plan.corpus.train_tokens)
+
+
+def _share(plan: Plan, name: str, count: RankCount) -> int:
+    """Windows of a stage's batch that one rank has, its present micro-batch at most."""
+    stage = next(stage for stage in plan.work.stages if stage.name == name)
+    return micro_batch(stage.training, count.ranks)
+
+
+def _training_key(plan: Plan, name: str) -> str:
+    """Where a stage's training stands in the job file."""
+    own = plan.job.control is not None and plan.job.control.training is not None
+    if name == "control" and not own:
+        return "student.training"
+    return f"{name.replace('/', '.')}.training"
+
+
+def _model_key(name: str) -> str:
+    return "student.model" if name == "control" else f"{name.replace('/', '.')}.model"
+
+
+# -- what it cannot change yet ---------------------------------------------------------------------
+
+
+def _not_offered(plan: Plan, count: RankCount) -> Iterator[str]:
+    """What other stacks would do here, and whether it would be enough."""
+    usable = plan.usable_bytes(count.ranks) or 0
+    ways: list[tuple[str, Sequence[Item], float]] = [
+        ("an optimizer offloaded to host memory", _OPTIMIZER, 1.0)
+    ]
+    if count.ranks > 1:
+        split = f"teachers split over {count.ranks} ranks (tensor parallel)"
+        ways.append((split, ("teachers",), 1 - 1 / count.ranks))
+    too_large = [count.memory[name] for name in plan.too_large(count)]
+    for what, items, share in ways:
+        lower = [_without(memory, items, share) for memory in too_large]
+        saved = max(memory.peak_bytes - peak for memory, peak in zip(too_large, lower, strict=True))
+        if saved:
+            enough = all(peak <= usable for peak in lower)
+            verdict = "which would be enough" if enough else "which alone would not be enough"
+            yield f"not offered yet: {what}; it would save {gibibytes(saved)}, {verdict}"
+
+
+def _without(memory: RankMemory, items: Sequence[Item], share: float) -> int:
+    """The peak with this share of some items gone, at every high point."""
+    return max(
+        round(sum(b * (1 - share if name in items else 1) for name, b in held.items()))
+        for held in memory.moments.values()
+    )
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"

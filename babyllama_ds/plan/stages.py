@@ -1,0 +1,169 @@
+"""Stages: a job and its corpus enter; each training's models, steps, tokens and FLOPs leave.
+
+FLOPs are the matrix products of `models.sizes`. A stage's are those of training (forward and
+backward, head included), of the teachers' forward passes (heads included; with a cache, backbones
+once for each distinct window), and of the evaluations on development windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from babyllama_ds.corpus.windows import TrainWindows
+from babyllama_ds.models.sizes import ModelSizes, model_sizes
+from babyllama_ds.plan.corpus import PlannedCorpus, cut
+from babyllama_ds.spec.job import JobSpec, ModelSpec, TrainingSpec
+from babyllama_ds.training.batches import check_warmup, steps_per_epoch, total_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFlops:
+    """FLOPs of one training, over all ranks."""
+
+    training: int
+    """The trained model, forward and backward."""
+    teachers: int
+    """The teachers, forward."""
+    evaluation: int
+    """The trained model on development windows, during training and after."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.training + self.teachers + self.evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStage:
+    """One training."""
+
+    name: str
+    """`teachers/NAME`, `student` or `control`."""
+    key: str
+    """The key path of its training in the job."""
+    spec: ModelSpec
+    training: TrainingSpec
+    sizes: ModelSizes
+    steps: int
+    tokens: int
+    """Tokens seen, all ranks and epochs together; padding of a short last batch included."""
+    flops: StageFlops
+    distilled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedTeacher:
+    """A member of the ensemble."""
+
+    name: str
+    spec: ModelSpec
+    sizes: ModelSizes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStages:
+    """What the job trains, in order, and its ensemble."""
+
+    stages: Sequence[PlannedStage]
+    teachers: Sequence[PlannedTeacher]
+    num_windows: int
+    """Training windows of an epoch."""
+    distinct_windows: int | None
+    """Windows that differ, over all epochs; none: each epoch has its own."""
+
+
+def plan_stages(job: JobSpec, corpus: PlannedCorpus) -> PlannedStages:
+    """Every training of `job`.
+
+    Raises:
+        ModelError: a configuration that cannot be read or does not fit the vocabulary.
+        JobError: a warm-up longer than its training.
+        DataError: a corpus shorter than a window.
+    """
+    teachers = [
+        PlannedTeacher(
+            name=teacher.name,
+            spec=teacher.model,
+            sizes=model_sizes(
+                teacher.model, corpus.vocab_size, where=f"teachers.{teacher.name}.model"
+            ),
+        )
+        for teacher in job.teachers
+    ]
+    windows = cut(job, corpus.train_tokens)
+    planner = _Planner(job, corpus, windows, teachers)
+    stages = [
+        planner.stage(f"teachers/{teacher.name}", teacher.model, one.sizes, teacher.training)
+        for teacher, one in zip(job.teachers, teachers, strict=True)
+        if teacher.training is not None
+    ]
+    sizes = model_sizes(job.student.model, corpus.vocab_size, where="student.model")
+    stages.append(planner.stage("student", job.student.model, sizes, job.student.training))
+    if job.control is not None:
+        training = job.control.training or job.student.training
+        stages.append(planner.stage("control", job.student.model, sizes, training))
+    return PlannedStages(
+        stages=stages,
+        teachers=teachers,
+        num_windows=windows.num_windows,
+        distinct_windows=windows.num_distinct,
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    job: JobSpec
+    corpus: PlannedCorpus
+    windows: TrainWindows
+    teachers: Sequence[PlannedTeacher]
+
+    def stage(
+        self, name: str, spec: ModelSpec, sizes: ModelSizes, training: TrainingSpec
+    ) -> PlannedStage:
+        num_windows, length = self.windows.num_windows, self.windows.length
+        key = f"{name.replace('/', '.')}.training"
+        check_warmup(training, num_windows, length, where=key)
+        steps = total_steps(training, num_windows, length)
+        tokens = steps * training.batch_windows * length
+        distilled = name == "student"
+        flops = StageFlops(
+            training=tokens * sizes.training_flops(length, self.corpus.vocab_size),
+            teachers=self._teacher_flops(tokens) if distilled else 0,
+            evaluation=self._evaluation_flops(sizes, training, steps),
+        )
+        return PlannedStage(
+            name=name,
+            key=key,
+            spec=spec,
+            training=training,
+            sizes=sizes,
+            steps=steps,
+            tokens=tokens,
+            flops=flops,
+            distilled=distilled,
+        )
+
+    def _teacher_flops(self, tokens: int) -> int:
+        """Backbones and heads on every token; what a cache keeps, on distinct windows alone."""
+        length, cache = self.windows.length, self.job.distillation.cache
+        distinct = (self.windows.num_distinct or 0) * length
+        through_backbones = tokens if cache == "none" else distinct
+        through_heads = distinct if cache == "topk" else tokens
+        return sum(
+            through_backbones * teacher.sizes.backbone_flops(length)
+            + through_heads * teacher.sizes.head_flops(self.corpus.vocab_size)
+            for teacher in self.teachers
+        )
+
+    def _evaluation_flops(self, sizes: ModelSizes, training: TrainingSpec, steps: int) -> int:
+        """Forward passes over development windows, during training and at the end."""
+        if self.corpus.dev_tokens is None:
+            return 0
+        length = self.windows.length
+        available = self.corpus.dev_tokens // length
+        every = training.evaluate_every_steps or steps_per_epoch(training, self.windows.num_windows)
+        times = steps // every + (steps % every > 0)
+        during = times * min(available, training.evaluate_windows or available)
+        after = min(available, self.job.evaluation.dev_windows or available)
+        return (during + after) * length * sizes.forward_flops(length, self.corpus.vocab_size)

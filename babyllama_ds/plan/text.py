@@ -1,0 +1,280 @@
+"""A plan as text for people, or as JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from babyllama_ds.plan.memory import Item
+from babyllama_ds.plan.planner import Plan, RankCount
+from babyllama_ds.report.formatting import MISSING, count, duration, number
+from babyllama_ds.spec.deepspeed import micro_batch
+
+GIB = 2**30
+MIB = 2**20
+_GAP = "  "
+
+
+def gibibytes(num_bytes: int) -> str:
+    """A size with its unit: 21.3 GiB."""
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def render_plan(plan: Plan) -> str:
+    """Four tables and the assumptions; every number with its unit."""
+    parts = [
+        _title(plan),
+        _stages(plan),
+        _times(plan),
+        _memory(plan),
+        _disk(plan),
+        "assumptions\n" + "\n".join(f"  {line}" for line in plan.assumptions),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def render_json(plan: Plan) -> str:
+    """`plan_as_json` as text."""
+    return json.dumps(plan_as_json(plan), indent=2) + "\n"
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """The same, in tokens, FLOPs, bytes and seconds."""
+    return {
+        "job": plan.job.run_name,
+        "machine": {
+            "name": plan.machine.name,
+            "device": plan.machine.device,
+            "memory_bytes": plan.machine.memory_bytes,
+            "peak_flops": plan.machine.peak_flops,
+        },
+        "precision": plan.precision,
+        "corpus": {
+            "train_tokens": plan.corpus.train_tokens,
+            "dev_tokens": plan.corpus.dev_tokens,
+            "vocab_size": plan.corpus.vocab_size,
+            "source": plan.corpus.source,
+            "windows": plan.work.num_windows,
+            "distinct_windows": plan.work.distinct_windows,
+        },
+        "models": {
+            **{teacher.name: teacher.sizes.params for teacher in plan.work.teachers},
+            **{s.name: s.sizes.params for s in plan.work.stages if "/" not in s.name},
+        },
+        "stages": {
+            stage.name: {
+                "params": stage.sizes.params,
+                "steps": stage.steps,
+                "tokens": stage.tokens,
+                "flops": {
+                    "training": stage.flops.training,
+                    "teachers": stage.flops.teachers,
+                    "evaluation": stage.flops.evaluation,
+                },
+            }
+            for stage in plan.work.stages
+        },
+        "ranks": {str(one.ranks): _count_as_json(plan, one) for one in plan.counts},
+        "disk_bytes": {item.name: item.bytes for item in plan.disk},
+        "assumptions": list(plan.assumptions),
+    }
+
+
+def _count_as_json(plan: Plan, one: RankCount) -> dict[str, Any]:
+    return {
+        "impossible": one.impossible,
+        "fits": None if plan.machine.memory_bytes is None else plan.fits(one),
+        "usable_bytes": plan.usable_bytes(one.ranks),
+        "seconds": one.seconds,
+        "stages": {
+            name: {
+                "peak": memory.peak,
+                "peak_bytes": memory.peak_bytes,
+                "host_bytes": memory.host_bytes,
+                "moments": {moment: dict(items) for moment, items in memory.moments.items()},
+            }
+            for name, memory in one.memory.items()
+        },
+    }
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def _title(plan: Plan) -> str:
+    machine = plan.machine
+    where = f"{machine.device}, {plan.precision}"
+    if machine.memory_bytes is not None:
+        where += f", {machine.name} ({number(machine.memory_bytes / GIB, 0)} GiB)"
+    exact = "" if plan.corpus.source == "store" else "about "
+    loaded = [
+        f"{teacher.name} {count(teacher.sizes.params)}"
+        for teacher in plan.work.teachers
+        if f"teachers/{teacher.name}" not in {stage.name for stage in plan.work.stages}
+    ]
+    lines = [
+        f"plan of {plan.job.run_name} on {where}",
+        f"corpus: {exact}{count(plan.corpus.train_tokens)} training tokens, "
+        f"{plan.work.num_windows:,} windows of {plan.job.windows.length} an epoch, "
+        f"vocabulary {plan.corpus.vocab_size:,}",
+    ]
+    if loaded:
+        lines.append(f"teachers loaded, not trained: {', '.join(loaded)} parameters")
+    return "\n".join(lines)
+
+
+def _stages(plan: Plan) -> str:
+    flops = [
+        [s.flops.training, s.flops.teachers, s.flops.evaluation, s.flops.total]
+        for s in plan.work.stages
+    ]
+    total = sum(row[-1] for row in flops)
+    unit, size = ("PFLOP", 1e15) if total >= 1e15 else ("TFLOP", 1e12)
+    rows = [
+        [
+            stage.name,
+            f"{stage.sizes.params:,}",
+            f"{stage.steps:,}",
+            count(stage.tokens),
+            *(_three_digits(value / size) for value in row),
+        ]
+        for stage, row in zip(plan.work.stages, flops, strict=True)
+    ]
+    rows.append(["all", *[""] * 6, _three_digits(total / size)])
+    header = ["stage", "parameters", "steps", "tokens", "training", "teachers", "evaluation", "all"]
+    return f"work, matrix products in {unit}\n" + _table(header, rows)
+
+
+def _times(plan: Plan) -> str:
+    """Time by stage; none where no speed is known."""
+    timed = [one for one in plan.counts if one.seconds]
+    if not timed:
+        return ""
+
+    def cell(one: RankCount, name: str) -> str:
+        return duration(one.seconds[name]) if one.seconds else MISSING
+
+    rows = [
+        [stage.name, *(cell(one, stage.name) for one in plan.counts)] for stage in plan.work.stages
+    ]
+    rows.append(["all", *(duration(_all(one.seconds)) for one in plan.counts)])
+    return "time\n" + _table(_header("stage", plan.counts), rows)
+
+
+def _all(seconds: dict[str, float] | None) -> float | None:
+    return sum(seconds.values()) if seconds else None
+
+
+def _memory(plan: Plan) -> str:
+    """The hungriest stage's items for each rank count, then every stage's peak."""
+    possible = [one for one in plan.counts if one.impossible is None]
+    name = possible[0].hungriest
+    unit = _unit(possible[0].memory[name].peak_bytes)
+    rows = _Rows(plan.counts, unit)
+    for item in _items(possible, name):
+        rows.size(item, partial(_item_bytes, name=name, item=item))
+    rows.size(f"peak of {name}", partial(_peak_bytes, name=name))
+    rows.add("  reached at", lambda one: one.memory[name].peak)
+    rows.add("  windows in a micro-batch", partial(_micro_batch, plan=plan, name=name))
+    for other in possible[0].memory:
+        if other != name:
+            rows.size(f"peak of {other}", partial(_peak_bytes, name=other))
+    if _host_bytes(possible[0]):
+        rows.size("host memory of rank 0", _host_bytes)
+    if plan.machine.memory_bytes is not None:
+        rows.size("usable", lambda one: plan.usable_bytes(one.ranks) or 0)
+        rows.add("fits", lambda one: "yes" if plan.fits(one) else "NO")
+    notes = [f"  {one.ranks} ranks: {one.impossible}" for one in plan.counts if one.impossible]
+    title = f"memory of a rank in {unit}, item by item for the stage that needs most, {name}"
+    return "\n".join([title, _table(_header("item", plan.counts), rows.rows), *notes])
+
+
+class _Rows:
+    """Rows of a table with a column for each rank count; a dash where the job cannot be cut."""
+
+    def __init__(self, counts: Sequence[RankCount], unit: str) -> None:
+        self.counts = counts
+        self.unit = unit
+        self.rows: list[list[str]] = []
+
+    def add(self, label: str, cell: Callable[[RankCount], str]) -> None:
+        """A row of texts."""
+        cells = (MISSING if one.impossible else cell(one) for one in self.counts)
+        self.rows.append([label, *cells])
+
+    def size(self, label: str, num_bytes: Callable[[RankCount], int]) -> None:
+        """A row of sizes."""
+        self.add(label, lambda one: _size(num_bytes(one), self.unit))
+
+
+def _items(counts: Sequence[RankCount], name: str) -> list[Item]:
+    """What there is at any rank count's peak, in order."""
+    found = (item for one in counts for item, b in one.memory[name].items.items() if b)
+    return list(dict.fromkeys(found))
+
+
+def _item_bytes(one: RankCount, *, name: str, item: Item) -> int:
+    return one.memory[name].items.get(item, 0)
+
+
+def _peak_bytes(one: RankCount, *, name: str) -> int:
+    return one.memory[name].peak_bytes
+
+
+def _host_bytes(one: RankCount) -> int:
+    return max(memory.host_bytes for memory in one.memory.values())
+
+
+def _micro_batch(one: RankCount, *, plan: Plan, name: str) -> str:
+    stage = next(stage for stage in plan.work.stages if stage.name == name)
+    return str(micro_batch(stage.training, one.ranks))
+
+
+def _disk(plan: Plan) -> str:
+    total = sum(item.bytes for item in plan.disk)
+    unit = _unit(total)
+    rows = [
+        [item.name, _size(item.bytes, unit), "stays" if item.stays else "while training"]
+        for item in plan.disk
+        if item.bytes
+    ]
+    rows.append(["all", _size(total, unit), ""])
+    return f"disk in {unit}\n" + _table(["files", "size", ""], rows)
+
+
+def _header(first: str, counts: Sequence[RankCount]) -> list[str]:
+    return [first, *(f"{o.ranks} rank" if o.ranks == 1 else f"{o.ranks} ranks" for o in counts)]
+
+
+def _unit(num_bytes: int) -> str:
+    return "GiB" if num_bytes >= GIB else "MiB"
+
+
+def _size(num_bytes: int, unit: str) -> str:
+    if not num_bytes:
+        return MISSING
+    return number(num_bytes / GIB, 2) if unit == "GiB" else number(num_bytes / MIB, 1)
+
+
+def _three_digits(value: float) -> str:
+    """A number to three digits, or to its last whole one."""
+    if not value:
+        return MISSING
+    return number(value, max(0, 2 - math.floor(math.log10(value))))
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns in plain text: the first to the left, numbers to the right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        _GAP.join(
+            text.ljust(width) if index == 0 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "\n".join(f"  {line.rstrip()}" for line in lines)

@@ -1,0 +1,55 @@
+"""Activation bytes against what autograd is seen to save, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from babyllama_ds.models.sizes import sizes_of
+from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes
+
+DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("gpt2", {}),
+    ("gpt2", {"n_inner": 40}),
+    ("gpt2", DROPOUT),
+]
+
+
+def saved_by_autograd(model: nn.Module, *, windows: int, length: int) -> int:
+    """Bytes of every storage that the backbone's forward pass saves, weights left out."""
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held: no address comes twice
+        return tensor
+
+    ids_BS = torch.randint(0, 61, (windows, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train().base_model(input_ids=ids_BS, use_cache=False)  # type: ignore[operator]
+    return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize(("kind", "changes"), MODELS)
+def test_what_autograd_saves(
+    kind: str,
+    changes: dict[str, Any],
+    kernel: str,
+    precision: torch.dtype,
+    tiny_model: Callable[..., Any],
+) -> None:
+    model = tiny_model(kind, attn_implementation=kernel, **changes).to(precision)
+    shape = MicroBatchShape(
+        windows=3, length=17, kernel=kernel, element_bytes=precision.itemsize, device="cpu"
+    )
+    measured = saved_by_autograd(model, windows=3, length=17)
+    assert saved_bytes(sizes_of(model.config), shape) == measured

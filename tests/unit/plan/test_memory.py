@@ -1,0 +1,155 @@
+"""Memory items against numbers computed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from babyllama_ds.models.sizes import ModelSizes
+from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes
+from babyllama_ds.plan.memory import HeldTeacher, StageShape, chunk_bytes, rank_memory
+
+ZERO2: dict[str, Any] = {
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000},
+    "bf16": {"enabled": True},
+}
+STUDENT = ModelSizes(
+    family="llama",
+    params=10_000,
+    backbone_weights=7_000,
+    head_rows=100,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_size=4,
+    intermediate_size=32,
+    dropout=0.0,
+)
+TEACHER = replace(STUDENT, params=40_000, hidden_size=32, head_rows=128)
+MICRO = MicroBatchShape(windows=4, length=8, kernel="sdpa", element_bytes=2, device="cuda")
+STAGE = StageShape(
+    model=STUDENT,
+    micro=MICRO,
+    accumulation=1,
+    ranks=4,
+    vocab_size=100,
+    chunk_tokens=5,
+    teachers=(),
+    work_spaces=1,
+    cache_bytes=0,
+    filling=(),
+    evaluation_tokens=64,
+    deepspeed=ZERO2,
+)
+
+
+def test_the_engine_under_zero_2() -> None:
+    items = rank_memory(STAGE).moments["backward"]
+    assert items["parameters"] == 20_000  # 2 bytes each, whole
+    assert items["master weights, fp32"] == 10_000  # 4 bytes, a quarter
+    assert items["moments, fp32"] == 20_000  # two of them
+    assert items["gradients, fp32"] == 10_000  # the owned quarter
+    # One bf16 buffer of 1,000 elements; its flattened copy in bf16 and in fp32.
+    assert items["gradient buckets"] == 2_000 + 2_000 + 4_000
+
+
+@pytest.mark.parametrize(
+    ("stage", "masters", "gradients"), [(0, 40_000, 40_000), (1, 10_000, 40_000)]
+)
+def test_lower_zero_stages_share_less(stage: int, masters: int, gradients: int) -> None:
+    config = {**ZERO2, "zero_optimization": {"stage": stage}}
+    items = rank_memory(replace(STAGE, deepspeed=config)).moments["backward"]
+    assert items["master weights, fp32"] == masters
+    assert items["gradients, fp32"] == gradients
+
+
+def test_two_buffers_where_reduction_runs_beside_the_backward_pass() -> None:
+    config = {**ZERO2, "zero_optimization": {**ZERO2["zero_optimization"], "overlap_comm": True}}
+    items = rank_memory(replace(STAGE, deepspeed=config)).moments["backward"]
+    assert items["gradient buckets"] == 2 * 2_000 + 2_000 + 4_000
+
+
+def test_a_bucket_larger_than_the_model_is_allocated_whole_on_a_card_alone() -> None:
+    config = {**ZERO2, "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000}}
+    on_card = rank_memory(replace(STAGE, deepspeed=config)).moments["backward"]
+    assert on_card["gradient buckets"] == 100_000 + 60_000
+    assert on_card["activations"] == 0  # the only reduction ends the backward pass
+    on_cpu = replace(STAGE, deepspeed=config, micro=replace(MICRO, device="cpu"))
+    assert rank_memory(on_cpu).moments["backward"]["gradient buckets"] == 20_000 + 60_000
+
+
+def test_gradients_outlive_a_micro_batch_only_under_accumulation() -> None:
+    assert rank_memory(STAGE).moments["forward"]["gradients, fp32"] == 0
+    accumulated = rank_memory(replace(STAGE, accumulation=2)).moments["forward"]
+    assert accumulated["gradients, fp32"] == 10_000
+
+
+def test_the_loss() -> None:
+    teachers = [HeldTeacher(sizes=TEACHER, live=True), HeldTeacher(sizes=TEACHER, live=False)]
+    stage = replace(STAGE, teachers=teachers, work_spaces=3, cache_bytes=7)
+    # Five positions: student's and two teachers' logits in bf16, three work spaces in fp32.
+    assert chunk_bytes(stage) == 5 * 100 * (3 * 2 + 3 * 4)
+    assert chunk_bytes(STAGE) == 5 * 100 * (2 + 4)
+    assert chunk_bytes(replace(STAGE, micro=replace(MICRO, device="cpu"))) == 5 * 100 * 2
+    items = rank_memory(stage).moments["forward"]
+    assert items["teachers"] == 2 * 40_000 + 2 * 128 * 32  # one whole, of the other its head
+    assert items["teachers' hidden states"] == 32 * (32 + 32) * 2
+    assert items["teacher cache"] == 7
+    # The head's gradient: fp32 sum and bf16 cast; states and their gradient, bf16; 16 B a position.
+    assert items["gradients of head and states"] == 6 * 100 * 16 + 32 * (4 * 16 + 16)
+    assert items["activations"] == saved_bytes(STUDENT, MICRO)
+
+
+def test_fp32_has_no_cast_copies() -> None:
+    stage = replace(
+        STAGE,
+        micro=replace(MICRO, element_bytes=4),
+        deepspeed={"zero_optimization": ZERO2["zero_optimization"]},
+    )
+    memory = rank_memory(stage)
+    assert memory.moments["backward"]["parameters"] == 40_000
+    assert memory.moments["backward"]["gradient buckets"] == 4_000 + 4_000
+    head_and_states = memory.moments["forward"]["gradients of head and states"]
+    assert head_and_states == 4 * 100 * 16 + 32 * (8 * 16 + 16)
+
+
+def test_the_peak_is_the_highest_point() -> None:
+    memory = rank_memory(STAGE)
+    sums = {moment: sum(items.values()) for moment, items in memory.moments.items()}
+    assert memory.peak_bytes == max(sums.values()) == sums[memory.peak]
+    assert memory.items == memory.moments[memory.peak]
+
+
+def test_a_checkpoint_is_gathered_in_host_memory() -> None:
+    """Masters and moments, 12 bytes a parameter, and the best weights; on a CPU beside the rest."""
+    assert rank_memory(STAGE).host_bytes == 14 * 10_000
+    assert "checkpoint" not in rank_memory(STAGE).moments
+    on_cpu = rank_memory(replace(STAGE, micro=replace(MICRO, device="cpu")))
+    assert on_cpu.host_bytes == 0
+    assert on_cpu.moments["checkpoint"]["gathered checkpoint"] == 12 * 10_000
+    assert on_cpu.moments["checkpoint"]["best weights"] == 2 * 10_000
+
+
+def test_on_a_cpu_the_allocator_keeps_a_share_of_what_is_freed() -> None:
+    micro = replace(MICRO, device="cpu")
+    items = rank_memory(replace(STAGE, micro=micro)).moments["forward"]
+    assert items["kept by the allocator"] == round(0.5 * items["activations"])
+    assert rank_memory(STAGE).moments["forward"]["kept by the allocator"] == 0
+    backward = rank_memory(replace(STAGE, micro=micro)).moments["backward"]
+    assert backward["activations"] == items["activations"]  # nor is it given back
+    assert backward["kept by the allocator"] == items["kept by the allocator"]
+
+
+def test_filling_a_cache() -> None:
+    """The student is not there yet; of teachers one after another the largest counts."""
+    small = replace(TEACHER, params=30_000)
+    by_turns = rank_memory(replace(STAGE, filling=[[small], [TEACHER]])).moments["cache"]
+    at_once = rank_memory(replace(STAGE, filling=[[small, TEACHER]])).moments["cache"]
+    assert by_turns["teachers"] == 2 * 40_000
+    assert at_once["teachers"] == 2 * 70_000
+    assert "parameters" not in by_turns
+    # 32 tokens: the stream twice in bf16 and twice in fp32, and three MLP tensors in bf16.
+    assert by_turns["work of a layer"] == 32 * (32 * 12 + 3 * 2 * 32)

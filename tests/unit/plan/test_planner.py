@@ -1,0 +1,244 @@
+"""Plans of whole jobs: tokens, steps, FLOPs, time and disk against arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
+from babyllama_ds.corpus.windows import TrainWindows
+from babyllama_ds.errors import DataError, JobError
+from babyllama_ds.plan.corpus import bytes_a_token, plan_corpus
+from babyllama_ds.plan.machines import USABLE, UTILISATION
+from babyllama_ds.plan.planner import Question, plan_job
+from babyllama_ds.plan.rates import Rate
+from babyllama_ds.plan.text import plan_as_json, render_plan
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.store import Store
+
+Job = Callable[..., JobSpec]
+ON_CPU = "deepspeed.device=cpu"
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+def test_tokens_are_exact_where_the_store_has_them(nursery: Job, tmp_path: Path) -> None:
+    job = nursery("corpus.words=4000", "corpus.dev_words=1000", "tokenizer.vocab_size=400")
+    assert plan_corpus(job, runs=tmp_path, tokens=None).source == "estimate"
+    corpus = open_corpus(prepare_corpus(job, Store(tmp_path / "store"), lambda: None))
+    before = sorted((tmp_path / "store").rglob("*"))
+    planned = plan_corpus(job, runs=tmp_path, tokens=None)
+    assert planned.source == "store"
+    assert planned.train_tokens == corpus.shards.num_tokens("train")
+    assert planned.dev_tokens == corpus.shards.num_tokens("dev")
+    assert planned.vocab_size == 400
+    assert sorted((tmp_path / "store").rglob("*")) == before
+    other = nursery("corpus.words=4000", "corpus.dev_words=1000", "tokenizer.vocab_size=401")
+    assert plan_corpus(other, runs=tmp_path, tokens=None).source == "estimate"
+
+
+def test_tokens_are_estimated_from_the_size_of_the_text(files_job: Job, tmp_path: Path) -> None:
+    planned = plan_corpus(files_job("tokenizer.vocab_size=800"), runs=tmp_path, tokens=None)
+    assert planned.train_tokens == round(10_000 / 2.21)
+    assert planned.dev_tokens == round(2_000 / 2.21)
+    assert planned.assumption == (
+        "2.21 bytes of text a token (English, vocabulary 800), nothing lost in cleaning"
+    )
+
+
+def test_bytes_a_token_lie_between_the_measured_ones() -> None:
+    assert bytes_a_token(8_192) == 3.12
+    assert 3.12 < bytes_a_token(12_000) < 3.27
+    assert bytes_a_token(260) == 2.21
+    assert bytes_a_token(100_000) == 3.38
+
+
+def test_given_tokens_need_no_text(nursery: Job, tmp_path: Path) -> None:
+    split = "corpus={kind: files, train: ['/no/such/*.train'], split: {kind: tail, fraction: 0.2}}"
+    planned = plan_corpus(nursery(split), runs=tmp_path, tokens=8_000)
+    assert (planned.train_tokens, planned.dev_tokens, planned.source) == (8_000, 2_000, "--tokens")
+
+
+def test_missing_text_names_the_way_out(nursery: Job, tmp_path: Path) -> None:
+    split = "corpus={kind: files, train: ['/no/such/*.train'], split: {kind: tail}}"
+    with pytest.raises(DataError) as caught:
+        plan_corpus(nursery(split), runs=tmp_path, tokens=None)
+    assert str(caught.value) == (
+        f"corpus: got '/no/such/*.train', which matches nothing from {Path.cwd()}, "
+        "expected the job's text, to estimate its tokens\n"
+        "    hint: give --tokens N, the tokens of the training text, to plan without it"
+    )
+
+
+# -- work ------------------------------------------------------------------------------------------
+
+
+def test_steps_tokens_and_flops(nursery: Job, tmp_path: Path) -> None:
+    job = nursery(
+        ON_CPU,
+        "student.training.epochs=2",
+        "student.training.warmup_steps=1",
+        "control=null",
+    )
+    plan = plan_job(job, Question(tokens=64 * 101, runs=tmp_path))
+    assert plan.work.num_windows == 100  # one is spared for random offsets
+    stages = {stage.name: stage for stage in plan.work.stages}
+    assert list(stages) == ["teachers/gpt2", "teachers/llama", "student"]
+    student = stages["student"]
+    assert student.steps == 8  # 4 of 32 windows an epoch, the last one short
+    assert student.tokens == 8 * 32 * 64
+    assert student.flops.training == student.tokens * 3 * student.sizes.forward_flops(64, 800)
+    teachers = sum(teacher.sizes.forward_flops(64, 800) for teacher in plan.work.teachers)
+    assert student.flops.teachers == student.tokens * teachers
+    assert stages["teachers/gpt2"].flops.teachers == 0
+
+
+def test_evaluations_are_counted(nursery: Job, tmp_path: Path) -> None:
+    job = nursery(
+        ON_CPU,
+        "corpus.words=4000",
+        "corpus.dev_words=1000",
+        "student.training.max_steps=7",
+        "student.training.warmup_steps=1",
+        "student.training.evaluate_every_steps=3",
+        "student.training.evaluate_windows=5",
+        "evaluation.dev_windows=8",
+    )
+    plan = plan_job(job, Question(runs=tmp_path))
+    student = next(stage for stage in plan.work.stages if stage.name == "student")
+    windows = 3 * 5 + 8  # after steps 3, 6 and 7; at the end
+    assert student.flops.evaluation == windows * 64 * student.sizes.forward_flops(64, 800)
+
+
+def test_a_cache_runs_the_backbones_once(nursery: Job, tmp_path: Path) -> None:
+    phases = "windows.offsets={phases: 2}"
+
+    def teachers(cache: str) -> int:
+        job = nursery(ON_CPU, phases, f"distillation.cache={cache}")
+        plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
+        return plan.work.stages[2].flops.teachers
+
+    plan = plan_job(nursery(ON_CPU, phases), Question(tokens=64 * 100, runs=tmp_path))
+    assert plan.work.distinct_windows == 2 * 99
+    distinct, tokens = 2 * 99 * 64, plan.work.stages[2].tokens
+    sizes = [teacher.sizes for teacher in plan.work.teachers]
+    backbones = sum(one.backbone_flops(64) for one in sizes)
+    heads = sum(one.head_flops(800) for one in sizes)
+    assert teachers("none") == tokens * (backbones + heads)
+    assert teachers("hidden") == distinct * backbones + tokens * heads
+    assert teachers("topk") == distinct * (backbones + heads)
+
+
+def test_disk(nursery: Job, tmp_path: Path) -> None:
+    job = nursery(ON_CPU, "windows.offsets=fixed", "distillation.cache=hidden")
+    plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
+    items = {item.name: item.bytes for item in plan.disk}
+    gpt2, llama = (teacher.sizes.params for teacher in plan.work.teachers)
+    student = plan.work.stages[2].sizes.params
+    assert items["models"] == 2 * (gpt2 + llama + 2 * student)  # bf16; the control too
+    assert items["token shards"] == 2 * 6_400
+    assert items["teacher cache"] == 100 * 64 * (192 + 192) * 2
+    assert items["checkpoints (2, and one being written)"] == 3 * 14 * llama
+    job = nursery(ON_CPU, "windows.offsets=fixed", "distillation.cache=topk")
+    plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
+    items = {item.name: item.bytes for item in plan.disk}
+    assert items["teacher cache"] == 100 * 64 * 64 * (4 + 2)  # fp32 and a 16-bit id, k = 64
+
+
+def test_time_at_a_measured_rate(nursery: Job, tmp_path: Path) -> None:
+    question = Question(tokens=6_500, runs=tmp_path, rate=Rate(1_000, "tok/s"))
+    plan = plan_job(nursery(ON_CPU, "control=null"), question)
+    student = plan.work.stages[2]
+    one, two = plan.counts[0].seconds, plan.counts[1].seconds
+    assert one is not None
+    assert two is not None
+    trained = student.flops.training + student.flops.teachers
+    evaluated = student.tokens / 1_000 * student.flops.evaluation / trained
+    assert one["student"] == pytest.approx(student.tokens / 1_000 + evaluated)
+    assert two["student"] == pytest.approx(one["student"] / 2)
+    per_flop = one["student"] / student.flops.total
+    assert one["teachers/gpt2"] == pytest.approx(plan.work.stages[0].flops.total * per_flop)
+
+
+def test_time_and_room_of_a_named_card(nursery: Job, tmp_path: Path) -> None:
+    plan = plan_job(nursery(), Question(tokens=6_500, runs=tmp_path, gpu="rtx 3090"))
+    assert (plan.machine.name, plan.machine.device) == ("RTX3090", "cuda")
+    assert plan.usable_bytes(8) == int(24 * 2**30 * USABLE)
+    seconds = plan.counts[0].seconds
+    assert seconds is not None
+    student = plan.work.stages[2]
+    assert seconds["student"] == pytest.approx(student.flops.total / (71e12 * UTILISATION))
+    assert all(plan.fits(count) for count in plan.counts)
+
+
+def test_no_speed_no_time(nursery: Job, tmp_path: Path) -> None:
+    plan = plan_job(nursery(ON_CPU), Question(tokens=6_500, runs=tmp_path))
+    assert {count.seconds for count in plan.counts} == {None}
+    assert "time: not known; name a card with --gpu or give a measured --rate" in plan.assumptions
+
+
+# -- ranks -----------------------------------------------------------------------------------------
+
+
+def test_rank_counts_that_do_not_divide_the_batch_are_told(nursery: Job, tmp_path: Path) -> None:
+    job = nursery(ON_CPU, "student.training.batch_windows=6")
+    plan = plan_job(job, Question(tokens=6_500, runs=tmp_path))
+    assert [count.impossible is None for count in plan.counts] == [True, True, False, False]
+    assert plan.counts[2].impossible == (
+        "student.training.batch_windows: got 6 windows for 4 ranks, expected a multiple of 4"
+    ).replace("got ", "")
+    assert "–" in render_plan(plan)
+    with pytest.raises(JobError, match=r"--ranks: got 4, 8, expected at least one number"):
+        plan_job(job, Question(tokens=6_500, runs=tmp_path, ranks=(4, 8)))
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def test_the_text_says_what_it_is_about(nursery: Job, tmp_path: Path) -> None:
+    question = Question(tokens=6_500, runs=tmp_path, gpu="H100", ranks=(1, 2))
+    text = render_plan(plan_job(nursery(), question))
+    assert text.startswith("plan of nursery-1 on cuda, bf16, H100 (80 GiB)\n")
+    for wanted in (
+        "corpus: about 6.50 k training tokens, 100 windows of 64 an epoch, vocabulary 800",
+        "861,312",
+        "memory of a rank in MiB",
+        "peak of student",
+        "assumptions\n  tokens: 6,500 training tokens, as given by --tokens",
+        "20% of the H100's 989 TFLOP/s",
+    ):
+        assert wanted in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_the_json_holds_the_same(nursery: Job, tmp_path: Path) -> None:
+    plan = plan_job(nursery(), Question(tokens=6_500, runs=tmp_path, gpu="H100", ranks=(1, 2)))
+    data = json.loads(json.dumps(plan_as_json(plan)))
+    assert data["models"]["student"] == 861_312
+    assert data["ranks"]["2"]["fits"] is True
+    stage = data["ranks"]["1"]["stages"]["student"]
+    assert stage["peak_bytes"] == plan.counts[0].memory["student"].peak_bytes
+    assert stage["peak_bytes"] == sum(stage["moments"][stage["peak"]].values())
+    assert data["stages"]["student"]["flops"]["training"] == plan.work.stages[2].flops.training
+
+
+# -- the real windows ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offsets", ["fixed", "random", "{phases: 3}"])
+def test_windows_are_those_of_training(offsets: str, nursery: Job, tmp_path: Path) -> None:
+    job = nursery(
+        ON_CPU,
+        f"windows.offsets={offsets}",
+        "corpus.words=4000",
+        "corpus.dev_words=1000",
+        "tokenizer.vocab_size=400",
+    )
+    corpus = open_corpus(prepare_corpus(job, Store(tmp_path / "store"), lambda: None))
+    spec = job.windows
+    real = TrainWindows(corpus.shards, length=spec.length, offsets=spec.offsets, seed=5)
+    assert plan_job(job, Question(runs=tmp_path)).work.num_windows == real.num_windows

@@ -1,0 +1,195 @@
+"""What cannot fit is refused with what would; each piece of advice is planned anew here too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from babyllama_ds.errors import JobError, MachineError
+from babyllama_ds.plan import machines
+from babyllama_ds.plan.planner import Plan, Question, plan_job
+from babyllama_ds.plan.rates import Rate, read_rate
+from babyllama_ds.plan.remedies import check_fits
+from babyllama_ds.spec.job import JobSpec
+
+Reload = Callable[[Sequence[str]], JobSpec]
+LARGE = (
+    "student.model={kind: llama, hidden_size: 960, num_layers: 32, num_heads: 15, "
+    "num_kv_heads: 5, intermediate_size: 2560, max_positions: 128}"
+)
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, reload_nursery: Callable[[Sequence[str]], Reload]
+) -> Callable[..., tuple[str, Reload, Question]]:
+    """The text of a job's refusal, and what its advice can be tried with."""
+
+    def make(*overrides: str, ranks: Sequence[int] = (1,), gpu: str = "L4"):
+        reload = reload_nursery(overrides)
+        question = Question(tokens=65_000, runs=tmp_path, gpu=gpu, ranks=ranks)
+        with pytest.raises(MachineError) as caught:
+            check_fits(plan_job(reload(()), question), reload)
+        return str(caught.value), reload, question
+
+    return make
+
+
+def planned(reload: Reload, question: Question, overrides: Sequence[str]) -> Plan:
+    return plan_job(reload(overrides), question)
+
+
+def test_a_smaller_micro_batch(refused: Callable[..., tuple[str, Reload, Question]]) -> None:
+    text, reload, question = refused(
+        LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1"
+    )
+    assert text.startswith("nursery-1 on 1 rank of L4: got peaks of student ")
+    assert "control " in text
+    assert "expected at most 22.1 GiB, what tensors may use" in text
+    assert "each of these was planned anew and fits:" in text
+    advice = re.search(r"student\.training\.micro_batch=(\d+)", text)
+    assert advice is not None
+    micro = int(advice[1])
+    for size, fits in ((micro, True), (2 * micro, False)):
+        plan = planned(reload, question, [f"student.training.micro_batch={size}"])
+        assert plan.fits(plan.counts[0]) is fits
+
+
+def test_more_ranks(refused: Callable[..., tuple[str, Reload, Question]]) -> None:
+    text, reload, question = refused(
+        LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1"
+    )
+    advice = re.search(r"--ranks (\d+)", text)
+    assert advice is not None
+    more = Question(tokens=65_000, runs=question.runs, gpu="L4", ranks=(int(advice[1]),))
+    assert planned(reload, more, ()).fits(planned(reload, more, ()).counts[0])
+
+
+def test_what_is_not_offered_is_said_as_that(
+    refused: Callable[..., tuple[str, Reload, Question]],
+) -> None:
+    huge = "student.model={kind: llama, hidden_size: 4096, num_layers: 32, num_heads: 32, "
+    text, _, _ = refused(huge + "intermediate_size: 11008, max_positions: 128}", ranks=(1, 2))
+    assert text.startswith("nursery-1 on 2 ranks of L4: got peaks of student ")
+    assert "no change of the job's own settings was found to fit: take a larger card" in text
+    assert "not offered yet: an optimizer offloaded to host memory; it would save" in text
+    assert "not offered yet: teachers split over 2 ranks (tensor parallel); it would save" in text
+    assert "which alone would not be enough" in text
+
+
+def test_a_cache_takes_large_teachers_off_the_card(
+    refused: Callable[..., tuple[str, Reload, Question]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two loaded teachers of 0.7 GB each; the student trains in a fraction of that."""
+    monkeypatch.setitem(machines.CARDS, "TINY", (1, 1.0))
+    LlamaConfig(
+        vocab_size=800,
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+    ).save_pretrained(tmp_path)
+    loaded = f"model: {{kind: pretrained, path: {tmp_path}}}"
+    text, reload, question = refused(
+        f"teachers=[{{name: a, {loaded}}}, {{name: b, {loaded}}}]", gpu="TINY"
+    )
+    advice = "distillation.cache=hidden distillation.cache_tier=disk windows.offsets={phases: 4}"
+    assert advice in text
+    assert "micro_batch" not in text  # it would not help
+    overrides = re.findall(r"distillation\.\S+|windows\.offsets=\{phases: \d\}", advice)
+    assert len(overrides) == 3
+    plan = planned(reload, question, overrides)
+    assert plan.fits(plan.counts[0])
+
+
+def test_nothing_is_refused_where_no_machine_was_named(
+    tmp_path: Path, reload_nursery: Callable[[Sequence[str]], Reload]
+) -> None:
+    reload = reload_nursery((LARGE, "student.training.batch_windows=4096", "deepspeed.device=cpu"))
+    job = reload(("student.training.warmup_steps=0",))
+    check_fits(plan_job(job, Question(tokens=65_000, runs=tmp_path)), reload)
+
+
+def test_one_rank_count_that_fits_is_enough(
+    tmp_path: Path, reload_nursery: Callable[[Sequence[str]], Reload]
+) -> None:
+    reload = reload_nursery(
+        (LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1")
+    )
+    plan = plan_job(reload(()), Question(tokens=65_000, runs=tmp_path, gpu="L4", ranks=(1, 16)))
+    assert [plan.fits(count) for count in plan.counts] == [False, True]
+    check_fits(plan, reload)
+
+
+# -- machines and rates ----------------------------------------------------------------------------
+
+
+def test_an_unknown_card_is_refused() -> None:
+    with pytest.raises(JobError) as caught:
+        machines.find_machine("V1000", "auto")
+    assert str(caught.value).startswith("--gpu: got 'V1000', expected one of A10, A100-40, ")
+    assert "or here for this machine" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "rtx-4090"])
+def test_cards_are_found_however_they_are_written(name: str) -> None:
+    assert machines.find_machine(name, "auto").name == "RTX4090"
+    assert machines.find_machine("A100-80GB", "cuda").name == "A100-80"
+
+
+def test_a_card_for_a_job_on_the_cpu_is_refused() -> None:
+    with pytest.raises(JobError) as caught:
+        machines.find_machine("L4", "cpu")
+    assert str(caught.value) == (
+        "--gpu: got 'L4' for a job on the CPU, "
+        "expected a job whose deepspeed.device is auto or cuda\n"
+        "    hint: --gpu here plans for this machine's memory"
+    )
+
+
+def test_cuda_is_planned_for_without_being_there() -> None:
+    assert machines.find_machine(None, "cuda").device == "cuda"
+
+
+def test_here_must_have_what_the_job_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(MachineError, match=r"deepspeed\.device: got 0 CUDA devices"):
+        machines.find_machine("here", "cuda")
+
+
+def test_ranks_of_a_cpu_share_its_memory() -> None:
+    here = machines.find_machine("here", "cpu")
+    one, four = here.usable_bytes(1), here.usable_bytes(4)
+    assert one is not None
+    assert four is not None
+    assert four == one // 4
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("25000", Rate(25_000, "tok/s")),
+        ("25,000 tok/s", Rate(25_000, "tok/s")),
+        ("2.5e4tokens/s", Rate(25_000, "tok/s")),
+        ("40TFLOP/s", Rate(40e12, "FLOP/s")),
+        ("40e12 FLOP/s", Rate(40e12, "FLOP/s")),
+        ("1.5 pflops", Rate(1.5e15, "FLOP/s")),
+    ],
+)
+def test_rates(text: str, rate: Rate) -> None:
+    assert read_rate(text) == rate
+
+
+@pytest.mark.parametrize("text", ["", "fast", "0", "-3", "3 apples", "1e3 TFLOP/h"])
+def test_other_rates_are_refused(text: str) -> None:
+    with pytest.raises(JobError) as caught:
+        read_rate(text)
+    assert str(caught.value).startswith(f"--rate: got {text!r}, expected tokens per second")
+    assert "divide by them" in str(caught.value)
