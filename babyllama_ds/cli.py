@@ -44,6 +44,44 @@ def run(job: str, overrides: Sequence[str], *, runs: Path) -> None:
     run_job(resolved, runs=runs)
 
 
+def plan(job: str, overrides: Sequence[str], options: argparse.Namespace) -> None:
+    """Print what a job will cost; a job that fits nowhere it was planned for is an error."""
+    resolved = load_job(find_job(job), overrides)
+    from babyllama_ds.plan.planner import Question, plan_job
+    from babyllama_ds.plan.rates import read_rate
+    from babyllama_ds.plan.remedies import check_fits
+    from babyllama_ds.plan.text import render_json, render_plan
+
+    question = Question(
+        ranks=options.ranks,
+        gpu=options.gpu,
+        rate=None if options.rate is None else read_rate(options.rate),
+        tokens=options.tokens,
+        runs=options.runs,
+    )
+    planned = plan_job(resolved, question)
+    print(render_json(planned) if options.json else render_plan(planned), end="")
+    check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Examine this machine and print what was found; a failed check is an error."""
+    import time
+
+    from babyllama_ds.doctor.examine import examine
+    from babyllama_ds.doctor.findings import refuse_failures
+    from babyllama_ds.doctor.table import as_json, as_table
+    from babyllama_ds.engine.distributed import resolve_device
+
+    print("examining this machine ...", file=sys.stderr)
+    start_s = time.monotonic()
+    device = resolve_device(options.device)
+    findings = examine(options.runs, device, compiled=options.compile)
+    show = as_json if options.json else as_table
+    print(show(findings, seconds=time.monotonic() - start_s), end="")
+    refuse_failures(findings)
+
+
 def exit_code_of(work: Callable[[], None]) -> int:
     """Do `work`; an expected end is told once, by rank 0, and becomes the exit status.
 
@@ -108,6 +146,10 @@ def _parser() -> argparse.ArgumentParser:
     add_job_arguments(checker)
     checker.set_defaults(command=lambda args: check(args.job, args.overrides))
 
+    _add_plan(commands.add_parser("plan", help="what a job will cost, with no GPU and no weights"))
+
+    _add_doctor(commands.add_parser("doctor", help="whether this machine computes rightly"))
+
     runner = commands.add_parser("run", help="run a job in this process alone (one rank)")
     add_job_arguments(runner)
     runner.set_defaults(command=lambda args: run(args.job, args.overrides, runs=args.runs))
@@ -123,6 +165,54 @@ def _parser() -> argparse.ArgumentParser:
     schema = commands.add_parser("schema", help="print the JSON schema of jobs")
     schema.set_defaults(command=lambda _: _schema())
     return parser
+
+
+def _add_plan(planner: argparse.ArgumentParser) -> None:
+    add_job_arguments(planner)
+    planner.add_argument(
+        "--ranks",
+        type=_positive_numbers,
+        default=(1, 2, 4, 8),
+        metavar="N,…",
+        help="numbers of ranks to plan for (default: 1,2,4,8)",
+    )
+    planner.add_argument(
+        "--gpu", metavar="CARD", help="the card of every rank, or `here`: refuse what cannot fit"
+    )
+    planner.add_argument(
+        "--rate", metavar="SPEED", help="of one rank, measured: 25000 (tokens/s) or 40TFLOP/s"
+    )
+    planner.add_argument(
+        "--tokens", type=_positive, metavar="N", help="tokens of the training text, if known"
+    )
+    planner.add_argument("--json", action="store_true", help="print the plan as JSON")
+    planner.set_defaults(command=lambda args: plan(args.job, args.overrides, args))
+
+
+def _add_doctor(examiner: argparse.ArgumentParser) -> None:
+    examiner.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of run directories (default: runs)"
+    )
+    examiner.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what jobs will run on"
+    )
+    examiner.add_argument(
+        "--compile", action="store_true", help="prove torch.compile too (about a minute more)"
+    )
+    examiner.add_argument("--json", action="store_true", help="print the findings as JSON")
+    examiner.set_defaults(command=doctor)
+
+
+def _positive(word: str) -> int:
+    """A whole number above 0, as argparse wants it: a `ValueError` is told as a usage error."""
+    number = int(word)
+    if number < 1:
+        raise ValueError(word)
+    return number
+
+
+def _positive_numbers(words: str) -> tuple[int, ...]:
+    return tuple(sorted({_positive(word) for word in words.split(",")}))
 
 
 def _report(run_dir: Path) -> None:

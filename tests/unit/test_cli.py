@@ -146,6 +146,9 @@ def test_only_rank_zero_prints_the_job(
         (["check", "nursery", "word"], "expected KEY=VALUE"),
         (["run", "nursery", "sead=1"], "did you mean `seed`?"),
         (["report", "no/such/run"], "no/such/run"),
+        (["plan", "nursery", "sead=1"], "did you mean `seed`?"),
+        (["plan", "nursery", "--gpu", "V1000"], "--gpu: got 'V1000', expected one of A10"),
+        (["plan", "nursery", "--rate", "fast"], "--rate: got 'fast'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -173,6 +176,8 @@ def test_what_a_user_can_mend_is_an_error_of_the_family(
         (["check", "nursery", "--runs", "there", "word"], "word"),
         (["schema", "seed=1"], "seed=1"),
         (["schema", "word"], "word"),
+        (["plan", "nursery", "--ranks", "1,0"], "--ranks"),
+        (["plan", "nursery", "--tokens", "few"], "--tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -224,6 +229,81 @@ def test_run_starts_the_pipeline_with_the_resolved_job(started: list[tuple[Any, 
 def test_a_wrong_job_starts_nothing(started: list[tuple[Any, Path]]) -> None:
     assert cli.main(["run", "nursery", "seed=x"]) == 2
     assert started == []
+
+
+# -- plan ------------------------------------------------------------------------------------------
+
+LARGE = (
+    "student.model={kind: llama, hidden_size: 8192, num_layers: 32, num_heads: 64, "
+    "intermediate_size: 28672}"
+)
+
+
+def test_a_plan_is_printed_as_text_or_as_json(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["plan", "nursery", "--runs", str(tmp_path), "--gpu", "L4", "--ranks", "2,1", "seed=7"]
+    assert cli.main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("plan of nursery-7 on cuda, bf16, L4 (24 GiB)\n")
+    assert err == ""
+    assert cli.main([*words, "--json", "--rate", "20000", "--tokens", "65000"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert list(data["ranks"]) == ["1", "2"]
+    assert data["corpus"]["train_tokens"] == 65_000
+    assert list(tmp_path.iterdir()) == []  # nothing is written
+
+
+def test_a_plan_that_cannot_fit_is_printed_and_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["plan", "nursery", LARGE, "--runs", str(tmp_path), "--gpu", "L4", "--ranks", "1"]
+    assert cli.main(words) == 2
+    out, err = capsys.readouterr()
+    assert "  NO\n" in out
+    assert err.startswith("error: nursery-1 on 1 rank of L4: got peaks of student ")
+    assert cli.main([*words[:-4], "--ranks", "1"]) == 0  # no card was named
+
+
+# -- doctor ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the doctor was asked, and what it is to find: to be filled."""
+    from babyllama_ds.doctor import examine
+
+    asked: list[Any] = []
+
+    def stand_in(runs: Path, device: str, *, compiled: bool) -> list[Any]:
+        findings = asked.pop()
+        asked.append((runs, device, compiled))
+        return findings
+
+    monkeypatch.setattr(examine, "examine", stand_in)
+    return asked
+
+
+def test_the_doctor_says_what_it_found_and_how_it_ends(
+    examined: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from babyllama_ds.doctor.findings import failure, ok, warning
+
+    well = [ok("host", "2 cores"), warning("disk", "2 GiB free", remedy="free some")]
+    examined.append(well)
+    assert cli.main(["doctor", "--device", "cpu", "--runs", "there"]) == 0
+    assert examined == [(Path("there"), "cpu", False)]
+    out, err = capsys.readouterr()
+    assert "remedy: free some" in out
+    assert "1 ok, 1 warning, 0 failures" in out
+    assert err == "examining this machine ...\n"
+
+    examined[:] = [[*well, failure("locks", "none", remedy="mount it with them")]]
+    assert cli.main(["doctor", "--device", "cpu", "--compile", "--json"]) == 2
+    assert examined == [(Path("runs"), "cpu", True)]
+    out, err = capsys.readouterr()
+    assert json.loads(out)["counts"]["failure"] == 1
+    assert "error: doctor: got 1 failure: locks, expected none" in err
 
 
 # -- the launcher's script -------------------------------------------------------------------------

@@ -1,0 +1,105 @@
+"""What there is to compute with: cores, cards and their memory, and whether bf16 is right."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from babyllama_ds.doctor.findings import Finding, failure, ok, warning
+from babyllama_ds.engine.distributed import Device
+
+LOW_MEMORY_GIB = 2.0
+MEMINFO = Path("/proc/meminfo")
+PRODUCT = (64, 256)
+"""Rows and inner length of the product that tries bf16 out."""
+BF16_ERROR = 2**-8
+"""Relative error allowed. Summed in fp32 and rounded once, an element is off by 2^-9 of itself at
+most; summed in bf16 by several times as much."""
+
+
+def devices(device: Device) -> list[Finding]:
+    """Cores and host memory; each card with its memory."""
+    found = [_host()]
+    if device == "cuda":
+        found += [_card(index) for index in range(torch.cuda.device_count())]
+    else:
+        found.append(ok("gpu", "none in use: jobs run on the CPU"))
+    return found
+
+
+def bf16(device: Device) -> list[Finding]:
+    """One bf16 product on every device, against float64."""
+    places = _places(device)
+    return [_bf16_on(place, name) for place, name in places]
+
+
+def _host() -> Finding:
+    cores = len(os.sched_getaffinity(0))
+    free = _available_gib()
+    found = f"{cores} cores, {free:.1f} GiB of memory available"
+    if free < LOW_MEMORY_GIB:
+        return warning(
+            "host", found, remedy="end other programs; a small job needs some 2 GiB for two ranks"
+        )
+    return ok("host", found)
+
+
+def _available_gib() -> float:
+    """Memory that programs can have without swapping, as the kernel estimates it."""
+    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) / 2**20
+
+
+def _card(index: int) -> Finding:
+    free, total = (count / 2**30 for count in torch.cuda.mem_get_info(index))
+    major, minor = torch.cuda.get_device_capability(index)
+    found = (
+        f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}, "
+        f"{free:.1f} of {total:.1f} GiB free"
+    )
+    if free < total / 2:
+        return warning(
+            f"gpu {index}", found, remedy="other programs use this card: nvidia-smi names them"
+        )
+    return ok(f"gpu {index}", found)
+
+
+def _places(device: Device) -> Iterator[tuple[torch.device, str]]:
+    if device == "cpu":
+        yield torch.device("cpu"), "bf16"
+        return
+    for index in range(torch.cuda.device_count()):
+        yield torch.device("cuda", index), f"bf16 on gpu {index}"
+
+
+def _bf16_on(place: torch.device, name: str) -> Finding:
+    if place.type == "cuda" and torch.cuda.get_device_capability(place)[0] < 8:
+        return failure(
+            name,
+            "the card has no bf16 arithmetic",
+            remedy="use a card of compute capability 8.0 or newer, or run on the CPU "
+            "(deepspeed.device=cpu)",
+        )
+    rows, inner = PRODUCT
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(rows, inner, generator=generator).bfloat16()
+    right = torch.randn(inner, rows, generator=generator).bfloat16()
+    exact = left.double() @ right.double()
+    product = _multiply(left.to(place), right.to(place)).cpu().double()
+    error = float((product - exact).abs().max() / exact.abs().max())
+    found = f"a {rows}×{inner}×{rows} product has a relative error of {error:.4f}"
+    if not error <= BF16_ERROR:
+        return failure(
+            name,
+            f"{found}, allowed {BF16_ERROR:.4f}",
+            remedy="the device or its libraries are broken: do not train on it",
+        )
+    return ok(name, f"supported; {found}")
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    return left @ right

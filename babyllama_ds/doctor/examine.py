@@ -1,0 +1,49 @@
+"""All checks: a directory for runs and a device enter; findings in the table's order leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from babyllama_ds.doctor.attention import attention
+from babyllama_ds.doctor.devices import bf16, devices
+from babyllama_ds.doctor.disk import disk
+from babyllama_ds.doctor.findings import Finding
+from babyllama_ds.doctor.versions import versions
+from babyllama_ds.doctor.world import Started, worlds
+from babyllama_ds.doctor.zero2 import not_compiled, why_not_compiled, zero2
+from babyllama_ds.engine.distributed import Device, quiet_known_noise
+
+
+def examine(runs: Path, device: Device, *, compiled: bool) -> list[Finding]:
+    """Try everything out. The ranks work while this process does the checks that need none.
+
+    `compiled` asks for the proof of torch.compile too, where there is a compiler.
+    """
+    quiet_known_noise()
+    found = [*versions(), *devices(device), *disk(runs)]
+    lacking = why_not_compiled(device) if compiled else None
+    compiled = compiled and lacking is None
+    with ExitStack() as stack:
+        stack.enter_context(_one_thread())
+        started = [
+            stack.enter_context(Started(world, compiled=compiled)) for world in worlds(device)
+        ]
+        found += [*bf16(device), *attention(device)]
+        for each in started:
+            found += zero2(each, compiled=compiled)
+    return found if compiled else [*found, not_compiled(lacking)]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """More threads than cores, beside the ranks, would spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,62 @@
+"""Attention kernels are judged by their errors beside eager attention's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from babyllama_ds.doctor import attention as module
+
+
+def test_the_kernels_of_a_cpu() -> None:
+    sdpa, flash = module.attention("cpu")
+    assert (sdpa.check, sdpa.status) == ("sdpa", "ok")
+    assert "gradient error" in sdpa.found
+    assert (flash.check, flash.status) == ("flash attention", "ok")
+    assert flash.found == "not in use: the device is cpu"
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor] | Exception) -> None:
+    """Change what sdpa gives, or let it fail."""
+    honest = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def kernel(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        if isinstance(change, Exception):
+            raise change
+        output, _ = honest(*args, **kwargs)
+        return change(output), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", kernel)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda output: output * 1.1, "differs from eager attention: forward error"),
+        (lambda output: output * float("nan"), "differs from eager attention"),
+        # Right forward, half a gradient backward.
+        (lambda output: (output + output.detach()) / 2, "differs from eager attention"),
+        (RuntimeError("no kernel image\nmore"), "does not run: no kernel image"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_a_failure(
+    change: Any, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, change)
+    found, _ = module.attention("cpu")
+    assert found.status == "failure"
+    assert told in found.found
+    assert "attention: eager" in (found.remedy or "")
+
+
+def test_every_usable_flash_attention_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"flash_attention_3": "it is not installed", "flash_attention_4": "it is too new"}
+    monkeypatch.setattr(module, "why_unusable", lambda kernel, *_: reasons.get(kernel))
+    sdpa, flash, rest = module.attention("cpu")
+    assert (sdpa.status, flash.check) == ("ok", "flash 2")
+    assert flash.status == "failure", "it cannot run on a CPU"
+    assert rest.found == "not in use: it is too new; it is not installed"

@@ -1,0 +1,92 @@
+"""Cores, cards, memory and bf16: what the machine says, and what it may say wrongly."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from babyllama_ds.doctor import devices as module
+
+GIB = 2**30
+
+
+def pretend_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    path = folder / "meminfo"
+    path.write_text(f"MemTotal: 99999999 kB\nMemAvailable: {int(gib * 2**20)} kB\n")
+    monkeypatch.setattr(module, "MEMINFO", path)
+
+
+def test_a_cpu_machine_is_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_memory(tmp_path, monkeypatch, 7.5)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    host, gpu = module.devices("cpu")
+    assert (host.status, host.found) == ("ok", "6 cores, 7.5 GiB of memory available")
+    assert (gpu.status, gpu.found) == ("ok", "none in use: jobs run on the CPU")
+
+
+def test_little_memory_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_memory(tmp_path, monkeypatch, 1.9)
+    host, _ = module.devices("cpu")
+    assert host.status == "warning"
+    assert "1.9 GiB" in host.found
+    assert host.remedy
+
+
+def test_this_machines_memory_is_read() -> None:
+    assert 0 < module._available_gib() < 100_000
+
+
+@pytest.mark.parametrize(("free", "status"), [(70, "ok"), (30, "warning")])
+def test_cards(free: int, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cards(monkeypatch, capability=(9, 0), free=free)
+    _, *cards = module.devices("cuda")
+    assert [card.check for card in cards] == ["gpu 0", "gpu 1"]
+    assert {card.status for card in cards} == {status}
+    assert cards[1].found == f"Card, compute capability 9.0, {free}.0 of 80.0 GiB free"
+
+
+def pretend_cards(
+    monkeypatch: pytest.MonkeyPatch, *, capability: tuple[int, int], free: int = 80
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Card")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * GIB, 80 * GIB))
+
+
+# -- bf16 ------------------------------------------------------------------------------------------
+
+
+def test_bf16_products_are_right() -> None:
+    (found,) = module.bf16("cpu")
+    assert found.status == "ok"
+    assert found.found.startswith("supported; a 64×256×64 product has a relative error of 0.00")
+
+
+def summed_in_bf16(left: Tensor, right: Tensor) -> Tensor:
+    total = torch.zeros(len(left), right.shape[1], dtype=torch.bfloat16)
+    for k in range(left.shape[1]):
+        total += left[:, k, None] * right[None, k]
+    return total
+
+
+@pytest.mark.parametrize(
+    "broken", [summed_in_bf16, lambda a, b: (a @ b) * float("nan"), lambda a, b: (a @ b) * 1.02]
+)
+def test_wrong_products_are_a_failure(broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_multiply", broken)
+    (found,) = module.bf16("cpu")
+    assert found.status == "failure"
+    assert "allowed 0.0039" in found.found
+    assert found.remedy
+
+
+def test_a_card_without_bf16_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_cards(monkeypatch, capability=(7, 5))
+    found = module.bf16("cuda")
+    assert [each.check for each in found] == ["bf16 on gpu 0", "bf16 on gpu 1"]
+    assert {each.status for each in found} == {"failure"}
