@@ -34,7 +34,7 @@ def stages(job: JobSpec) -> Iterator[tuple[str, ModelSpec, TrainingSpec | None]]
 
 def test_the_jobs_are_those_of_the_launchers_folder() -> None:
     assert sorted(path.stem for path in FOLDER.glob("*.yaml")) == NAMES
-    assert {"nursery", "babylm_tiny"} <= set(NAMES)
+    assert {"nursery", "babylm_tiny", "babyllama", "babyllama2"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
