@@ -8,6 +8,7 @@ in several processes (`once`).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -231,10 +232,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ru
 
 @pytest.fixture(scope="session")
 def start_launcher(start: Callable[..., Running]) -> Callable[..., Running]:
-    """`deepspeed --num_gpus 2 launcher/run.py WORDS`, started."""
+    """`deepspeed --num_gpus NUM_RANKS launcher/run.py WORDS`, started; two ranks by default."""
 
-    def begin(*words: object) -> Running:
-        options = ["--quiet", "--num_gpus", "2", "--master_port", free_port()]
+    def begin(*words: object, num_ranks: int = 2) -> Running:
+        options = ["--quiet", "--num_gpus", num_ranks, "--master_port", free_port()]
         return start([[BIN / "deepspeed", *options, "launcher/run.py", *words]])
 
     return begin
@@ -269,8 +270,8 @@ def environments_of_ranks() -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def launch(start_launcher: Callable[..., Running]) -> Callable[..., Ended]:
-    """`deepspeed --num_gpus 2 launcher/run.py WORDS`, to its end."""
-    return lambda *words: start_launcher(*words).end()
+    """`deepspeed --num_gpus NUM_RANKS launcher/run.py WORDS`, to its end; two ranks by default."""
+    return lambda *words, num_ranks=2: start_launcher(*words, num_ranks=num_ranks).end()
 
 
 @pytest.fixture(scope="session")
@@ -324,6 +325,29 @@ def command_line(pid: int) -> str:
     except OSError:
         return ""
     return " ".join(word.decode() for word in words)
+
+
+# -- in this process -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`main` owns a process: it sets environment, logging and threads. Give them back."""
+    import torch
+
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    log = logging.getLogger("babyllama_ds")
+    logging_was = (log.handlers[:], log.level, log.propagate)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    log.handlers[:], log.level, log.propagate = logging_was
+    torch.set_num_threads(threads)
 
 
 # -- work done once -------------------------------------------------------------------------------

@@ -69,26 +69,30 @@ def train_tokenizer(
     save_tokenizer(_as_fast(tokenizer), directory)
 
 
-def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerFast:
+def load_tokenizer(path_or_id: str, *, where: str = "tokenizer.path") -> PreTrainedTokenizerFast:
     """The tokenizer at a directory, in a `tokenizer.json`, or of a hub id; no remote code runs.
 
-    Raises `DataError` when there is none, when it is damaged, or when it is not a fast one.
+    `where` is the key that named it. Raises `DataError` when there is none, when it is damaged, or
+    when it is not a fast one.
     """
     from transformers import AutoTokenizer
 
     path = Path(path_or_id).expanduser()
     if not path.exists() and _is_local(path_or_id):
-        raise _cannot_load(path_or_id, "no such file or directory")
+        raise _cannot_load(where, path_or_id, "no such file or directory")
     try:
         if path.is_file():
             return _load_file(path)
         name = str(path) if path.exists() else path_or_id
         tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
     except Exception as error:  # the libraries raise a bare Exception for damaged files
-        raise _cannot_load(path_or_id, str(error).strip() or type(error).__name__) from error
+        raise _cannot_load(where, path_or_id, _reason(path, error)) from error
     if not tokenizer.is_fast:
         got = f"{type(tokenizer).__name__}, a tokenizer written in Python"
-        raise _cannot_load(path_or_id, got)
+        raise _cannot_load(where, path_or_id, got)
+    if not any(token_bytes(tokenizer)):
+        # Beside a GPT-2 without any tokenizer, transformers 5 makes one up, empty.
+        raise _cannot_load(where, path_or_id, "no tokenizer, or one without a token of text")
     return tokenizer
 
 
@@ -121,7 +125,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     backend = tokenizer.backend_tokenizer
     to_bytes = _byte_level if _is_byte_level(backend) else _sentence_piece
     meanings = [b""] * vocabulary_size(tokenizer)
-    for token, index in backend.get_vocab(with_added_tokens=True).items():
+    for token, index in backend.get_vocab(with_added_tokens=False).items():
         meanings[index] = to_bytes(token)
     for index, added in backend.get_added_tokens_decoder().items():
         meanings[index] = b"" if added.special else added.content.encode()
@@ -133,13 +137,18 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
     Equal hashes mean that the logits of two models can be compared column by column.
     """
-    return hash_json(_rows(tokenizer))
+    return hash_json(_meanings(tokenizer))
 
 
-def differing_ids(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> list[int]:
-    """The ids that do not stand for the same thing in both, those that only one has included."""
-    rows = zip_longest(_rows(a), _rows(b))
-    return [index for index, (row_a, row_b) in enumerate(rows) if row_a != row_b]
+def differing_ids(
+    a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast
+) -> dict[int, tuple[str, str]]:
+    """The ids that do not stand for the same thing in both, each with what it is in `a` and `b`.
+
+    None differs exactly when the hashes are equal.
+    """
+    pairs = zip_longest(_meanings(a), _meanings(b), fillvalue="no token")
+    return {index: pair for index, pair in enumerate(pairs) if pair[0] != pair[1]}
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -208,25 +217,32 @@ def _is_local(path_or_id: str) -> bool:
     return path_or_id.startswith(("/", "./", "../", "~")) or path_or_id.count("/") > 1
 
 
-def _cannot_load(path_or_id: str, got: str) -> DataError:
+def _reason(path: Path, error: Exception) -> str:
+    if path.is_dir() and not (path / "tokenizer.json").exists():
+        return "no tokenizer.json, and nothing else that a fast tokenizer can be made of"
+    return str(error).strip() or type(error).__name__
+
+
+def _cannot_load(where: str, path_or_id: str, got: str) -> DataError:
     return DataError.of(
-        "tokenizer.path",
+        where,
         got=f"{path_or_id}: {got}",
         expected="a fast tokenizer: a Hugging Face directory, a tokenizer.json, or a hub id",
-        hint="a fast tokenizer's directory has a tokenizer.json",
+        hint="a fast tokenizer's directory has a tokenizer.json; "
+        "`tokenizer.save_pretrained(directory)` writes it, beside a model too",
     )
 
 
 # -- what ids stand for --------------------------------------------------------------------------
 
 
-def _rows(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """One description per id."""
-    rows = [f"text {meaning.hex()}" for meaning in token_bytes(tokenizer)]
+def _meanings(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """One description per id, different for different meanings."""
+    meanings = [repr(text) if text else "no text" for text in token_bytes(tokenizer)]
     for index, added in tokenizer.backend_tokenizer.get_added_tokens_decoder().items():
         if added.special:
-            rows[index] = f"special {added.content}"
-    return rows
+            meanings[index] = f"special {added.content}"
+    return meanings
 
 
 def _is_byte_level(backend: Any) -> bool:

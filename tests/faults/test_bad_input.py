@@ -7,16 +7,16 @@ ranks behave the same.
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from babyllama_ds.cli import main
+
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 Refuse = Callable[..., str]
 
@@ -29,26 +29,6 @@ WIDE = {
     "intermediate_size": 16,
     "max_positions": 64,
 }
-
-
-@pytest.fixture(autouse=True)
-def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`main` owns a process: it sets environment, logging and threads. Give them back."""
-    import torch
-
-    environment, threads = dict(os.environ), torch.get_num_threads()
-    log = logging.getLogger("babyllama_ds")
-    logging_was = (log.handlers[:], log.level, log.propagate)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    log.handlers[:], log.level, log.propagate = logging_was
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.launch
 # its best weights live in the checkpoint only.
 STRIKE_AFTER_STEP = 9
 STAGES = ("teachers/gpt2", "teachers/llama", "student", "control")
+TIMES = ("seconds", "tokens_per_s", "flops_per_s", "mfu")
 STATES = "states.json"
 
 
@@ -165,9 +166,7 @@ def test_same_curves(
 ) -> None:
     def curve(scene: Any) -> list[dict[str, Any]]:
         lines = [line for line in metrics(scene.run_dir) if line["stage"] == stage]
-        return [
-            {key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines
-        ]
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
     assert curve(struck) == curve(finished)
 
@@ -175,9 +174,8 @@ def test_same_curves(
 def test_same_report(struck: Any, finished: Any) -> None:
     def measured(scene: Any) -> dict[str, dict[str, Any]]:
         report = json.loads((scene.run_dir / "report" / "report.json").read_text())
-        timing = ("seconds", "tokens_per_s")
         return {
-            name: {key: value for key, value in model.items() if key not in timing}
+            name: {key: value for key, value in model.items() if key not in TIMES}
             for name, model in report["models"].items()
         }
 

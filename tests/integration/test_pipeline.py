@@ -18,6 +18,10 @@ pytestmark = pytest.mark.launch
 STEPS, WARMUP, BATCH, LENGTH = 24, 3, 8, 32
 MODELS = ("gpt2", "llama", "student", "control")
 STAGES = ("teachers/gpt2", "teachers/llama", "student", "control")
+WATCHED = (
+    *(f"teacher_{what}/{name}" for what in ("ce", "kl", "agreement") for name in MODELS[:2]),
+    *("teacher_distance/gpt2/llama", "target_entropy", "student_agreement", "student_kl"),
+)
 ALARM = re.compile(r"warn|error|traceback|exception|deprecat|terminate|fatal|abort|\bnan\b", re.I)
 
 
@@ -119,8 +123,9 @@ def test_student_and_its_control_are_different_models(finished: Any) -> None:
 def test_metrics_have_every_step_once(lines: list[dict[str, Any]], stage: str) -> None:
     steps = of_stage(lines, stage, "loss")
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
-    named = {"stage", "step", "epoch", "tokens", "loss", "ce", "lr", "grad_norm", "tokens_per_s"}
-    distilled = {"kl"} if stage == "student" else set()
+    named = {"stage", "step", "epoch", "tokens", "loss", "ce", "lr", "grad_norm"}
+    named |= {"tokens_per_s", "flops_per_s", "mfu"}
+    distilled = {"kl", *WATCHED} if stage == "student" else set()
     for line in steps:
         assert set(line) == named | distilled
         assert all(math.isfinite(line[key]) for key in named - {"stage"})
@@ -199,6 +204,43 @@ def test_report_tells_of_every_model(
     layer = attention + 3 * width * inner + 2 * width
     assert report["models"]["student"]["params"] == 2 * layer + width + 2 * vocab * width
     assert report["models"]["llama"]["params"] == 1 * layer + width + 1 * vocab * width
+
+
+def test_report_tells_of_the_ensemble(
+    finished: Any, report: dict[str, Any], lines: list[dict[str, Any]]
+) -> None:
+    ensemble = report["ensemble"]
+    last_tenth = of_stage(lines, "student", "loss")[-3:]  # steps 22 to 24
+    assert (ensemble["first_step"], ensemble["last_step"]) == (22, STEPS)
+    for name in ("gpt2", "llama"):
+        own = ensemble["teachers"][name]
+        for measure in ("ce", "kl", "agreement"):
+            values = [line[f"teacher_{measure}/{name}"] for line in last_tenth]
+            assert own[measure] == pytest.approx(sum(values) / 3)
+        assert own["ce"] < ensemble["chance_ce"] - 0.5  # it has learnt something
+        assert own["kl"] > 0
+    assert 0.01 < ensemble["distances"]["gpt2/llama"] < 1
+    assert ensemble["warnings"] == []
+    page = (finished.run_dir / "report" / "report.md").read_text()
+    assert "## The ensemble" in page
+    first = of_stage(lines, "student", "student_kl")[0]["student_kl"]
+    assert ensemble["student_kl"] < first
+
+
+def test_the_card_names_what_the_student_was_made_from(
+    finished: Any, report: dict[str, Any]
+) -> None:
+    card = (finished.run_dir / "student" / "README.md").read_text()
+    environment = report["environment"]
+    facts = [
+        report["job_sha256"],
+        environment["fingerprints"]["tokenizer"],
+        environment["fingerprints"]["tokens"],
+        str(environment["seeds"]["student"]),
+        environment["versions"]["torch"],
+        environment["hardware"]["cpu_capability"],
+    ]
+    assert [fact for fact in facts if f"| {fact} " not in card] == []
 
 
 def test_report_tells_where_it_was_made(finished: Any, report: dict[str, Any]) -> None:

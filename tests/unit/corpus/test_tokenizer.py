@@ -174,11 +174,20 @@ def test_sentence_piece_vocabularies(tmp_path: Path) -> None:
     assert token_bytes(tokenizer) == expected
 
 
+def test_added_tokens_are_written_as_they_are(directory: Path) -> None:
+    """Not in the byte alphabet: GPT-NeoX, for one, adds runs of spaces."""
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.add_tokens(["   ", "Ġé"])
+    tokenizer.add_tokens(["<a mark>"], special_tokens=True)
+    assert token_bytes(tokenizer)[SIZE:] == [b"   ", "Ġé".encode(), b""]
+    assert ids(tokenizer, "otter   heron").count(SIZE) == 1
+
+
 def test_vocabularies_are_compared_by_meaning(
     tokenizer: PreTrainedTokenizerFast, directory: Path, tmp_path: Path
 ) -> None:
     again = load_tokenizer(str(directory / "tokenizer.json"))
-    assert differing_ids(tokenizer, again) == []
+    assert differing_ids(tokenizer, again) == {}
     assert vocabulary_hash(tokenizer) == vocabulary_hash(again)
 
     parts = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
@@ -187,12 +196,16 @@ def test_vocabularies_are_compared_by_meaning(
     swapped_path = tmp_path / "tokenizer.json"
     swapped_path.write_text(json.dumps(parts), encoding="utf-8")
     swapped = load_tokenizer(str(swapped_path))
-    assert differing_ids(tokenizer, swapped) == sorted([vocab["Ġheron"], vocab["Ġotter"]])
+    assert differing_ids(tokenizer, swapped) == {
+        vocab["Ġheron"]: ("b' otter'", "b' heron'"),
+        vocab["Ġotter"]: ("b' heron'", "b' otter'"),
+    }
     assert vocabulary_hash(tokenizer) != vocabulary_hash(swapped)
 
     longer = load_tokenizer(str(directory))
     longer.add_tokens(["otters"])
-    assert differing_ids(tokenizer, longer) == differing_ids(longer, tokenizer) == [SIZE]
+    assert differing_ids(tokenizer, longer) == {SIZE: ("no token", "b'otters'")}
+    assert differing_ids(longer, tokenizer) == {SIZE: ("b'otters'", "no token")}
 
 
 def test_gaps_and_special_tokens_count_in_a_comparison() -> None:
@@ -202,9 +215,11 @@ def test_gaps_and_special_tokens_count_in_a_comparison() -> None:
     filled = with_vocabulary({"a": 0, "b": 1, "e": 2, "c": 3})
     assert vocabulary_size(plain) == 4
     assert token_bytes(plain) == [b"a", b"b", b"", b"c"]
-    assert differing_ids(plain, special) == [1]
-    assert differing_ids(special, other) == [1]
-    assert differing_ids(plain, filled) == [2]
+    assert differing_ids(plain, special) == {1: ("b'b'", "special b")}
+    assert differing_ids(special, other) == {1: ("special b", "special d")}
+    assert differing_ids(plain, filled) == {2: ("no text", "b'e'")}
+    hashes = {vocabulary_hash(one) for one in (plain, special, other, filled)}
+    assert len(hashes) == 4
 
 
 def test_the_fingerprint_covers_more_than_the_vocabulary(
@@ -272,12 +287,26 @@ def test_a_missing_path_is_not_asked_of_the_hub(path: str) -> None:
 
 
 def test_a_directory_without_a_tokenizer_and_a_damaged_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"tokenizer\.path: got "):
+    with pytest.raises(
+        DataError, match=r"tokenizer\.path: got .*: no tokenizer\.json, and nothing"
+    ):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text('{"model":')
     for path in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(DataError, match=r"tokenizer\.path: got "):
             load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_models_directory_without_a_tokenizer(tmp_path: Path, model_type: str) -> None:
+    """For a GPT-2 transformers makes up a tokenizer without a token of text."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(str(tmp_path), where="teachers.elder.model")
+    (problem,) = caught.value.problems
+    assert problem.where == "teachers.elder.model"
+    assert problem.got.startswith(f"{tmp_path}: no tokenizer")
+    assert "tokenizer.save_pretrained(directory)" in str(problem.hint)
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
