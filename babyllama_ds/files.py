@@ -15,8 +15,8 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,16 +112,26 @@ def hash_json(value: object) -> str:
 # -- manifests ----------------------------------------------------------------------------------
 
 
-def write_manifest(directory: Path, *, fingerprint: str, **facts: object) -> None:
+def write_manifest(
+    directory: Path,
+    *,
+    fingerprint: str,
+    known: Mapping[str, FileFacts] = {},
+    **facts: object,
+) -> None:
     """Write `directory/manifest.json` over every other file below `directory`; the last write.
 
     All files are synced to the disk first, so that a manifest vouches for data that survives a
-    power cut. `facts` are kept beside the fingerprint. Raises `RunError` when the disk refuses.
+    power cut; those in `known` were, and are not read again. `facts` are kept beside the
+    fingerprint. Raises `RunError` when the disk refuses.
     """
     assert "files" not in facts, "`files` is the manifest's own key"
     try:
         files = {}
         for name, path in _files_below(directory):
+            if name in known:
+                files[name] = asdict(known[name])
+                continue
             digest, size = _hash_file(path, sync=True)
             files[name] = {"sha256": digest, "bytes": size}
         for folder, _, _ in os.walk(directory):

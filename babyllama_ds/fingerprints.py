@@ -11,6 +11,7 @@ from typing import Any
 from babyllama_ds import files
 from babyllama_ds.errors import ModelError
 from babyllama_ds.spec.job import (
+    DistillationSpec,
     JobSpec,
     ModelSpec,
     PretrainedModel,
@@ -22,7 +23,7 @@ from babyllama_ds.spec.job import (
 METHOD = 1
 """Raised when a change of the code changes what the same job gives."""
 
-HOW_IT_RUNS = {"micro_batch", "log_every_steps", "checkpoint_every_steps"}
+HOW_IT_RUNS = {"micro_batch", "log_every_steps", "profile_steps", "checkpoint_every_steps"}
 
 
 def trained_fingerprint(
@@ -57,9 +58,21 @@ def student_fingerprint(alone: str, job: JobSpec, teachers: list[tuple[str, Path
             "teachers": [
                 [weights[name], sorted(weight_hashes(path).values())] for name, path in teachers
             ],
-            "distillation": job.distillation.model_dump(mode="json", exclude={"chunk_tokens"}),
+            "distillation": _loss(job.distillation),
         }
     )
+
+
+def _loss(spec: DistillationSpec) -> dict[str, Any]:
+    """The loss, and the targets where they are not the teachers' own.
+
+    The `hidden` cache is left out, as the micro-batch is: it gives what the live teachers give, or
+    what they would give in another micro-batch.
+    """
+    plain: dict[str, Any] = spec.model_dump(
+        mode="json", exclude={"chunk_tokens", "cache", "cache_tier", "cache_top_k"}
+    )
+    return plain | ({"top_k": spec.cache_top_k} if spec.cache == "topk" else {})
 
 
 def loaded_teacher_fingerprint(spec: TeacherSpec, tokenizer_key: str) -> str:

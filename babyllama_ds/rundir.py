@@ -22,9 +22,9 @@ from babyllama_ds.spec.resolved import dump_job
 # stage's fingerprint instead), and what is measured afterwards.
 FREE_KEYS = re.compile(
     r"evaluation(\..*)?"
-    r"|deepspeed\.(device|config)"
-    r"|distillation\.chunk_tokens"
-    r"|.*\.(micro_batch|log_every_steps|checkpoint_every_steps|attention)"
+    r"|deepspeed\.(device|config|compile)"
+    r"|distillation\.(chunk_tokens|cache_tier)"
+    r"|.*\.(micro_batch|log_every_steps|profile_steps|checkpoint_every_steps|attention)"
     r"|corpus\.(train|split\.dev)(\..*)?"
     r"|(tokenizer|.*\.model)\.path"
 )
@@ -75,6 +75,15 @@ class RunDirectory:
             )
         files.write_json(path, stages)
 
+    def settled(self) -> dict[str, dict[str, Any]]:
+        """What earlier starts found out, by stage and where it ran (`settle`)."""
+        path = self.path / "settled.json"
+        return files.read_json(path) if path.exists() else {}
+
+    def settle(self, where: str, found: Mapping[str, Any]) -> None:
+        """Keep what a job left to be found out (`auto`), so that later starts do the same."""
+        files.write_json(self.path / "settled.json", self.settled() | {where: dict(found)})
+
     def set_state(self, status: str, **facts: object) -> None:
         """Write `state.json`: running, done, stopped or failed, for schedulers and people."""
         files.write_json(self.path / "state.json", {"status": status, **facts})
@@ -84,10 +93,19 @@ def differing_keys(
     theirs: Mapping[str, Any], ours: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     """Key paths whose values differ and matter, with both values."""
-    left, right = dict(_flat(theirs)), dict(_flat(ours))
+    left, right = _experiment(theirs), _experiment(ours)
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key) and not FREE_KEYS.fullmatch(key):
             yield key, left.get(key), right.get(key)
+
+
+def _experiment(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's keys; of the caches only `topk` gives other targets than the live teachers."""
+    flat = dict(_flat(job))
+    if flat.get("distillation.cache") != "topk":
+        flat["distillation.cache"] = "none or hidden"
+        flat.pop("distillation.cache_top_k", None)
+    return flat
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from babyllama_ds.errors import RunError, UserError
 from babyllama_ds.files import (
     TEMPORARY_PREFIX,
+    FileFacts,
     cannot_write,
     fsync_directory,
     read_json,
@@ -69,26 +70,31 @@ class Store:
         key: str,
         make: Callable[[Path], None],
         facts: Mapping[str, object] = {},
+        *,
+        resumable: bool = False,
     ) -> Path:
         """The entry, made by `make(directory)` unless it stands already; one process makes it.
 
-        Whatever `make` raises goes on and leaves nothing behind. A full disk is a `RunError`.
+        Whatever `make` raises goes on and leaves nothing behind; if it is `resumable`, it finds
+        what it left in its `building_place` the next time. A full disk is a `RunError`.
         """
         if (entry := self.find(kind, key)) is not None:
             return entry
         with self.lock(kind, key):
             if (entry := self.find(kind, key)) is not None:  # made while we waited
                 return entry
-            temporary = self.new_directory(kind, key)
+            place = self.building_place if resumable else self.new_directory
+            directory = place(kind, key)
             try:
-                make(temporary)
-                return self.publish(kind, key, temporary, facts)
+                make(directory)
+                return self.publish(kind, key, directory, facts)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                    raise cannot_write(temporary, error) from error
+                    raise cannot_write(directory, error) from error
                 raise
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)  # gone already when published
+                if not resumable:
+                    shutil.rmtree(directory, ignore_errors=True)  # gone already when published
 
     @contextlib.contextmanager
     def lock(self, kind: str, key: str) -> Iterator[None]:
@@ -121,20 +127,35 @@ class Store:
             raise cannot_write(path, error) from error
         return path
 
+    def building_place(self, kind: str, key: str) -> Path:
+        """A directory beside the entry that survives its holder, for work of many parts.
+
+        Whoever holds the lock next finds there what was done, tells the whole parts from the
+        others itself, goes on and publishes.
+        """
+        path = self._path(kind, key).parent / f".building-{key}"
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        remove_temporaries(path)
+        return path
+
     def publish(
         self,
         kind: str,
         key: str,
         directory: Path,
         facts: Mapping[str, object] = {},
+        known: Mapping[str, FileFacts] = {},
     ) -> Path:
         """Turn a finished `directory` (same file system) into the entry, under its lock.
 
-        Writes the manifest, then renames. What stood there without being a complete entry is
-        removed. Raises `RunError` when the disk refuses.
+        Writes the manifest (files in `known` are not read again), then renames. What stood there
+        without being a complete entry is removed. Raises `RunError` when the disk refuses.
         """
         entry = self._path(kind, key)
-        write_manifest(directory, fingerprint=key, **facts)
+        write_manifest(directory, fingerprint=key, known=known, **facts)
         try:
             if entry.exists():
                 doomed = entry.parent / f"{TEMPORARY_PREFIX}{key}@old"

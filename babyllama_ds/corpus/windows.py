@@ -7,19 +7,22 @@ not depend on ranks, micro-batches or what was asked for before.
 Randomness is a hash of counters, SplitMix64's output function (Steele, Lea and Flood, 2014): no
 state to keep, and, unlike a generator's stream, not subject to NumPy's version.
 
+A cache of teachers knows a window by its number: with offsets that repeat, the same number is the
+same tokens, for every seed.
+
 Legend: N windows, L tokens in a window.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.errors import DataError
+from babyllama_ds.spec.job import Offsets, Phases
 
 Indices = npt.NDArray[np.int64]
 
@@ -29,7 +32,9 @@ class TrainWindows:
 
     With T tokens, `fixed` gives T // length windows, window i at token i · length; `random` gives
     T // length − 1 (published), window i at token i · length + offset, the offset drawn from
-    [0, length) for each (epoch, i). Raises `DataError` when that leaves no window.
+    [0, length) for each (epoch, i). With K phases the offset is (epoch mod K) · length // K for
+    every window, and there are as many as the last phase has room for. Raises `DataError` when
+    that leaves no window.
     """
 
     def __init__(
@@ -37,15 +42,22 @@ class TrainWindows:
         tokens: TokenShards,
         *,
         length: int,
-        offsets: Literal["fixed", "random"],
+        offsets: Offsets,
         seed: int,
     ) -> None:
-        spare = 1 if offsets == "random" else 0  # room for the last window's offset
+        phases = offsets.phases if isinstance(offsets, Phases) else 1
         self.length = length
-        self.num_windows = tokens.num_tokens("train") // length - spare
-        self._tokens, self._random, self._seed = tokens, offsets == "random", seed
+        self.num_phases = None if offsets == "random" else phases
+        self._tokens, self._seed = tokens, seed
+        spare = length if offsets == "random" else self._offset(phases - 1)  # for the offset
+        self.num_windows = (tokens.num_tokens("train") - spare) // length
         if self.num_windows < 1:
-            raise _too_short("train", tokens, length, needed=(1 + spare) * length)
+            raise _too_short("train", tokens, length, needed=length + spare)
+
+    @property
+    def num_distinct(self) -> int | None:
+        """Windows that differ, over all epochs; none: each epoch has its own."""
+        return None if self.num_phases is None else self.num_phases * self.num_windows
 
     def order(self, epoch: int) -> Indices:
         """The permutation of all window indices in which an epoch visits them; read-only."""
@@ -59,11 +71,23 @@ class TrainWindows:
         """The first token of each window."""
         indices = np.asarray(indices, np.int64)
         starts = indices * self.length
-        if self._random:
-            draws = _draw(self._seed, _OFFSETS, epoch, indices)
-            # The remainder favours small offsets by less than length / 2^64.
-            starts += (draws % np.uint64(self.length)).astype(np.int64)
-        return starts
+        if self.num_phases is not None:
+            return starts + self._offset(epoch % self.num_phases)
+        draws = _draw(self._seed, _OFFSETS, epoch, indices)
+        # The remainder favours small offsets by less than length / 2^64.
+        return starts + (draws % np.uint64(self.length)).astype(np.int64)
+
+    def numbers(self, epoch: int, indices: Indices) -> Indices:
+        """What these windows are called among all that differ, from 0: phase · num_windows + i."""
+        phase = epoch if self.num_phases is None else epoch % self.num_phases
+        return phase * self.num_windows + np.asarray(indices, np.int64)
+
+    def numbered(self, numbers: Indices) -> npt.NDArray[np.int64]:
+        """The token ids of windows by number, of one phase or several: [N, L]."""
+        assert self.num_phases is not None, "windows that never repeat have no use of a number"
+        phases, indices = np.divmod(numbers, self.num_windows)
+        starts = indices * self.length + phases * self.length // self.num_phases
+        return self._tokens.gather("train", starts, self.length)
 
     def windows(self, epoch: int, indices: Indices) -> npt.NDArray[np.int64]:
         """The token ids of each window: [N, L]."""
@@ -72,6 +96,9 @@ class TrainWindows:
     def window(self, epoch: int, index: int) -> npt.NDArray[np.int64]:
         """The token ids of one window: [L]."""
         return self.windows(epoch, np.array([index])).reshape(self.length)
+
+    def _offset(self, phase: int) -> int:
+        return phase * self.length // (self.num_phases or 1)
 
 
 class DevWindows:

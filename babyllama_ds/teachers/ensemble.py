@@ -1,50 +1,117 @@
-"""The ensemble: frozen models in inference engines; windows enter, targets leave.
+"""The ensemble: frozen teachers and windows enter, targets leave.
 
 A target is a teacher's final hidden states and its head: the loss forms logits chunk by chunk,
-so no teacher's logits ever exist whole.
+so no teacher's logits ever exist whole. A teacher computes its states (`Member`), or remembers
+them (`cache.hidden.RememberedMember`).
 
-Shapes: B windows, S positions, N = B * S.
+Shapes: B windows, S positions, N = B * S, D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from babyllama_ds.engine.inference import FrozenModel
-from babyllama_ds.losses.distillation import TeacherStates
+from babyllama_ds.losses.distillation import TeacherStates, TopKTargets
+from babyllama_ds.losses.heads import Head
+
+Targets = Sequence[TeacherStates] | TopKTargets
+"""What a student learns from, for `distillation_loss`."""
+
+
+class Windows(Protocol):
+    """What `training.batches.MicroBatch` offers: one forward pass's windows."""
+
+    @property
+    def input_ids_BS(self) -> Tensor:  # noqa: N802 - named by its shape
+        """The token ids, on the device."""
+
+    @property
+    def windows_B(self) -> NDArray[np.int64]:  # noqa: N802
+        """The windows' numbers among all that differ."""
+
+    @property
+    def next_windows_B(self) -> NDArray[np.int64]:  # noqa: N802
+        """Those of the next forward pass; may be empty."""
+
+
+class AnyMember(Protocol):
+    """A teacher of the ensemble, however it comes by its states."""
+
+    @property
+    def name(self) -> str:
+        """The teacher's name in the job."""
+
+    @property
+    def weight(self) -> float:
+        """Its vote, relative to the other teachers' weights."""
+
+    @property
+    def head(self) -> Head:
+        """Its output head, on the device."""
+
+    def states(self, windows: Windows) -> Tensor:
+        """Final hidden states [B, S, D], on the device, outside autograd."""
+
+    def destroy(self) -> None:
+        """Free what it holds."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A frozen teacher and its share of the ensemble."""
+    """A live teacher: its model runs on every window that comes."""
 
     name: str
     model: FrozenModel
     weight: float
 
+    @property
+    def head(self) -> Head:
+        """Its output head."""
+        return self.model.head
+
+    def states(self, windows: Windows) -> Tensor:
+        """Final hidden states [B, S, D]; the windows' numbers are of no interest."""
+        return self.model.hidden_states(windows.input_ids_BS)
+
+    def destroy(self) -> None:
+        """Free the model."""
+        self.model.destroy()
+
 
 class Ensemble:
     """Several teachers on this rank's device; every rank sees its own windows."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[AnyMember]) -> None:
         self.members = tuple(members)
 
-    def targets(self, input_ids_BS: Tensor) -> list[TeacherStates]:
-        """Each teacher's states of every position, for `distillation_loss`."""
+    def targets(self, windows: Windows) -> Targets:
+        """What the student learns from at every position: the members' states."""
+        return self.states(windows)
+
+    def states(self, windows: Windows) -> list[TeacherStates]:
+        """Each member's states of every position."""
         return [
             TeacherStates(
-                hidden_ND=member.model.hidden_states(input_ids_BS).flatten(0, 1),
-                head=member.model.head,
+                hidden_ND=member.states(windows).flatten(0, 1),
+                head=member.head,
                 weight=member.weight,
             )
             for member in self.members
         ]
 
+    def closing_facts(self, student: nn.Module) -> dict[str, Any]:  # noqa: ARG002
+        """What the student's summary should say of its targets: nothing, for they are exact."""
+        return {}
+
     def destroy(self) -> None:
         """Free every teacher."""
         for member in self.members:
-            member.model.destroy()
+            member.destroy()
         self.members = ()

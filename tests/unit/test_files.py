@@ -174,6 +174,15 @@ def test_manifest_written_again_covers_the_new_state(made: Path) -> None:
     assert set(manifest.files) == {".hidden", "b.bin", "c", "sub/manifest.json"}
 
 
+def test_files_that_are_known_are_not_read_again(made: Path) -> None:
+    known = {"b.bin": files.FileFacts(sha256="as it was told", bytes=2)}
+    files.write_manifest(made, fingerprint="beef", known=known)
+    manifest = files.read_manifest(made)
+    assert manifest is not None
+    assert manifest.files["b.bin"] == known["b.bin"]
+    assert manifest.files[".hidden"].sha256 == hashlib.sha256(b"").hexdigest()
+
+
 def test_extra_files_are_allowed(made: Path) -> None:
     (made / "extra").write_text("a log")
     files.verify_manifest(made)

@@ -90,7 +90,12 @@ TRAINING_MATTERS = {
     "evaluate_windows": 4,
     "keep": "last",
 }
-TRAINING_FREE = {"micro_batch": 2, "log_every_steps": 3, "checkpoint_every_steps": 4}
+TRAINING_FREE = {
+    "micro_batch": 2,
+    "log_every_steps": 3,
+    "profile_steps": 2,
+    "checkpoint_every_steps": 4,
+}
 LLAMA_MATTERS = {
     "hidden_size": 64,
     "num_layers": 3,
@@ -245,7 +250,12 @@ DISTILLATION_MATTERS = {
     "soft_reduction": "token",
     "mean_of": "probabilities",
 }
-DISTILLATION_FREE = {"chunk_tokens": 64}
+DISTILLATION_FREE = {
+    "chunk_tokens": 64,
+    "cache": "hidden",  # the live teachers', remembered
+    "cache_tier": "disk",
+    "cache_top_k": 8,  # without `topk`
+}
 EVALUATION_MATTERS = {"max_pairs_per_task": 3, "dev_windows": 4, "leading_space": False}
 
 JOB = """
@@ -292,6 +302,17 @@ def test_the_loss_is_part_of_the_students(
     before = student_fingerprint("alone", job_of(), teachers)
     after = student_fingerprint("alone", with_distillation(job_of(), **{key: value}), teachers)
     assert (before != after) == (key in DISTILLATION_MATTERS)
+
+
+def test_the_top_k_are_other_targets(
+    job_of: Callable[..., JobSpec], teachers: list[tuple[str, Path]]
+) -> None:
+    def of(**changes: Any) -> str:
+        return student_fingerprint("alone", with_distillation(job_of(), **changes), teachers)
+
+    few, many = (of(cache="topk", cache_top_k=k) for k in (8, 16))
+    assert len({few, many, of(cache="hidden")}) == 3
+    assert of(cache="topk", cache_top_k=8, cache_tier="host") == few
 
 
 def test_teachers_are_part_of_the_students(

@@ -84,6 +84,8 @@ FREE = {
         "teachers.0.model.attention=eager",
         "student.model.attention=sdpa",
         "distillation.chunk_tokens=64",
+        "distillation.cache_tier=host",
+        "distillation.cache_top_k=8",
         "deepspeed.device=cpu",
         "deepspeed.config=zero2_cpu",
         "evaluation.batch_tokens=100",
@@ -110,6 +112,32 @@ def test_what_changes_no_model_may_change(
     assert changed != job_of(name)
     directory.open(changed)
     assert load_job(directory.path / "job.yaml", environ={}) == changed
+
+
+PHASES = "windows.offsets={phases: 2}"
+
+
+def test_teachers_may_be_remembered_from_the_next_start_on(
+    job_of: JobOf, directory: RunDirectory
+) -> None:
+    directory.open(job_of("nursery", PHASES))
+    directory.open(job_of("nursery", PHASES, "distillation.cache=hidden"))
+    directory.open(job_of("nursery", PHASES))
+
+
+def test_their_top_k_are_another_experiment(job_of: JobOf, directory: RunDirectory) -> None:
+    def open_with(*overrides: str) -> None:
+        directory.open(job_of("nursery", PHASES, *overrides))
+
+    open_with("distillation.cache=hidden")
+    with pytest.raises(RunError, match=r"distillation\.cache: got 'none or hidden' in the run"):
+        open_with("distillation.cache=topk")
+    other = RunDirectory(directory.path.with_name("other"))
+    other.open(job_of("nursery", PHASES, "distillation.cache=topk"))
+    with pytest.raises(RunError, match=r"distillation\.cache_top_k: got 64 in the run"):
+        other.open(
+            job_of("nursery", PHASES, "distillation.cache=topk", "distillation.cache_top_k=8")
+        )
 
 
 def test_paths_of_models_and_tokenizers_may_change(job_of: JobOf, directory: RunDirectory) -> None:

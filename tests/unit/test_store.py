@@ -255,6 +255,52 @@ def test_killed_builder_leaves_no_entry_and_is_succeeded(tmp_path: Path, start: 
     ]
 
 
+# -- work of many parts ---------------------------------------------------------------------------
+
+
+def test_a_building_place_survives_its_holder_and_is_published_whole(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.lock("caches", "abc"):
+        place = store.building_place("caches", "abc")
+        (place / "part-1").write_text("one")
+        (place / ".tmp-part-2").write_text("ha")  # what a kill leaves
+    assert store.find("caches", "abc") is None
+    with store.lock("caches", "abc"):
+        again = store.building_place("caches", "abc")
+        assert again == place
+        assert [path.name for path in again.iterdir()] == ["part-1"]
+        (again / "part-2").write_text("two")
+        entry = store.publish("caches", "abc", again, {"parts": 2})
+    assert store.find("caches", "abc") == entry
+    assert not place.exists()
+    assert verify_manifest(entry).facts == {"parts": 2}
+
+
+def test_a_resumable_build_finds_what_it_left(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+
+    def fail(directory: Path) -> None:
+        (directory / "part-1").write_text("one")
+        raise InterruptedError("stop")
+
+    def go_on(directory: Path) -> None:
+        assert [path.name for path in directory.iterdir()] == ["part-1"]
+        (directory / "part-2").write_text("two")
+
+    for _ in range(2):
+        with pytest.raises(InterruptedError):
+            store.build("tokens", "abc", fail, resumable=True)
+    entry = store.build("tokens", "abc", go_on, resumable=True)
+    assert store.find("tokens", "abc") == entry
+    assert set(verify_manifest(entry).files) == {"part-1", "part-2"}
+
+
+def test_a_place_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "caches").write_text("a file")
+    with pytest.raises(RunError, match="expected a place that can be written"):
+        Store(tmp_path).building_place("caches", "abc")
+
+
 # -- links --------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +11,7 @@ import pytest
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.windows import DevWindows, TrainWindows
 from babyllama_ds.errors import DataError
+from babyllama_ds.spec.job import Offsets, Phases
 
 LENGTH = 5
 
@@ -22,9 +23,7 @@ def shards(num_tokens: int, split: str = "train") -> TokenShards:
     return TokenShards(index, {split: [stream[:17], stream[17:]]})
 
 
-def train(
-    num_tokens: int = 203, offsets: Literal["fixed", "random"] = "random", seed: int = 7
-) -> TrainWindows:
+def train(num_tokens: int = 203, offsets: Offsets = "random", seed: int = 7) -> TrainWindows:
     return TrainWindows(shards(num_tokens), length=LENGTH, offsets=offsets, seed=seed)
 
 
@@ -72,6 +71,9 @@ def test_order_and_offsets_are_the_documented_hash(seed: int, epoch: int) -> Non
 @pytest.mark.parametrize(
     ("num_tokens", "offsets", "expected"),
     [
+        (5, Phases(phases=1), 1),
+        (12, Phases(phases=2), 2),
+        (11, Phases(phases=2), 1),
         (5, "fixed", 1),
         (9, "fixed", 1),
         (10, "fixed", 2),
@@ -80,9 +82,7 @@ def test_order_and_offsets_are_the_documented_hash(seed: int, epoch: int) -> Non
         (15, "random", 2),
     ],
 )
-def test_number_of_windows(
-    num_tokens: int, offsets: Literal["fixed", "random"], expected: int
-) -> None:
+def test_number_of_windows(num_tokens: int, offsets: Offsets, expected: int) -> None:
     assert train(num_tokens, offsets).num_windows == expected
 
 
@@ -92,6 +92,52 @@ def test_fixed_windows_are_the_stream_cut_up() -> None:
         got = windows.windows(epoch, np.arange(40))
         assert got.dtype == np.int64
         assert np.array_equal(got, np.arange(200).reshape(40, LENGTH))
+
+
+@pytest.mark.parametrize("phases", [2, 3, 5, 8])
+@pytest.mark.parametrize("num_tokens", [9, 10, 11, 200, 203])
+def test_phases_shift_every_window_alike_and_come_again(num_tokens: int, phases: int) -> None:
+    windows = train(num_tokens, Phases(phases=phases))
+    everything = np.arange(windows.num_windows)
+    offsets = [epoch % phases * LENGTH // phases for epoch in range(3 * phases)]
+    for epoch, offset in enumerate(offsets):
+        expected = offset + everything[:, None] * LENGTH + np.arange(LENGTH)
+        assert np.array_equal(windows.windows(epoch, everything), expected)
+    # No window beyond the stream, and not one too few: another would not fit the last phase.
+    assert max(offsets) + (windows.num_windows + 1) * LENGTH > num_tokens
+
+
+def test_phases_are_the_same_for_every_seed_but_their_order_is_not() -> None:
+    one, two = (train(offsets=Phases(phases=3), seed=seed) for seed in (1, 2))
+    everything = np.arange(one.num_windows)
+    assert np.array_equal(one.windows(4, everything), two.windows(4, everything))
+    assert not np.array_equal(one.order(4), two.order(4))
+
+
+@pytest.mark.parametrize("offsets", ["fixed", Phases(phases=2), Phases(phases=4)])
+def test_a_number_is_a_windows_tokens(offsets: Offsets) -> None:
+    windows = train(offsets=offsets)
+    everything = np.arange(windows.num_windows)
+    assert windows.num_phases is not None
+    assert windows.num_distinct == windows.num_phases * windows.num_windows
+    seen = {}
+    for epoch in range(2 * windows.num_phases):
+        numbers = windows.numbers(epoch, everything)
+        tokens = windows.windows(epoch, everything)
+        assert np.array_equal(windows.numbered(numbers), tokens)
+        for number, window in zip(numbers.tolist(), tokens.tolist(), strict=True):
+            assert seen.setdefault(number, window) == window
+    assert sorted(seen) == list(range(windows.num_distinct))
+    shuffled = np.random.default_rng(0).permutation(windows.num_distinct)  # phases mixed
+    assert windows.numbered(shuffled).tolist() == [seen[number] for number in shuffled.tolist()]
+
+
+def test_random_windows_have_other_numbers_in_every_epoch() -> None:
+    windows = train()
+    everything = np.arange(windows.num_windows)
+    numbers = {n for epoch in range(3) for n in windows.numbers(epoch, everything).tolist()}
+    assert len(numbers) == 3 * windows.num_windows
+    assert windows.num_distinct is None
 
 
 def test_random_windows_are_runs_of_the_stream_near_their_place() -> None:
@@ -178,6 +224,9 @@ def test_a_corpus_shorter_than_one_window_is_refused() -> None:
     assert problem.expected == "at least 5 tokens for windows.length 5"
     with pytest.raises(DataError, match="expected at least 10 tokens"):
         train(9, "random")
+    with pytest.raises(DataError, match="expected at least 8 tokens"):
+        train(7, Phases(phases=3))  # offsets 0, 1, 3
+    assert train(8, Phases(phases=3)).num_windows == 1
     with pytest.raises(DataError, match=r"corpus \(dev\): got 4 tokens"):
         DevWindows(shards(4, "dev"), LENGTH)
 

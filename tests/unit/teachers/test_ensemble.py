@@ -13,8 +13,10 @@ import torch
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.losses.heads import logits
 from babyllama_ds.teachers.ensemble import Ensemble, Member
+from babyllama_ds.training.batches import micro_batch
 
 TOKENS = torch.arange(33).view(3, 11)
+MICRO = micro_batch(TOKENS, torch.ones(3, dtype=torch.bool))
 VOCAB = 61
 
 
@@ -36,7 +38,7 @@ def ensemble(alone: torch.device, teachers: list[Any]) -> Ensemble:
 
 @torch.no_grad()
 def test_targets_are_the_teachers_own(ensemble: Ensemble, teachers: list[Any]) -> None:
-    targets = ensemble.targets(TOKENS)
+    targets = ensemble.targets(MICRO)
     assert [target.weight for target in targets] == [1.0, 2.5]
     assert [target.hidden_ND.shape for target in targets] == [(33, 24), (33, 36)]
     for target, teacher in zip(targets, teachers, strict=True):
@@ -60,7 +62,7 @@ def test_targets_go_into_a_loss_with_gradients(
         head,
         TOKENS.flatten(),
         torch.ones(33, dtype=torch.bool),
-        ensemble.targets(TOKENS),
+        ensemble.targets(MICRO),
         alpha=0.5,
         temperature=2.0,
         mean_of="logits",
@@ -71,7 +73,7 @@ def test_targets_go_into_a_loss_with_gradients(
     result.loss.backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
     for member in ensemble.members:
-        assert member.model.head.weight_PD.grad is None
+        assert member.head.weight_PD.grad is None
 
 
 def test_destroyed_teachers_are_freed(alone: torch.device, tiny_model: Callable[..., Any]) -> None:
@@ -79,7 +81,7 @@ def test_destroyed_teachers_are_freed(alone: torch.device, tiny_model: Callable[
     weight = weakref.ref(model.lm_head.weight)
     frozen = FrozenModel(model, device=alone, dtype=torch.bfloat16)
     ensemble = Ensemble([Member("a", frozen, 1.0)])
-    ensemble.targets(TOKENS)
+    ensemble.targets(MICRO)
     ensemble.destroy()
     del model, frozen
     gc.collect()

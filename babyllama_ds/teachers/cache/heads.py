@@ -1,0 +1,59 @@
+"""A teacher's head without the teacher: a model's directory enters, its output head leaves.
+
+Only the head's tensors are read; the model is built without memory, to learn their names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from babyllama_ds.errors import ModelError
+from babyllama_ds.losses.heads import Head
+
+
+def load_head(model_dir: Path, *, device: torch.device, dtype: torch.dtype) -> Head:
+    """The plain head of a model that `export_model` wrote, as the frozen model has it.
+
+    Raises:
+        ModelError: the model has no such head, or the directory no such tensor.
+    """
+    config = AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError.of(
+            model_dir,
+            got=f"a head of type {type(head).__name__}",
+            expected="a linear one, for distillation.cache=hidden",
+            hint="set distillation.cache=topk or none",
+        )
+    weight = _tensor(model_dir, _names(model, head.weight))
+    bias = None if head.bias is None else _tensor(model_dir, _names(model, head.bias))
+    return Head(
+        weight.to(device, dtype),
+        None if bias is None else bias.to(device, dtype),
+    )
+
+
+def _names(model: nn.Module, wanted: object) -> set[str]:
+    """What a parameter is called in the model: a tied one has two names, and a file one of them."""
+    return {name for name, one in model.named_parameters(remove_duplicate=False) if one is wanted}
+
+
+def _tensor(model_dir: Path, names: set[str]) -> Tensor:
+    for path in sorted(model_dir.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as stream:
+            for name in names & set(stream.keys()):
+                found: Tensor = stream.get_tensor(name)
+                return found
+    raise ModelError.of(
+        model_dir,
+        got=f"no tensor called {' or '.join(sorted(names))}",
+        expected="the output head of the model that config.json describes",
+    )

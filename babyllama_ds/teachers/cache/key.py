@@ -1,0 +1,74 @@
+"""What a cache was made from, hashed: the same key, the same records.
+
+Enters: the token shards, the windows, the teachers. Leaves: the key of an entry of the store. A
+cache of other teachers or other data has another key, so it is never found.
+
+Not in a key: ranks, micro-batch and device. They change the rounding of a bf16 forward pass, as
+they do for live teachers, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from babyllama_ds import files
+from babyllama_ds.corpus.windows import TrainWindows
+from babyllama_ds.fingerprints import weight_hashes
+from babyllama_ds.spec.job import DistillationSpec
+
+FORMAT = 1
+"""Raised when records or shards are laid out in another way."""
+
+
+def hidden_key(
+    tokens_dir: Path,
+    windows: TrainWindows,
+    teacher_dir: Path,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+) -> str:
+    """Of one teacher's final hidden states of every distinct window."""
+    return files.hash_json(
+        {
+            "format": FORMAT,
+            "tokens": _training_tokens(tokens_dir),
+            "length": windows.length,
+            "phases": windows.num_phases,
+            "weights": weight_hashes(teacher_dir),
+            "config": files.sha256_file(teacher_dir / "config.json"),
+            "dtype": str(dtype),
+            "attention": attention,
+        }
+    )
+
+
+def topk_key(
+    members: Sequence[tuple[str, float]], loss: DistillationSpec, *, vocab_size: int
+) -> str:
+    """Of the ensemble's most likely tokens; `members` are (`hidden_key`, weight), in order."""
+    total = sum(weight for _, weight in members)
+    return files.hash_json(
+        {
+            "format": FORMAT,
+            "members": [[key, weight / total] for key, weight in members],
+            "mean_of": loss.mean_of,
+            "temperature": loss.temperature,
+            "top_k": loss.cache_top_k,
+            "vocabulary": vocab_size,
+        }
+    )
+
+
+def _training_tokens(tokens_dir: Path) -> dict[str, list[str | int]]:
+    """The training shards by content; the size settles the width of a token."""
+    manifest = files.read_manifest(tokens_dir)
+    assert manifest is not None, "token shards are an entry of the store"
+    return {
+        name: [facts.sha256, facts.bytes]
+        for name, facts in manifest.files.items()
+        if name.startswith("train-")
+    }

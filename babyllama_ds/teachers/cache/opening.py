@@ -1,0 +1,168 @@
+"""A cache, found or made: what it holds and where to keep it enter, records to read leave.
+
+    the entry in the store, or its building place → examine → choose a tier → compute what is
+    missing → records
+
+The whole of it is a collective: every rank calls it, in the same order.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from babyllama_ds import files, ranks
+from babyllama_ds.stopping import StopRequest
+from babyllama_ds.store import Store
+from babyllama_ds.teachers.cache import build
+from babyllama_ds.teachers.cache.build import Compute, Whole, Work
+from babyllama_ds.teachers.cache.layout import Layout, shard_path
+from babyllama_ds.teachers.cache.records import FileRecords, MemoryRecords, Records
+from babyllama_ds.teachers.cache.tiers import Choice, Need, choose_tier, measure_room
+
+log = logging.getLogger(__name__)
+
+KIND = "teacher_cache"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """What a cache needs from its run."""
+
+    store: Store
+    stop: StopRequest
+    device: torch.device
+    tier: Literal["auto", "device", "host", "disk"]
+    student_bytes: int
+    """What the student will take of the accelerator, without its activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to be remembered."""
+
+    name: str
+    """What people see: `cache of teachers/gpt2`."""
+    key: str
+    layout: Layout
+    """How it is laid out where nothing was begun yet."""
+    made_of: dict[str, object]
+    """Facts for the entry's manifest, for people."""
+
+
+def open_cache(
+    wanted: Wanted, around: Surroundings, make_compute: Callable[[], Compute]
+) -> Records:
+    """The records of all windows, verified; computed where they are missing.
+
+    `make_compute` brings the teachers, and is called only if there is something to compute.
+
+    Raises:
+        MachineError: no room in the tier that was asked for, or in any.
+        RunError: the disk is full, or does not let itself be written.
+        Stopped: the run was asked to stop; the next start goes on.
+    """
+    with ExitStack() as held:
+        lock = around.store.lock(KIND, wanted.key)
+        ranks.on_rank_zero(lambda: held.enter_context(lock))
+        return _Opening(wanted, around).records(make_compute)
+
+
+class _Opening:
+    """One cache on its way, under its lock."""
+
+    def __init__(self, wanted: Wanted, around: Surroundings) -> None:
+        self.wanted, self.around = wanted, around
+        self.entry = ranks.on_rank_zero(lambda: around.store.find(KIND, wanted.key))
+        self.place, layout = ranks.on_rank_zero(self._place)
+        self.work = Work(name=wanted.name, layout=layout, stop=around.stop)
+
+    def records(self, make_compute: Callable[[], Compute]) -> Records:
+        layout, device = self.work.layout, self.around.device
+        whole = build.examine(self.work, self.place)
+        missing = sorted(set(range(layout.num_shards)) - whole.keys())
+        choice = self._choose(missing)
+        self._say(missing, choice)
+        compute = make_compute() if missing else _nothing_to_compute
+        if choice.kept and missing:
+            whole |= build.make_files(self.work, self.place, missing, compute)
+            missing = []
+        if choice.kept:
+            self._publish(whole)
+        if choice.tier == "disk":
+            return ranks.on_every_rank(lambda: FileRecords(self.place, layout, device=device))
+        place = device if choice.tier == "device" else torch.device("cpu")
+        memory = ranks.on_every_rank(lambda: MemoryRecords(layout, place=place, device=device))
+        ranks.on_every_rank(lambda: build.load(layout, self.place, whole, memory))
+        build.make_in_memory(self.work, memory, missing, compute)
+        return memory
+
+    def _place(self) -> tuple[Path, Layout]:
+        """Where shards lie, and how; on rank 0."""
+        place = self.entry or self.around.store.building_place(KIND, self.wanted.key)
+        layout = Layout.read(place)
+        if layout is None or not self._fits(layout):
+            layout = self.wanted.layout
+            layout.write(place)
+        return place, layout
+
+    def _fits(self, layout: Layout) -> bool:
+        """Whether a layout found is of the same records: a damaged one is not."""
+        return (layout.num_windows, layout.record_bytes) == (
+            self.wanted.layout.num_windows,
+            self.wanted.layout.record_bytes,
+        )
+
+    def _choose(self, missing: list[int]) -> Choice:
+        layout = self.work.layout
+        need = Need(
+            name=self.wanted.name,
+            memory_bytes=layout.total_bytes,
+            disk_bytes=build.bytes_of(layout, missing),
+            student_bytes=self.around.student_bytes,
+        )
+        room = measure_room(self.place, self.around.device)
+        return ranks.on_rank_zero(lambda: choose_tier(self.around.tier, need, room))
+
+    def _say(self, missing: list[int], choice: Choice) -> None:
+        layout = self.work.layout
+        where = {
+            "device": "in the device's memory",
+            "host": "in the host's memory",
+            "disk": "in files, mapped into memory",
+        }[choice.tier]
+        log.info("%s: %.3f GB, read %s", self.wanted.name, layout.total_bytes / 1e9, where)
+        if missing:
+            shards = f"{len(missing)} of {layout.num_shards} shards"
+            log.info("%s: computing %s", self.wanted.name, shards)
+        if not choice.kept and ranks.rank() == 0:
+            note = "the disk has no room for it: it is kept in memory only, for this start"
+            log.warning("%s: %s", self.wanted.name, note)
+
+    def _publish(self, whole: Whole) -> None:
+        """Make the place an entry; of an entry that was mended, make its manifest true."""
+        known = {shard_path(self.place, shard).name: facts for shard, facts in whole.items()}
+        facts = {"stage": self.wanted.name, **self.wanted.made_of}
+
+        def publish() -> Path:
+            if self.entry is None:
+                store = self.around.store
+                return store.publish(KIND, self.wanted.key, self.place, facts, known)
+            manifest = files.read_manifest(self.place)
+            if manifest is None or any(
+                manifest.files.get(name) != fact for name, fact in known.items()
+            ):
+                files.write_manifest(self.place, fingerprint=self.wanted.key, known=known, **facts)
+            return self.place
+
+        self.place = ranks.on_rank_zero(publish)
+
+
+def _nothing_to_compute(_windows: object) -> torch.Tensor:
+    raise AssertionError("every shard is there")

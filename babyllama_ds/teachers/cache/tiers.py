@@ -1,0 +1,159 @@
+"""Which memory holds a cache: what it needs and what is free enter, a tier leaves.
+
+    device   the accelerator's memory, a copy a rank: a gather on the device
+    host     the host's memory, a copy a rank: a gather into pinned memory, a copy to the device
+    disk     the shards' files, mapped: what the system has no room for is read again
+
+On a CPU `device` and `host` are the same memory. `auto` takes the first that fits with room to
+spare; a tier asked for by name is refused when it does not fit.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from babyllama_ds import ranks
+from babyllama_ds.errors import MachineError
+
+Tier = Literal["device", "host", "disk"]
+
+TRAINED_BYTES_A_PARAMETER = 2 + 4 + 3 * 4
+"""bf16 weights, fp32 gradients, fp32 master weights and two moments, on a single rank."""
+DEVICE_SPARED = 0.2
+"""Part of the accelerator that `auto` leaves to the student, beside its weights and moments."""
+HOST_SPARED = 0.2
+"""Part of the host's available memory that `auto` leaves alone."""
+DISK_SPARED_BYTES = 2**30
+"""What a cache leaves free on the disk, for checkpoints and models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Free bytes; of memory, what one rank may count on."""
+
+    device: int | None
+    """Of the accelerator, the smallest of all ranks; none: the ranks compute on the CPU."""
+    device_total: int
+    host: int
+    disk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """What a cache asks for."""
+
+    name: str
+    """What people see: `cache of teachers/gpt2`."""
+    memory_bytes: int
+    """All its records."""
+    disk_bytes: int
+    """The shards that are not written yet."""
+    student_bytes: int
+    """Weights, gradients and moments still to come to the accelerator."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a cache is read from, and whether it is written to disk before."""
+
+    tier: Tier
+    kept: bool
+    """False: there is room in memory only, so the next start computes it again."""
+
+
+def choose_tier(asked: Literal["auto", "device", "host", "disk"], need: Need, room: Room) -> Choice:
+    """The tier that was asked for, or the first that fits.
+
+    Raises:
+        MachineError: it does not fit, or nothing does; with the bytes needed and free.
+    """
+    free = _free(room)
+    kept = need.disk_bytes == 0 or need.disk_bytes + DISK_SPARED_BYTES <= room.disk
+    if asked == "auto":
+        spared = _spared(need, room)
+        fitting: list[Tier] = [
+            tier for tier in free if need.memory_bytes + spared[tier] <= free[tier]
+        ]
+        if kept:
+            fitting.append("disk")
+        if not fitting:
+            raise _too_large(need, room, "in a memory or on the disk", free)
+        return Choice(fitting[0], kept)
+    tier: Tier = "host" if asked == "device" and room.device is None else asked
+    if tier == "disk":
+        if not kept:
+            raise _too_large(need, room, "on the disk", {})
+    elif need.memory_bytes > free[tier]:
+        raise _too_large(need, room, f"in the {tier}'s memory", {tier: free[tier]})
+    return Choice(tier, kept)
+
+
+def measure_room(directory: Path, device: torch.device) -> Room:
+    """What is free, the same on every rank. A collective."""
+    on_cuda = device.type == "cuda"
+    free, total = torch.cuda.mem_get_info(device) if on_cuda else (0, 0)
+    of_ranks = ranks.gather_objects((free, available_host_bytes() // ranks_of_this_machine()))
+    return ranks.on_rank_zero(
+        lambda: Room(
+            device=min(one[0] for one in of_ranks) if on_cuda else None,
+            device_total=total,
+            host=min(one[1] for one in of_ranks),
+            disk=shutil.disk_usage(directory).free,
+        )
+    )
+
+
+def available_host_bytes() -> int:
+    """Memory that can be had without swapping, within the container's limit."""
+    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return available  # no such limit here
+    if limit == "max":
+        return available
+    # Files that were read count as used, and are given up when memory is wanted.
+    return min(available, int(limit) - used + int(facts.get("inactive_file", 0)))
+
+
+def ranks_of_this_machine() -> int:
+    """Ranks that share this host's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def _free(room: Room) -> dict[Tier, int]:
+    """The memories there are, the fastest first."""
+    if room.device is None:
+        return {"host": room.host}
+    return {"device": room.device, "host": room.host}
+
+
+def _spared(need: Need, room: Room) -> dict[Tier, int]:
+    return {
+        "device": need.student_bytes + int(DEVICE_SPARED * room.device_total),
+        "host": int(HOST_SPARED * room.host),
+    }
+
+
+def _too_large(need: Need, room: Room, where: str, free: dict[Tier, int]) -> MachineError:
+    found = [f"{free_bytes:,} free in the {tier}'s memory" for tier, free_bytes in free.items()]
+    if where.endswith("disk"):
+        found.append(f"{room.disk:,} on the disk, of which {DISK_SPARED_BYTES:,} are spared")
+    needed = need.disk_bytes if where == "on the disk" else need.memory_bytes
+    return MachineError.of(
+        "distillation.cache_tier",
+        got=f"{', '.join(found)} (bytes, for each rank)",
+        expected=f"{needed:,} bytes {where}, for the {need.name}",
+        hint="free some memory or disk space, lower windows.offsets.phases, "
+        "or set distillation.cache=topk or none",
+    )

@@ -1,0 +1,132 @@
+"""The first memory that fits, or the one that was asked for; what does not fit is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from babyllama_ds.errors import MachineError
+from babyllama_ds.teachers.cache.tiers import (
+    Choice,
+    Need,
+    Room,
+    available_host_bytes,
+    choose_tier,
+    measure_room,
+)
+
+GB = 10**9
+NEED = Need(
+    name="cache of teachers/a",
+    memory_bytes=86 * GB,
+    disk_bytes=86 * GB,
+    student_bytes=GB,
+)
+# A card of 141 GB with the teacher gone, a small host, a full disk.
+CARD = Room(device=139 * GB, device_total=141 * GB, host=60 * GB, disk=20 * GB)
+
+
+def room(**changes: int | None) -> Room:
+    return replace(CARD, **changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (CARD, Choice("device", kept=False)),
+        (room(disk=88 * GB), Choice("device", kept=True)),
+        # 86 + 1 + a fifth of 141 is 115.2: more than is free.
+        (room(device=115 * GB, host=110 * GB), Choice("host", kept=False)),
+        (room(device=116 * GB, host=110 * GB), Choice("device", kept=False)),
+        (room(device=80 * GB, disk=88 * GB), Choice("disk", kept=True)),
+        (room(device=None, host=110 * GB), Choice("host", kept=False)),
+        (room(device=None, host=100 * GB, disk=88 * GB), Choice("disk", kept=True)),
+    ],
+)
+def test_auto_takes_the_first_that_fits(given: Room, expected: Choice) -> None:
+    assert choose_tier("auto", NEED, given) == expected
+
+
+def test_what_is_written_already_asks_for_no_disk() -> None:
+    written = replace(NEED, disk_bytes=0)
+    assert choose_tier("auto", written, room(disk=0)) == Choice("device", kept=True)
+    assert choose_tier("disk", written, room(disk=0)) == Choice("disk", kept=True)
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "expected"),
+    [
+        # By name it may take all there is.
+        ("device", room(device=86 * GB), Choice("device", kept=False)),
+        ("host", room(host=86 * GB, disk=88 * GB), Choice("host", kept=True)),
+        ("disk", room(disk=88 * GB), Choice("disk", kept=True)),
+        # On a CPU device and host are the same memory.
+        ("device", room(device=None, host=90 * GB), Choice("host", kept=False)),
+    ],
+)
+def test_a_named_tier_is_taken(
+    asked: Literal["device", "host", "disk"], given: Room, expected: Choice
+) -> None:
+    assert choose_tier(asked, NEED, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "got", "expected"),
+    [
+        (
+            "device",
+            room(device=85 * GB),
+            "85,000,000,000 free in the device's memory",
+            "86,000,000,000 bytes in the device's memory, for the cache of teachers/a",
+        ),
+        (
+            "device",
+            room(device=None),
+            "60,000,000,000 free in the host's memory",
+            "86,000,000,000 bytes in the host's memory",
+        ),
+        (
+            "disk",
+            CARD,
+            "20,000,000,000 on the disk, of which 1,073,741,824 are spared",
+            "86,000,000,000 bytes on the disk",
+        ),
+        (
+            "auto",
+            room(device=50 * GB),
+            "50,000,000,000 free in the device's memory, 60,000,000,000 free in the host's "
+            "memory, 20,000,000,000 on the disk",
+            "86,000,000,000 bytes in a memory or on the disk",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_bytes_needed_and_free(
+    asked: Any, given: Room, got: str, expected: str
+) -> None:
+    with pytest.raises(MachineError) as caught:
+        choose_tier(asked, NEED, given)
+    (problem,) = caught.value.problems
+    assert problem.where == "distillation.cache_tier"
+    assert got in problem.got
+    assert problem.expected.startswith(expected)
+    assert "distillation.cache=topk" in (problem.hint or "")
+
+
+def test_only_the_missing_shards_need_disk() -> None:
+    partly = replace(NEED, disk_bytes=10 * GB)
+    assert choose_tier("disk", partly, CARD) == Choice("disk", kept=True)
+    with pytest.raises(MachineError, match=r"expected 30,000,000,000 bytes on the disk"):
+        choose_tier("disk", replace(NEED, disk_bytes=30 * GB), CARD)
+
+
+def test_room_is_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_SIZE", "4")
+    found = measure_room(tmp_path, torch.device("cpu"))
+    assert found.device is None
+    assert found.disk > 0
+    # Four ranks share the machine; other processes come and go in the meantime.
+    assert found.host == pytest.approx(available_host_bytes() / 4, rel=0.2)
