@@ -4,6 +4,8 @@ Each step is an entry of the store under the hash of what decides it, so a chang
 tokenizer can never meet a stale shard:
 
     text (nursery only) → tokenizers → tokens
+
+Only the last is resumable. A tokenizer is learnt in one call of its library, which begins again.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
     return CorpusEntries(
         tokenizer_dir=tokenizer_dir,
         tokenizer_key=tokenizer_key,
-        tokens_dir=store.build("tokens", tokens_key, make),
+        tokens_dir=store.build("tokens", tokens_key, make, resumable=True),
         tokens_key=tokens_key,
         pairs_dir=text_dir / "pairs" if text_dir else None,
     )

@@ -8,40 +8,56 @@ published: no token between files, no special token anywhere. But the text is en
 many at a time, so that all cores work and a corpus larger than memory passes through. Text that
 looks like a special token (`<s>`) is encoded as the text it is.
 
+A shard is the tokens of so many blocks, so where it begins depends on the text alone. Beside it
+lies what proves it whole, and of which text it is: whoever finds a directory that was begun reads
+the text again, which is quick, and encodes what is missing.
+
 Legend: N windows, L tokens in a window.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count, groupby, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from babyllama_ds.corpus.tokenizer import vocabulary_size
-from babyllama_ds.errors import DataError
-from babyllama_ds.files import cannot_write, read_json, write_json
+from babyllama_ds.errors import DataError, RunError
+from babyllama_ds.files import (
+    cannot_write,
+    hash_json,
+    read_json,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+log = logging.getLogger(__name__)
+
 INDEX_NAME = "shards.json"
-SHARD_TOKENS = 1 << 28
-"""Tokens in a shard file, at most (512 MiB of uint16)."""
 BLOCK_CHARS = 1 << 14
 """Characters encoded in one go, about; much longer ones leave the processor's caches."""
 BATCH_BLOCKS = 128
 """Blocks encoded together, so about 2 MiB of text."""
+SHARD_BLOCKS = 8 * BATCH_BLOCKS
+"""Blocks in a shard, so about 16 MiB of text: what a kill costs, and what is in memory."""
 
 Texts = Iterable[tuple[str, Iterator[str]]]
 """(domain, lines) of each file of a split."""
+Check = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -61,10 +77,12 @@ def write_shards(
     texts_by_split: Mapping[str, Texts],
     tokenizer: PreTrainedTokenizerFast,
     *,
-    check: Callable[[], None] | None = None,
-    shard_tokens: int = SHARD_TOKENS,
+    check: Check = lambda: None,
 ) -> None:
     """Encode every split into `directory`, which is made when it is missing.
+
+    Shards that an earlier call with the same tokenizer left there are kept if they are whole and
+    of the same text, and the others named in the log and made anew: the result is the same.
 
     `shards.json` gives for each split its tokens, the UTF-8 bytes and the words (by whitespace) of
     the cleaned text, its files and its domains. `check` is called between batches of blocks and
@@ -76,13 +94,11 @@ def write_shards(
     splits = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        if found := list(directory.glob("*.bin")):
+            log.info("tokens: going on with what is there, %d shards", len(found))
         for split, texts in texts_by_split.items():
-            with _SplitWriter(directory, split, dtype, shard_tokens) as writer:
-                for block, ids in encoder.encode(_blocks_of_split(texts, encoder)):
-                    writer.add(block, ids)
-                    if check is not None:
-                        check()
-            splits[split] = writer.facts()
+            writer = _SplitWriter(directory, split, dtype, encoder, check)
+            splits[split] = _summary(writer.write(texts))
     except OSError as error:
         raise cannot_write(directory, error) from error
     write_json(directory / INDEX_NAME, {"dtype": dtype, "vocab_size": size, "splits": splits})
@@ -93,6 +109,194 @@ class _Block:
     text: str
     domain: str
     begins_file: bool
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Blocks of one shard, to be encoded together."""
+
+    shard: int
+    blocks: list[_Block]
+
+
+@dataclass
+class _Text:
+    """What the text of a shard comes to."""
+
+    bytes: int = 0
+    words: int = 0
+    _digest: Any = field(default_factory=hashlib.sha256)
+
+    def add(self, blocks: Iterable[_Block]) -> _Text:
+        for block in blocks:
+            content = block.text.encode()
+            self._digest.update(f"{block.domain}/{len(content)}/".encode())
+            self._digest.update(content)
+            self.bytes += len(content)
+            self.words += len(block.text.split())  # blocks are cut at whitespace
+        return self
+
+    def sha256(self) -> str:
+        """Of the text, its domains, and how it is cut into blocks, none of which crosses files."""
+        digest: str = self._digest.hexdigest()
+        return digest
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens that one file has in a shard."""
+
+    domain: str
+    begins_file: bool
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """What lies beside a shard's tokens, as JSON."""
+
+    name: str
+    sha256: str
+    text_sha256: str
+    tokens: int
+    bytes: int
+    words: int
+    spans: list[_Span]
+
+    @classmethod
+    def read(cls, path: Path) -> _Shard | None:
+        """None where it is not what was written, or not there."""
+        try:
+            value = read_json(path)
+            proof = value.pop("proof")
+            if proof != hash_json(value):
+                return None
+            return cls(**{**value, "spans": [_Span(**span) for span in value["spans"]]})
+        except (RunError, KeyError, TypeError, AttributeError):
+            return None
+
+    def write(self, path: Path) -> None:
+        value = asdict(self)
+        write_json(path, {**value, "proof": hash_json(value)})
+
+
+class _SplitWriter:
+    """Writes one split's shards, but for those that stand."""
+
+    def __init__(
+        self, directory: Path, split: str, dtype: str, encoder: _Encoder, check: Check
+    ) -> None:
+        self._directory, self._split = directory, split
+        self._dtype, self._encoder, self._check = _on_disk(dtype), encoder, check
+        self._shards: dict[int, _Shard] = {}
+
+    def write(self, texts: Texts) -> list[_Shard]:
+        """All shards of the split, in order."""
+        batches = self._batches(_blocks_of_split(texts, self._encoder))
+        with closing(self._encoder.encode(batches)) as encoded:
+            for shard, group in groupby(encoded, key=lambda pair: pair[0].shard):
+                self._shards[shard] = self._write(shard, group)
+        self._remove_others()
+        return [self._shards[shard] for shard in range(len(self._shards))]
+
+    def _batches(self, blocks: Iterator[_Block]) -> Iterator[_Batch]:
+        """The text of the shards that do not stand."""
+        for shard in count():
+            of_shard = islice(blocks, SHARD_BLOCKS)
+            if (found := self._whole(shard)) is not None:
+                read = list(of_shard)
+                if read and found.text_sha256 == _Text().add(read).sha256():
+                    self._shards[shard] = found
+                    self._check()
+                    continue
+                if read:
+                    self._say_anew(shard, "was made of other text")
+                of_shard = islice(read, None)
+            begun = False
+            while batch := list(islice(of_shard, BATCH_BLOCKS)):
+                begun = True
+                yield _Batch(shard, batch)
+            if not begun:
+                return
+
+    def _whole(self, shard: int) -> _Shard | None:
+        """The shard that lies there, if its checksum holds."""
+        path = self._path(shard)
+        if not path.exists():
+            return None
+        found = _Shard.read(path.with_suffix(".json"))
+        if found is None:
+            self._say_anew(shard, "is unfinished or damaged (nothing proves it)")
+        elif sha256_file(path) != found.sha256:
+            self._say_anew(shard, "is damaged (its checksum does not hold)")
+        else:
+            return found
+        return None
+
+    def _write(self, shard: int, group: Iterator[tuple[_Batch, list[list[int]]]]) -> _Shard:
+        text, parts, spans = _Text(), [], []
+        for batch, ids in group:
+            text.add(batch.blocks)
+            for block, ids_of_block in zip(batch.blocks, ids, strict=True):
+                parts.append(np.array(ids_of_block, dtype=self._dtype))
+                spans.append(_Span(block.domain, block.begins_file, len(ids_of_block)))
+            self._check()
+        content = np.concatenate(parts).tobytes()
+        path = self._path(shard)
+        made = _Shard(
+            name=path.name,
+            sha256=hashlib.sha256(content).hexdigest(),
+            text_sha256=text.sha256(),
+            tokens=len(content) // self._dtype.itemsize,
+            bytes=text.bytes,
+            words=text.words,
+            spans=_joined(spans),
+        )
+        write_atomic(path, content)
+        made.write(path.with_suffix(".json"))
+        return made
+
+    def _remove_others(self) -> None:
+        """What is left here of a longer text."""
+        ours = {self._path(shard).stem for shard in self._shards}
+        for path in self._directory.glob(f"{self._split}-[0-9]*"):
+            if path.stem not in ours:
+                path.unlink()
+
+    def _say_anew(self, shard: int, what: str) -> None:
+        log.warning("%s %s: its text is encoded anew", self._path(shard), what)
+
+    def _path(self, shard: int) -> Path:
+        return self._directory / f"{self._split}-{shard:05d}.bin"
+
+
+def _joined(spans: Iterable[_Span]) -> list[_Span]:
+    """Those that follow one another in a file as one."""
+    joined: list[_Span] = []
+    for span in spans:
+        if span.begins_file or not joined:
+            joined.append(span)
+        else:
+            joined[-1] = replace(joined[-1], tokens=joined[-1].tokens + span.tokens)
+    return joined
+
+
+def _summary(shards: list[_Shard]) -> dict[str, Any]:
+    """A split, as the index has it."""
+    domains, start = [], 0
+    for span in _joined(span for shard in shards for span in shard.spans):
+        domains.append({"domain": span.domain, "start": start, "stop": start + span.tokens})
+        start += span.tokens
+    return {
+        "tokens": start,
+        "bytes": sum(shard.bytes for shard in shards),
+        "words": sum(shard.words for shard in shards),
+        "files": [{"name": shard.name, "tokens": shard.tokens} for shard in shards],
+        "domains": domains,
+    }
+
+
+# -- blocks --------------------------------------------------------------------------------------
 
 
 def _blocks_of_split(texts: Texts, encoder: _Encoder) -> Iterator[_Block]:
@@ -173,86 +377,36 @@ class _Encoder:
             and self._ids(left + right) == self._ids(left) + anchored[num_anchor:]
         )
 
-    def encode(self, blocks: Iterator[_Block]) -> Iterator[tuple[_Block, list[int]]]:
-        """Each block with its token ids, in order.
+    def encode(
+        self, batches: Iterator[_Batch]
+    ) -> Generator[tuple[_Batch, list[list[int]]], None, None]:
+        """Each batch with the token ids of its blocks, in order.
 
         While a batch is encoded (outside Python's lock), the next one is read and the one before
         is written.
         """
         with ThreadPoolExecutor(max_workers=1) as pool:
-            batch, running = list(islice(blocks, BATCH_BLOCKS)), None
+            batch, running = next(batches, None), None
             while batch or running:
                 done, running = running, pool.submit(self._encode_batch, batch) if batch else None
                 if done:
-                    yield from done.result()
-                batch = list(islice(blocks, BATCH_BLOCKS))
+                    yield done.result()
+                batch = next(batches, None)
 
-    def _encode_batch(self, batch: list[_Block]) -> list[tuple[_Block, list[int]]]:
-        texts = [block.text if block.begins_file else self._ANCHOR + block.text for block in batch]
+    def _encode_batch(self, batch: _Batch) -> tuple[_Batch, list[list[int]]]:
+        texts = [
+            block.text if block.begins_file else self._ANCHOR + block.text for block in batch.blocks
+        ]
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         num_anchor = len(self._anchor_ids)
-        return [
-            (block, encoding.ids[0 if block.begins_file else num_anchor :])
-            for block, encoding in zip(batch, encodings, strict=True)
+        return batch, [
+            encoding.ids[0 if block.begins_file else num_anchor :]
+            for block, encoding in zip(batch.blocks, encodings, strict=True)
         ]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
-
-
-class _SplitWriter:
-    """Writes one split's ids into shard files and keeps count."""
-
-    def __init__(self, directory: Path, split: str, dtype: str, shard_tokens: int) -> None:
-        self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
-        self._dtype = _on_disk(dtype)
-        self._files: list[dict[str, Any]] = []
-        self._domains: list[dict[str, Any]] = []
-        self._tokens = self._bytes = self._words = 0
-        self._stack = ExitStack()
-        self._stream: IO[bytes] | None = None
-
-    def __enter__(self) -> _SplitWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def add(self, block: _Block, ids: list[int]) -> None:
-        if block.begins_file:
-            span = {"domain": block.domain, "start": self._tokens, "stop": self._tokens}
-            self._domains.append(span)
-        self._write(np.array(ids, dtype=self._dtype))
-        self._domains[-1]["stop"] = self._tokens
-        self._bytes += len(block.text.encode())
-        self._words += len(block.text.split())  # blocks are cut at whitespace
-
-    def facts(self) -> dict[str, Any]:
-        return {
-            "tokens": self._tokens,
-            "bytes": self._bytes,
-            "words": self._words,
-            "files": self._files,
-            "domains": self._domains,
-        }
-
-    def _write(self, ids: npt.NDArray[Any]) -> None:
-        while len(ids):
-            if self._stream is None or self._files[-1]["tokens"] == self._shard_tokens:
-                self._open_next()
-            assert self._stream is not None
-            now = ids[: self._shard_tokens - self._files[-1]["tokens"]]
-            self._stream.write(now.tobytes())
-            self._files[-1]["tokens"] += len(now)
-            self._tokens += len(now)
-            ids = ids[len(now) :]
-
-    def _open_next(self) -> None:
-        self._stack.close()
-        name = f"{self._split}-{len(self._files):05d}.bin"
-        self._stream = self._stack.enter_context((self._directory / name).open("wb"))
-        self._files.append({"name": name, "tokens": 0})
 
 
 def _on_disk(dtype: str) -> np.dtype[Any]:
@@ -310,7 +464,10 @@ class TokenShards:
         """`length` ids from token `start` on."""
         assert 0 <= start <= self.num_tokens(split) - length, "beyond the stream"
         out = np.empty(length, np.int64)
-        for begin, part in zip(self._starts[split], self._arrays[split], strict=False):
+        bounds, parts = self._starts[split], self._arrays[split]
+        first = int(np.searchsorted(bounds, start, side="right")) - 1
+        last = int(np.searchsorted(bounds, start + length, side="left"))
+        for begin, part in zip(bounds[first:last], parts[first:last], strict=True):
             low, high = max(start, begin), min(start + length, begin + len(part))
             if low < high:
                 out[low - start : high - start] = part[low - begin : high - begin]
@@ -340,6 +497,8 @@ def _map(path: Path, num_tokens: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         size = path.stat().st_size
         if size != expected:
             raise _damaged(path, f"{size} bytes", f"{expected} bytes")
+        if not expected:  # which cannot be mapped
+            return np.empty(0, dtype)
         return np.memmap(path, dtype, mode="r").view(np.ndarray)
     except OSError as error:
         got = error.strerror or str(error)

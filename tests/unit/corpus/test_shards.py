@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,6 +199,36 @@ def test_text_without_a_place_to_cut_stays_whole_in_linear_work() -> None:
     assert len(asked) < 3 * 2 * len(lines)
 
 
+@pytest.mark.parametrize("length", [1000, 4000, 16_000])
+def test_a_very_long_line_is_cut_in_linear_work(length: int) -> None:
+    asked = []
+
+    def always(left: str, right: str) -> bool:
+        asked.append(len(left) + len(right))
+        return True
+
+    line = "x yz " * (length // 5)
+    blocks = list(cut_into_blocks([line], always, 50))
+    assert "".join(blocks) == line
+    assert len(asked) == len(blocks) - 1 <= length / 50
+    assert max(map(len, blocks[:-1])) < 60
+
+
+@pytest.mark.parametrize("chars", [1000, 4000, 16_000])
+def test_a_file_without_whitespace_is_encoded_once(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    encoded: Encoded,
+    monkeypatch: pytest.MonkeyPatch,
+    chars: int,
+) -> None:
+    monkeypatch.setattr(module, "BLOCK_CHARS", 20)
+    text = "kettle" * (chars // 6)
+    done = encoded.of(lambda: write_shards(tmp_path, {"train": [("a", iter([text]))]}, tokenizer))
+    assert done == len(text)
+    assert stream(TokenShards.open(tmp_path), "train") == whole(tokenizer, text)
+
+
 def test_a_block_leaves_before_much_more_is_read() -> None:
     read = 0
 
@@ -258,15 +289,25 @@ def test_counts_and_domains(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) 
     assert (shards.num_tokens("dev"), shards.num_words("dev")) == (short, 2)
 
 
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few lines fill a shard, in two batches of blocks."""
+    for name, value in (("BLOCK_CHARS", 40), ("BATCH_BLOCKS", 2), ("SHARD_BLOCKS", 3)):
+        monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.usefixtures("small_shards")
 def test_the_index_says_what_the_files_hold(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    write_shards(tmp_path, {"train": [("a", iter(LINES))]}, tokenizer, shard_tokens=100)
+    write_shards(tmp_path, {"train": [("a", iter(LINES))]}, tokenizer)
     index = json.loads((tmp_path / "shards.json").read_text())
     assert (index["dtype"], index["vocab_size"]) == ("uint16", VOCAB_SIZE)
     files = index["splits"]["train"]["files"]
     assert [file["name"] for file in files] == [f"train-{i:05d}.bin" for i in range(len(files))]
-    assert all(file["tokens"] == 100 for file in files[:-1])
+    assert len(files) > 5
+    sizes = [(tmp_path / file["name"]).stat().st_size for file in files]
+    assert sizes == [2 * file["tokens"] for file in files]
     raw = b"".join((tmp_path / file["name"]).read_bytes() for file in files)
     assert np.frombuffer(raw, "<u2").tolist() == whole(tokenizer, "".join(LINES))
 
@@ -289,8 +330,13 @@ def test_the_narrowest_type_that_holds_every_id(
 
 
 @pytest.fixture
-def split_up(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> TokenShards:
-    write_shards(tmp_path, {"train": [("a", iter(LINES))]}, tokenizer, shard_tokens=7)
+def split_up(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> TokenShards:
+    """A shard a word or two, and now and then one of less than a window."""
+    monkeypatch.setattr(module, "BLOCK_CHARS", 8)
+    monkeypatch.setattr(module, "SHARD_BLOCKS", 1)
+    write_shards(tmp_path, {"train": [("a", iter(LINES))]}, tokenizer)
     return TokenShards.open(tmp_path)
 
 
@@ -342,6 +388,28 @@ def test_an_index_of_another_shape_is_refused(tmp_path: Path, index: str) -> Non
         TokenShards.open(tmp_path)
 
 
+def test_a_shard_without_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text may come to nothing in some tokenizers; an empty file cannot be mapped."""
+    monkeypatch.setattr(module, "BLOCK_CHARS", 4)
+    monkeypatch.setattr(module, "SHARD_BLOCKS", 1)
+    backend = Tokenizer(models.WordLevel(vocab={"a": 0, "b": 1}, unk_token="a"))
+    backend.pre_tokenizer = Split(" ", behavior="removed")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    text = "a b a b" + " " * 9 + "b a b b"
+    monkeypatch.setattr(
+        module, "cut_into_blocks", lambda *_: iter([text[:7], text[7:15], text[15:]])
+    )
+    write_shards(tmp_path, {"train": [("any", iter([text]))]}, tokenizer)
+    shards = TokenShards.open(tmp_path)
+    index = json.loads((tmp_path / "shards.json").read_text())
+    assert [file["tokens"] for file in index["splits"]["train"]["files"]][1] == 0
+    expected = whole(tokenizer, text)
+    assert stream(shards, "train") == expected
+    for start in range(len(expected) - 2):
+        starts = np.array([start])
+        assert shards.gather("train", starts, 3)[0].tolist() == expected[start : start + 3]
+
+
 def test_a_place_that_cannot_be_written(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     texts: dict[str, Any] = {"train": [("a", iter(["moon\n"]))]}
@@ -381,3 +449,137 @@ def test_an_error_in_the_text_comes_through(
 
     with pytest.raises(DataError, match="less than before"):
         write_shards(tmp_path, {"train": [("a", broken())]}, tokenizer)
+
+
+# -- going on --------------------------------------------------------------------------------------
+
+SPLITS = {"train": (("a", LINES), ("b", LINES[:7])), "dev": (("c", LINES[5:9]),)}
+
+
+def texts_of(splits: Any = SPLITS) -> dict[str, Any]:
+    return {
+        split: [(domain, iter(lines)) for domain, lines in files] for split, files in splits.items()
+    }
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+class Encoded:
+    """Counts the characters that are really encoded."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.chars = 0
+        encode_batch = module._Encoder._encode_batch
+
+        def counting(encoder: Any, batch: Any) -> Any:
+            self.chars += sum(len(block.text) for block in batch.blocks)
+            return encode_batch(encoder, batch)
+
+        monkeypatch.setattr(module._Encoder, "_encode_batch", counting)
+
+    def of(self, work: Callable[[], None]) -> int:
+        before = self.chars
+        work()
+        return self.chars - before
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Encoded:
+    return Encoded(monkeypatch)
+
+
+@pytest.fixture
+def undisturbed(
+    small_shards: None,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> Path:
+    write_shards(tmp_path / "undisturbed", texts_of(), tokenizer)
+    return tmp_path / "undisturbed"
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 8, 13])
+def test_what_was_done_is_kept_and_the_result_is_the_same(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    undisturbed: Path,
+    encoded: Encoded,
+    stop_at: int,
+) -> None:
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise Stopped("SIGTERM")
+
+    place = tmp_path / "begun"
+    with pytest.raises(Stopped):
+        write_shards(place, texts_of(), tokenizer, check=check)
+    finished = list(place.glob("*.json"))
+    assert len(finished) == (stop_at - 1) // 2  # two batches a shard
+    begun = {name: data for name, data in content(place).items() if name.endswith(".bin")}
+    chars = sum(len(line) for files in SPLITS.values() for _, lines in files for line in lines)
+    anew = encoded.of(lambda: write_shards(place, texts_of(), tokenizer))
+    assert content(place) == content(undisturbed)
+    assert begun.items() <= content(place).items()
+    kept = sum(json.loads(path.read_text())["bytes"] for path in finished)
+    assert anew == chars - kept  # ASCII
+    assert encoded.of(lambda: write_shards(place, texts_of(), tokenizer)) == 0
+
+
+def test_a_damaged_shard_is_named_and_made_anew(
+    tokenizer: PreTrainedTokenizerFast,
+    undisturbed: Path,
+    encoded: Encoded,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = content(undisturbed)
+    one, two, three = (undisturbed / f"train-0000{shard}.bin" for shard in (1, 2, 4))
+    one.write_bytes(one.read_bytes()[:-3] + b"\xff\0\0")
+    two.write_bytes(two.read_bytes()[:-2])
+    proof = three.with_suffix(".json")
+    proof.write_text(re.sub(r'"words": \d+', '"words": 7', proof.read_text()))
+    assert content(undisturbed)[proof.name] != before[proof.name]
+    (undisturbed / "dev-00000.json").unlink()
+    damaged = [one, two, three, undisturbed / "dev-00000.bin"]
+    chars = sum(json.loads(before[path.with_suffix(".json").name])["bytes"] for path in damaged)
+    assert encoded.of(lambda: write_shards(undisturbed, texts_of(), tokenizer)) == chars
+    assert content(undisturbed) == before
+    reasons = ["damaged (its checksum does not hold)"] * 2
+    reasons += ["unfinished or damaged (nothing proves it)"] * 2
+    expected = [
+        f"{path} is {reason}: its text is encoded anew"
+        for path, reason in zip(damaged, reasons, strict=True)
+    ]
+    assert [r.message for r in caplog.records if r.levelname == "WARNING"] == expected
+
+
+def test_shards_of_other_text_are_not_kept(
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    undisturbed: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As when a file was changed under a run, and then changed back."""
+    other = [*LINES]
+    other[9] = other[9].replace("fell", "feel")
+    place = tmp_path / "other"
+    more = {"train": (("a", other), ("b", LINES)), "dev": SPLITS["dev"]}
+    write_shards(place, texts_of(more), tokenizer)
+    write_shards(place, texts_of(), tokenizer)
+    assert content(place) == content(undisturbed)
+    assert re.search(r"train-0000\d\.bin was made of other text", caplog.text)
+
+
+def test_shards_of_another_domain_are_not_kept(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, undisturbed: Path
+) -> None:
+    renamed = {**SPLITS, "train": (("z", LINES), ("b", LINES[:7]))}
+    write_shards(tmp_path / "renamed", texts_of(renamed), tokenizer)
+    assert content(tmp_path / "renamed") != content(undisturbed)
+    write_shards(tmp_path / "renamed", texts_of(), tokenizer)
+    assert content(tmp_path / "renamed") == content(undisturbed)
