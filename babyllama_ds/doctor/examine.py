@@ -14,7 +14,8 @@ from babyllama_ds.doctor.disk import disk
 from babyllama_ds.doctor.findings import Finding
 from babyllama_ds.doctor.versions import versions
 from babyllama_ds.doctor.world import Started, worlds
-from babyllama_ds.doctor.zero2 import not_compiled, why_not_compiled, zero2
+from babyllama_ds.doctor.zero2 import not_compiled, zero2
+from babyllama_ds.engine.compiling import what_compiling_lacks
 from babyllama_ds.engine.distributed import Device, quiet_known_noise
 
 
@@ -25,7 +26,7 @@ def examine(runs: Path, device: Device, *, compiled: bool) -> list[Finding]:
     """
     quiet_known_noise()
     found = [*versions(), *devices(device), *disk(runs)]
-    lacking = why_not_compiled(device) if compiled else None
+    lacking = what_compiling_lacks(device) if compiled else None
     compiled = compiled and lacking is None
     with ExitStack() as stack:
         stack.enter_context(_one_thread())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,7 +11,6 @@ from babyllama_ds import files
 from babyllama_ds.doctor.findings import Finding, failure, ok, warning
 from babyllama_ds.doctor.rank import COLLECTIVES
 from babyllama_ds.doctor.world import Started
-from babyllama_ds.engine.distributed import Device
 from babyllama_ds.engine.proof.case import STEPS, Case
 from babyllama_ds.engine.proof.judge import Difference, judge
 from babyllama_ds.engine.proof.models import CASES, COMPILED_CASES
@@ -48,16 +44,6 @@ def not_compiled(why: str | None) -> Finding:
         f"not proved: {why}",
         remedy="install one (Debian, Ubuntu: apt install g++); only compiled training needs it",
     )
-
-
-def why_not_compiled(device: Device) -> str | None:
-    """What torch.compile lacks here; none if nothing. Triton builds its launchers in C."""
-    named = os.environ.get("CXX")
-    if not any(shutil.which(each) for each in ([named] if named else ["g++", "clang++"])):
-        return "no C++ compiler"
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
-        return "no Triton"
-    return None
 
 
 def _collectives(started: Started, ended: str | None) -> Finding:

@@ -73,7 +73,7 @@ def test_what_is_compiled(
             pass
 
     monkeypatch.setattr(module, "Started", Started)
-    monkeypatch.setattr(module, "why_not_compiled", lambda _: lacking)
+    monkeypatch.setattr(module, "what_compiling_lacks", lambda _: lacking)
     monkeypatch.setattr(module, "zero2", lambda _, *, compiled: [ok("zero-2", str(compiled))])
     for name in ("disk", "bf16", "attention", "devices"):
         monkeypatch.setattr(module, name, lambda _: [])

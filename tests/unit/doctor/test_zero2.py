@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -117,20 +116,10 @@ def test_ranks_that_never_met(tmp_path: Path) -> None:
 # -- torch.compile ---------------------------------------------------------------------------------
 
 
-def test_without_a_compiler_nothing_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    found = module.not_compiled(module.why_not_compiled("cpu"))
+def test_without_a_compiler_nothing_is_proved() -> None:
+    found = module.not_compiled("no C++ compiler")
     assert (found.status, found.found) == ("warning", "not proved: no C++ compiler")
     assert "g++" in (found.remedy or "")
-
-
-def test_a_compiler_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(shutil, "which", lambda name: name if name == "clang++" else None)
-    assert module.why_not_compiled("cpu") is None
-    monkeypatch.setenv("CXX", "/no/such/compiler")
-    assert module.why_not_compiled("cpu") == "no C++ compiler"
 
 
 def test_not_asked_for_is_no_warning() -> None:
