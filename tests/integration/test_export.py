@@ -16,12 +16,10 @@ pytestmark = pytest.mark.launch
 STRANGER = """
 import json, sys
 
-class Forbidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("babyllama_ds", "deepspeed"):
-            raise ImportError(f"{name} is not installed here")
+# As if they were not installed: an import fails, and who looks for them finds nothing.
+for name in ("babyllama_ds", "deepspeed"):
+    sys.modules[name] = None
 
-sys.meta_path.insert(0, Forbidden())
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,7 +47,7 @@ for directory in directories:
     facts["written_tokens"] = written.shape[1]
     facts["written"] = tokenizer.decode(written[0], skip_special_tokens=True)
     result[directory] = facts
-assert not any(name.startswith("babyllama_ds") for name in sys.modules)
+assert not any(name.startswith(("babyllama_ds.", "deepspeed.")) for name in sys.modules)
 print(json.dumps(result))
 """
 MODELS = {

@@ -145,14 +145,14 @@ def unreduced_on_rank_one() -> Iterator[None]:
     """Rank 1 takes part in every reduction, and goes on with what it had before."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-    reduce = DeepSpeedZeroOptimizer.allreduce_bucket
+    reduce = DeepSpeedZeroOptimizer.gradient_reduction_w_predivide
 
-    def reduce_for_others(self: Any, bucket: list[Tensor], *args: Any, **named: Any) -> Tensor:
-        own = torch.cat([tensor.flatten() for tensor in bucket])
-        reduced = reduce(self, bucket, *args, **named)
-        return own if ranks.rank() == 1 else reduced
+    def reduce_for_others(self: Any, bucket: Tensor, *args: Any, **named: Any) -> Tensor:
+        own = bucket.clone()
+        reduce(self, bucket, *args, **named)
+        return bucket.copy_(own) if ranks.rank() == 1 else bucket
 
-    with patch.object(DeepSpeedZeroOptimizer, "allreduce_bucket", reduce_for_others):
+    with patch.object(DeepSpeedZeroOptimizer, "gradient_reduction_w_predivide", reduce_for_others):
         yield
 
 
