@@ -2,7 +2,7 @@
 
 Enters: a validated job. Leaves: a run directory, from tokenizer to report.
 
-    prepare (corpus → tokenizer → tokens) → check → teachers → student → control
+    prepare (corpus → tokenizer → tokens) → check → teachers → (cache) → student → control
     → evaluate → report
 
 Every rank walks through every stage. What one rank does alone goes through
@@ -15,8 +15,10 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,14 @@ from torch import nn
 
 from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus, CorpusEntries, open_corpus, prepare_corpus
-from babyllama_ds.corpus.tokenizer import differing_ids, load_tokenizer
+from babyllama_ds.corpus.tokenizer import differing_ids, load_tokenizer, vocabulary_hash
 from babyllama_ds.corpus.windows import DevWindows as DevText
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.checkpoint import CheckpointFolder
+from babyllama_ds.engine.compiling import Compiled, choose_compiled
 from babyllama_ds.engine.inference import FrozenModel
+from babyllama_ds.engine.matmul_rate import MatmulRates, measure_matmul_rates
 from babyllama_ds.environment import describe_environment
 from babyllama_ds.errors import ModelError, Stopped, UserError
 from babyllama_ds.evaluation.evaluate import DevWindows, evaluate_model
@@ -43,9 +47,14 @@ from babyllama_ds.fingerprints import (
     trained_fingerprint,
 )
 from babyllama_ds.models.attention import resolve_attention
-from babyllama_ds.models.build import build_model, check_positions, load_model
+from babyllama_ds.models.build import (
+    build_model,
+    check_positions,
+    count_parameters,
+    load_model,
+)
 from babyllama_ds.models.export import export_model
-from babyllama_ds.models.parts import check_plain_head
+from babyllama_ds.models.parts import HeadKind, check_plain_head
 from babyllama_ds.report.card import render_model_card
 from babyllama_ds.report.write import write_report
 from babyllama_ds.rundir import RunDirectory
@@ -60,9 +69,16 @@ from babyllama_ds.spec.job import (
 )
 from babyllama_ds.stopping import StopRequest, started_by_launcher
 from babyllama_ds.store import RunLock, Store, link_entry
+from babyllama_ds.teachers.cache.check import check_head, check_top_k
+from babyllama_ds.teachers.cache.opening import Surroundings as CacheSurroundings
+from babyllama_ds.teachers.cache.remembered import Teacher, TeacherInput, remembered_ensemble
+from babyllama_ds.teachers.cache.tiers import TRAINED_BYTES_A_PARAMETER
 from babyllama_ds.teachers.ensemble import Ensemble, Member
-from babyllama_ds.training.batches import check_warmup
+from babyllama_ds.training.batches import check_warmup, total_steps
 from babyllama_ds.training.loop import Stage, Surroundings, train
+from babyllama_ds.training.meter import Meter, Work, work_of
+from babyllama_ds.training.micro_batch import find_micro_batch
+from babyllama_ds.training.objective import Objective
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +127,7 @@ class Pipeline:
         self.device = device
         self.stop = stop
         self.precision = precision(self._deepspeed("student", job.student.training))
+        self._rates: MatmulRates | None = None
 
     def run(self) -> None:
         """Every stage, in order."""
@@ -145,6 +162,7 @@ class Pipeline:
         ranks.on_every_rank(lambda: self._check(corpus))
 
     def _check(self, corpus: Corpus) -> None:
+        choose_compiled(self.job.deepspeed.compile, device=self._device_kind, products_s=0)
         for where, model, training in self._models():
             self._attention(where, model, training=training is not None)
             if training is not None:
@@ -157,27 +175,32 @@ class Pipeline:
         self._benchmarks(corpus)
         for spec in self.job.teachers:
             if isinstance(spec.model, PretrainedModel):
-                self._check_loaded(f"teachers.{spec.name}.model", spec.model, corpus)
+                head = self._check_loaded(f"teachers.{spec.name}.model", spec.model, corpus)
+                if self.job.distillation.cache == "hidden":
+                    check_head(head, teacher=spec.name)
+        check_top_k(self.job.distillation, len(corpus.tokenizer))
         if isinstance(self.job.student.model, PretrainedModel):
             self._check_loaded("student.model", self.job.student.model, corpus)
 
-    def _check_loaded(self, where: str, model_spec: PretrainedModel, corpus: Corpus) -> None:
-        """The vocabulary, positions and head of a loaded model fit."""
-        theirs = load_tokenizer(model_spec.path)
+    def _check_loaded(self, where: str, model_spec: PretrainedModel, corpus: Corpus) -> HeadKind:
+        """The vocabulary, positions and head of a loaded model fit; what kind of head it has."""
+        theirs = load_tokenizer(model_spec.path, where=where)
         different = differing_ids(corpus.tokenizer, theirs)
         if different:
-            shown = ", ".join(map(str, different[:8]))
+            shown = [f"{i} is {b}, not {a}" for i, (a, b) in islice(different.items(), 4)]
+            more = ["…"] if len(different) > len(shown) else []
             raise ModelError.of(
                 where,
-                got=f"a vocabulary that differs in {len(different)} ids ({shown}, …)",
-                expected="the student's: the same bytes for every id",
+                got=f"a vocabulary that differs in {len(different)} of "
+                f"{len(corpus.tokenizer)} ids ({'; '.join(shown + more)})",
+                expected="the job's: the same bytes for every id",
                 hint=f"use this model's tokenizer: tokenizer={{kind: pretrained, "
                 f"path: {model_spec.path}}}",
             )
         attention = self._attention(where, model_spec, training=False)
         model = build_model(model_spec, corpus.tokenizer, seed=0, attention=attention, where=where)
         check_positions(model, self.job.windows.length, where=where)
-        check_plain_head(model, where=where)
+        return check_plain_head(model, where=where)
 
     def describe(self, corpus: Corpus) -> None:
         """Say what runs where, and keep it for the report."""
@@ -195,11 +218,14 @@ class Pipeline:
             "device": self.device.type,
             "attention": attention,
             "precision": self.precision,
+            "matmul_rate": None if self._is_made() else self._matmul_rate(corpus),
             "seeds": {where: self.job.stage_seed(where) for where in attention},
+            "settled": ranks.on_rank_zero(self.directory.settled),
             "fingerprints": {
                 "job": files.hash_json(self.job.model_dump(mode="json")),
                 "tokenizer": corpus.entries.tokenizer_key,
                 "tokens": corpus.entries.tokens_key,
+                "vocabulary": vocabulary_hash(corpus.tokenizer),
             },
         }
         ranks.on_rank_zero(lambda: self._keep_environment(facts))
@@ -217,10 +243,54 @@ class Pipeline:
 
     def _keep_environment(self, facts: dict[str, Any]) -> None:
         """Write where the models are made; a later start that makes none does not rewrite it."""
-        path = self.run_dir / "environment.json"
-        made = (self.run_dir / "student" / files.MANIFEST_NAME).exists()
-        if not (made and path.exists()):
-            files.write_json(path, facts)
+        if not _made_before(self.run_dir):
+            files.write_json(self.run_dir / "environment.json", facts)
+
+    # -- speed ------------------------------------------------------------------------------------
+
+    def _is_made(self) -> bool:
+        return ranks.on_rank_zero(lambda: _made_before(self.run_dir))
+
+    def _matmul_rate(self, corpus: Corpus) -> dict[str, float]:
+        """FLOP/s of this machine's bf16 products: large, and at the shapes of the distillation."""
+        rates = self._measured_rates(corpus)
+        return {
+            "square_flops_per_s": rates.square,
+            "same_shapes_flops_per_s": rates.same_shapes(self._work("student", corpus).products),
+        }
+
+    def _measured_rates(self, corpus: Corpus) -> MatmulRates:
+        """Of the products of all stages; measured once, when first asked for. A collective."""
+        if self._rates is None:
+            stages = [where for where, _, training in self._models() if training is not None]
+            works = [self._work(stage, corpus) for stage in (*stages, "control")]
+            products = dict.fromkeys(product for work in works for product in work.products)
+            self._rates = measure_matmul_rates(products, self.device)
+        return self._rates
+
+    def _meter(self, stage: str, corpus: Corpus) -> Meter:
+        work = self._work(stage, corpus)
+        return Meter(
+            flops_per_token=work.flops_per_token,
+            matmul_flops_per_s=self._measured_rates(corpus).same_shapes(work.products),
+        )
+
+    def _work(self, stage: str, corpus: Corpus) -> Work:
+        trained = {f"teachers/{teacher.name}": teacher for teacher in self.job.teachers}
+        spec = trained.get(stage, self.job.student)
+        training = spec.training
+        if stage == "control" and self.job.control is not None:
+            training = self.job.control.training or training
+        assert training is not None, "a stage that trains"
+        return work_of(
+            spec.model,
+            [teacher.model for teacher in self.job.teachers] if stage == "student" else [],
+            length=self.job.windows.length,
+            micro_batch=micro_batch(training, ranks.world_size(), where=_training_key(stage)),
+            vocab_size=len(corpus.tokenizer),
+            cache=self.job.distillation.cache,
+            where=stage,
+        )
 
     # -- training ---------------------------------------------------------------------------------
 
@@ -260,7 +330,8 @@ class Pipeline:
         summary = {"params": None, "steps": 0, "train_tokens": 0, "seconds": 0.0}
         checkpoints = CheckpointFolder(self.run_dir / "checkpoints" / stage, fingerprint=key)
         if spec.training is not None:
-            summary = self._train(stage, model, spec.training, corpus, checkpoints, None, None)
+            training, compiled = self._settle(stage, model, spec.training, corpus)
+            summary = self._train(stage, model, training, compiled, corpus, checkpoints, None, None)
 
         def publish() -> Path:
             directory = self.store.new_directory("teachers", key)
@@ -278,16 +349,69 @@ class Pipeline:
             self._student_key(training, corpus), self.job, sorted(teachers.items())
         )
 
-        def ensemble() -> Ensemble:
-            return Ensemble(
-                [
-                    Member(spec.name, self._frozen(spec, teachers[spec.name]), spec.weight)
-                    for spec in self.job.teachers
-                ]
-            )
+        return self._trained_in_run("student", training, corpus, key, teachers)
 
-        return self._trained_in_run(
-            "student", training, corpus, key, self.job.distillation, ensemble
+    def _ensemble(
+        self,
+        student: nn.Module,
+        training: TrainingSpec,
+        compiled: Compiled,
+        corpus: Corpus,
+        teachers: dict[str, Path],
+    ) -> Ensemble:
+        if self.job.distillation.cache != "none":
+            return self._remembered(student, training, corpus, teachers)
+        return self._live(teachers, compiled=compiled == "all")
+
+    def _live(self, teachers: dict[str, Path], *, compiled: bool) -> Ensemble:
+        return Ensemble(
+            [
+                Member(
+                    spec.name,
+                    self._frozen(spec, teachers[spec.name], compiled=compiled),
+                    spec.weight,
+                )
+                for spec in self.job.teachers
+            ]
+        )
+
+    def _remembered(
+        self,
+        student: nn.Module,
+        training: TrainingSpec,
+        corpus: Corpus,
+        teachers: dict[str, Path],
+    ) -> Ensemble:
+        """The ensemble computed once for each distinct window, or found in the store."""
+        windows = self._windows(corpus, seed=0)  # what is distinct depends on no seed
+        return remembered_ensemble(
+            self.job.distillation,
+            [
+                Teacher(
+                    name=spec.name,
+                    weight=spec.weight,
+                    model_dir=teachers[spec.name].resolve(),
+                    attention=self._attention(f"teachers/{spec.name}", spec.model, training=False),
+                    load=partial(self._frozen, spec, teachers[spec.name]),
+                )
+                for spec in self.job.teachers
+            ],
+            TeacherInput(
+                windows=windows,
+                tokens_dir=corpus.entries.tokens_dir,
+                vocab_size=len(corpus.tokenizer),
+                dtype=self._dtype,
+                forward_windows=micro_batch(
+                    training, ranks.world_size(), where=_training_key("student")
+                ),
+            ),
+            CacheSurroundings(
+                store=self.store,
+                stop=self.stop,
+                device=self.device,
+                tier=self.job.distillation.cache_tier,
+                student_bytes=TRAINED_BYTES_A_PARAMETER * count_parameters(student),
+            ),
         )
 
     def control(self, corpus: Corpus) -> Path:
@@ -295,7 +419,7 @@ class Pipeline:
         assert self.job.control is not None
         training = self.job.control.training or self.job.student.training
         key = self._student_key(training, corpus)
-        return self._trained_in_run("control", training, corpus, key, None, None)
+        return self._trained_in_run("control", training, corpus, key, None)
 
     def _student_key(self, training: TrainingSpec, corpus: Corpus) -> str:
         return trained_fingerprint(
@@ -313,8 +437,7 @@ class Pipeline:
         training: TrainingSpec,
         corpus: Corpus,
         key: str,
-        distillation: DistillationSpec | None,
-        make_ensemble: Callable[[], Ensemble] | None,
+        teachers: dict[str, Path] | None,
     ) -> Path:
         target = self.run_dir / stage
         ranks.on_rank_zero(
@@ -326,10 +449,15 @@ class Pipeline:
             log.info("%s: done before", stage)
             return target
         model = self._build(stage, self.job.student.model, corpus, seed=self.job.stage_seed(stage))
-        ensemble = make_ensemble() if make_ensemble else None
+        distillation = self.job.distillation if teachers else None
+        training, compiled = self._settle(stage, model, training, corpus, distillation, teachers)
+        ensemble = self._ensemble(model, training, compiled, corpus, teachers) if teachers else None
         checkpoints = CheckpointFolder(self.run_dir / "checkpoints" / stage, fingerprint=key)
-        summary = self._train(stage, model, training, corpus, checkpoints, distillation, ensemble)
+        summary = self._train(
+            stage, model, training, compiled, corpus, checkpoints, distillation, ensemble
+        )
         if ensemble is not None:
+            summary |= ensemble.closing_facts(model)
             ensemble.destroy()
 
         def publish() -> None:
@@ -343,11 +471,88 @@ class Pipeline:
         ranks.on_rank_zero(checkpoints.remove)
         return target
 
+    def _settle(
+        self,
+        stage: str,
+        model: nn.Module,
+        training: TrainingSpec,
+        corpus: Corpus,
+        distillation: DistillationSpec | None = None,
+        teachers: dict[str, Path] | None = None,
+    ) -> tuple[TrainingSpec, Compiled]:
+        """What the job leaves open (`auto`), as found at the first start on such ranks.
+
+        Later starts do the same, also where memory is less or a compiler is gone: another
+        micro-batch rounds otherwise.
+        """
+        where = f"{stage} on {ranks.world_size()} {self.device.type} ranks"
+        known = ranks.on_rank_zero(self.directory.settled).get(where, {})
+        if training.micro_batch == "auto":
+            windows = known.get("micro_batch") or self._find_micro_batch(
+                stage, model, training, corpus, distillation, teachers
+            )
+            log.info("%s: micro_batch auto: %d windows", stage, windows)
+            known = {**known, "micro_batch": windows}
+            training = training.model_copy(update={"micro_batch": windows})
+        asked = self.job.deepspeed.compile
+        compiled, why = choose_compiled(
+            asked, device=self._device_kind, products_s=self._products_s(stage, training, corpus)
+        )
+        if asked == "auto":
+            if "compile" in known:
+                compiled, why = known["compile"], "as at the first start"
+            # Rates are measured anew by every start: what rank 0 chooses is for all, and for good.
+            compiled = ranks.broadcast_object(compiled)
+            known = {**known, "compile": compiled}
+        log.info("%s: torch.compile %s: %s", stage, compiled, why)
+        ranks.on_rank_zero(lambda: self._keep_settled(where, known))
+        return training, compiled
+
+    def _products_s(self, stage: str, training: TrainingSpec, corpus: Corpus) -> float:
+        """Seconds of the training's matrix products at the rate measured here."""
+        windows = self._windows(corpus, seed=0)
+        steps = total_steps(training, windows.num_windows, windows.length)
+        meter, tokens = self._meter(stage, corpus), training.batch_windows * windows.length
+        return steps * tokens * meter.flops_per_token / meter.matmul_flops_per_s
+
+    def _keep_settled(self, where: str, found: dict[str, Any]) -> None:
+        """For later starts, and for the report beside the other facts of where the run is made."""
+        self.directory.settle(where, found)
+        path = self.run_dir / "environment.json"
+        files.write_json(path, files.read_json(path) | {"settled": self.directory.settled()})
+
+    def _find_micro_batch(
+        self,
+        stage: str,
+        model: nn.Module,
+        training: TrainingSpec,
+        corpus: Corpus,
+        distillation: DistillationSpec | None,
+        teachers: dict[str, Path] | None,
+    ) -> int:
+        """By trying out, with live teachers: those of a cache run once in the same shape."""
+        ensemble = self._live(teachers, compiled=False) if teachers else None
+        try:
+            return find_micro_batch(
+                Objective(model, vocab_size=len(corpus.tokenizer), distillation=distillation),
+                ensemble,
+                training=training,
+                deepspeed=self._deepspeed(stage, training),
+                share=micro_batch(training, ranks.world_size(), where=_training_key(stage)),
+                length=self.job.windows.length,
+                device=self.device,
+                where=_training_key(stage),
+            )
+        finally:
+            if ensemble is not None:
+                ensemble.destroy()
+
     def _train(
         self,
         stage: str,
         model: nn.Module,
         training: TrainingSpec,
+        compiled: Compiled,
         corpus: Corpus,
         checkpoints: CheckpointFolder,
         distillation: DistillationSpec | None,
@@ -365,6 +570,8 @@ class Pipeline:
                 seed=seed,
                 micro_batch=micro_batch(training, ranks.world_size(), where=_training_key(stage)),
                 deepspeed=self._deepspeed(stage, training),
+                compiled=compiled != "none",
+                meter=self._meter(stage, corpus),
             ),
             Surroundings(
                 run_dir=self.run_dir,
@@ -430,6 +637,10 @@ class Pipeline:
         return teachers.get(name, self.job.student.model)
 
     @property
+    def _device_kind(self) -> distributed.Device:
+        return "cuda" if self.device.type == "cuda" else "cpu"
+
+    @property
     def _dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
@@ -459,11 +670,11 @@ class Pipeline:
             )
         )
 
-    def _frozen(self, spec: TeacherSpec, path: Path) -> FrozenModel:
+    def _frozen(self, spec: TeacherSpec, path: Path, *, compiled: bool = False) -> FrozenModel:
         where = f"teachers/{spec.name}"
         attention = self._attention(where, spec.model, training=False)
         model = load_model(str(path.resolve()), attention=attention, where=where, dtype=self._dtype)
-        return FrozenModel(model, device=self.device, dtype=self._dtype)
+        return FrozenModel(model, device=self.device, dtype=self._dtype, with_compiler=compiled)
 
     def _windows(self, corpus: Corpus, *, seed: int) -> TrainWindows:
         spec = self.job.windows
@@ -523,6 +734,12 @@ def _state_kept(directory: RunDirectory) -> Iterator[None]:
 
 def _stands(result_path: Path, fingerprint: str) -> bool:
     return result_path.exists() and files.read_json(result_path).get("fingerprint") == fingerprint
+
+
+def _made_before(run_dir: Path) -> bool:
+    """Whether the models, and where they were made, are there from an earlier start."""
+    student = run_dir / "student" / files.MANIFEST_NAME
+    return student.exists() and (run_dir / "environment.json").exists()
 
 
 def _training_key(stage: str) -> str:

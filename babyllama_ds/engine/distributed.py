@@ -55,6 +55,7 @@ def start(device: Device) -> torch.device:
     import deepspeed
 
     _skip_shared_memory_op(deepspeed)
+    _skip_looks_at_windows()
     quiet_known_noise()
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank())
@@ -116,3 +117,17 @@ def _skip_shared_memory_op(deepspeed: object) -> None:
     """
     compatible: dict[str, bool] = deepspeed.ops.__compatible_ops__  # type: ignore[attr-defined]
     compatible["deepspeed_shm_comm"] = False
+
+
+def _skip_looks_at_windows() -> None:
+    """Tell transformers that no window is padded or holds several sequences: it need not look.
+
+    It would look in every forward pass of every model, and wait for the device to know: at the
+    positions, and in GPT-2 at the tokens. (Under torch.compile it cannot look, and masks attention
+    as if there were several sequences.) Sentences that are padded, in evaluation, are padded on the
+    right, where no causal model sees it.
+    """
+    from transformers import PreTrainedModel, masking_utils  # bring all of torch's compiler
+
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005
+    PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_: None

@@ -5,9 +5,12 @@ Shapes: B windows, S positions, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.precision import float_buffers_kept
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.models.parts import split_causal_lm
@@ -33,14 +36,24 @@ class FrozenModel:
     does; it neither freezes parameters nor leaves training mode, so both are done here.
     """
 
-    def __init__(self, model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        with_compiler: bool = False,
+    ) -> None:
         import deepspeed
 
         model.eval().requires_grad_(False).to(device)
         with float_buffers_kept(model):
             self._engine = deepspeed.init_inference(HiddenStates(model), dtype=dtype)
         self._engine.eval()
+        self._states: Callable[[Tensor], Tensor] = self._engine
         self._model = model
+        if with_compiler:
+            self._states = compiled(self._engine)
 
     @property
     def head(self) -> Head:
@@ -50,12 +63,11 @@ class FrozenModel:
     @torch.inference_mode()
     def hidden_states(self, input_ids_BS: Tensor) -> Tensor:
         """Final hidden states [B, S, D], outside autograd."""
-        states: Tensor = self._engine(input_ids_BS)
-        return states
+        return self._states(input_ids_BS)
 
     def destroy(self) -> None:
         """Free the engine and the weights.
 
         The engine's own `destroy` frees the workspace of injected kernels and fails without one.
         """
-        del self._engine, self._model
+        del self._engine, self._states, self._model

@@ -7,6 +7,7 @@ it uses, and `engine.distributed.start` decides that from the job.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,16 @@ from torch import Tensor, nn
 from babyllama_ds.spec.job import TrainingSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+COLLECTIVES = (
+    "all_reduce",
+    "reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
+"""What ZeRO's communication goes through, by DeepSpeed's names."""
 
 
 class TrainingEngine:
@@ -45,6 +56,10 @@ class TrainingEngine:
         self._make_moments()
         self.accumulation_steps: int = self._engine.gradient_accumulation_steps()
 
+    def compile(self) -> None:
+        """Let torch compile the module, at its first forward pass."""
+        self._engine.compile()
+
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's forward pass, through the engine's hooks."""
         return self._engine(*inputs, **named)
@@ -58,6 +73,26 @@ class TrainingEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         self._engine.step()
+
+    @contextmanager
+    def communicating(self, part: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Within, each of DeepSpeed's collectives runs inside a `part()`, to be timed."""
+        from deepspeed.comm import comm
+
+        def timed(collective: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*arguments: Any, **named: Any) -> Any:
+                with part():
+                    return collective(*arguments, **named)
+
+            return run
+
+        for name in COLLECTIVES:
+            setattr(comm.cdb, name, timed(getattr(comm.cdb, name)))
+        try:
+            yield
+        finally:
+            for name in COLLECTIVES:
+                delattr(comm.cdb, name)  # the class's own method shows again
 
     @property
     def overflowed(self) -> bool:

@@ -1,8 +1,9 @@
 """Activations: what autograd keeps of a model's forward pass until the backward pass.
 
 Enters: a model's sizes, a micro-batch, the attention kernel. Leaves: bytes. The terms are the
-tensors that transformers' LLaMA and GPT-2 blocks save, counted one by one; tests compare their
-sum with what `torch.autograd.graph.saved_tensors_hooks` sees. Weights are not counted.
+tensors that transformers' LLaMA and GPT-2 blocks save, with what `models.fused` makes of them,
+counted one by one; tests compare their sum with what `torch.autograd.graph.saved_tensors_hooks`
+sees. Weights are not counted.
 
 Shapes: N tokens of the micro-batch, S a window's, D width, A and K widths of all heads and of all
 key-value heads, F width inside the MLP, H heads, e bytes of a number (bf16 2, fp32 4).
@@ -50,22 +51,23 @@ def saved_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
 def working_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     """Bytes that come and go inside one layer: the larger of its two halves' intermediates.
 
-    MLP: the product's gradient and those of its factors, 3eNF. Eager attention: scores before and
-    after scaling and masking, their fp32 copy and its softmax, (2e + 8) N·H·S.
+    MLP: the product's gradient and those of its factors, 3eNF. Eager attention: the gradients of
+    scores and probabilities, 2e N·H·S.
     """
     n, e = shape.tokens, shape.element_bytes
     mlp = 3 * e * n * sizes.intermediate_size
     scores = n * sizes.num_heads * shape.length
-    eager = (2 * e + 2 * _FP32) * scores if _keeps_scores(sizes, shape) else 0
+    eager = 2 * e * scores if _keeps_scores(sizes, shape) else 0
     return max(mlp, eager)
 
 
 def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     n, e, d = shape.tokens, shape.element_bytes, sizes.hidden_size
-    norm = _FP32 * n * d + _FP32 * n + e * n * d  # fp32 input, 1/rms, normalised input
+    # Input (fp32 but for the fused norm, which is for CPUs), 1/rms, normalised input.
+    norm = (e if shape.device == "cpu" else _FP32) * n * d + _FP32 * n + e * n * d
     layer = (
         2 * (norm + e * n * d)  # and the norm's output, which the next products keep
-        + _attention(sizes, shape, probabilities_fp32=True)
+        + _attention(sizes, shape)
         + 4 * e * n * sizes.intermediate_size  # gate, silu(gate), up, their product
     )
     cos_and_sin = 2 * e * shape.length * sizes.head_size
@@ -79,14 +81,14 @@ def _gpt2(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     mask = _dropout_mask(sizes, shape) * n * d
     layer = (
         2 * (norm + e * n * d)
-        + _attention(sizes, shape, probabilities_fp32=False)
-        + 5 * e * n * sizes.intermediate_size  # x, x/2, tanh, 1 + tanh, their product
+        + _attention(sizes, shape)
+        + 2 * e * n * sizes.intermediate_size  # before and after GELU
         + 2 * mask
     )
     return sizes.num_layers * layer + norm + mask + _ID_BYTES * (n + shape.length)
 
 
-def _attention(sizes: ModelSizes, shape: MicroBatchShape, *, probabilities_fp32: bool) -> int:
+def _attention(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     """q, k, v and the heads' output, and what the kernel keeps to come back by."""
     n, e = shape.tokens, shape.element_bytes
     scores = n * sizes.num_heads * shape.length
@@ -97,8 +99,6 @@ def _attention(sizes: ModelSizes, shape: MicroBatchShape, *, probabilities_fp32:
     if shape.kernel != "eager":  # fused, with dropout, on a CPU: plain products in fp32
         heads = (e + 3 * _FP32) * n * sizes.attention_size
         return heads + 3 * _FP32 * scores
-    if probabilities_fp32 and e < _FP32:
-        return heads + (_FP32 + e) * scores
     if sizes.dropout:
         return heads + (2 * e + _dropout_mask(sizes, shape)) * scores
     return heads + e * scores

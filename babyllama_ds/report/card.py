@@ -10,13 +10,12 @@ from typing import Any
 
 import yaml
 
-from babyllama_ds.report.formatting import count
+from babyllama_ds.report.formatting import count, flat, table
 from babyllama_ds.report.markdown import (
     gains_table,
     headline,
     loading_snippet,
     models_table,
-    provenance,
 )
 
 CITATION = """```bibtex
@@ -59,6 +58,8 @@ def render_model_card(
         _training(report, model_name),
         "## Results",
         *_results(report),
+        "## Provenance",
+        _provenance(report, model_name),
         "## Limits",
         LIMITS,
         "## Use",
@@ -111,8 +112,28 @@ def _training(report: Mapping[str, Any], model_name: str) -> str:
             f"{loss['alpha']:g}, T {loss['temperature']:g}, the mean of the teachers' "
             f"{loss['mean_of']}, `soft_reduction: {loss['soft_reduction']}`. {loss['explanation']}"
         )
-    lines.append(provenance(report))
     return "\n".join(f"- {line}" for line in lines)
+
+
+def _provenance(report: Mapping[str, Any], model_name: str) -> str:
+    """Everything that names this run, whole: the card travels without the report."""
+    environment = report["environment"]
+    stage = {"teacher": f"teachers/{model_name}"}.get(report["models"][model_name]["role"])
+    made_from = environment.get("fingerprints") or {}
+    facts = {
+        "commit": environment.get("commit"),
+        "job sha256": report["job_sha256"],
+        "tokenizer sha256": made_from.get("tokenizer"),
+        "tokens sha256 (text and tokenizer)": made_from.get("tokens"),
+        "seed of the job": report["job"]["seed"],
+        # The control is the student's twin: it has its seed.
+        "seed of this model": (environment.get("seeds") or {}).get(stage or "student"),
+        "ranks": environment.get("ranks"),
+        "precision": environment.get("precision"),
+        "versions": environment.get("versions") or {},
+        "hardware": environment.get("hardware"),
+    }
+    return table(["what", "value"], [[key, value] for key, value in flat(facts)], left=2)
 
 
 def _corpus(job: Mapping[str, Any]) -> str:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import yaml
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import hash_json, read_json
 from babyllama_ds.losses.weights import effective_token_weights
+from babyllama_ds.teachers.watch import warnings_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +30,9 @@ TRAINING_FACTS = (
     "train_tokens",
     "seconds",
     "tokens_per_s",
+    "flops_per_s",
+    "mfu",
+    "step_s",
     "steps",
     "best_step",
     "best_dev_ce",
@@ -50,16 +57,24 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         name: _model(role, _read_optional(folder / "training.json"), evaluations.get(name, {}))
         for name, role, folder in _models_of(job, run_dir)
     }
+    logged = _logged_steps(run_dir / "metrics.jsonl")
     return {
         "name": run_dir.name,
         "job": job,
         "job_sha256": hash_json(job),
         "environment": _read_optional(run_dir / "environment.json"),
         "loss": _loss(job),
+        "ensemble": _ensemble(
+            [teacher["name"] for teacher in job["teachers"]],
+            [line for line in logged if line["stage"] == "student"],
+            _read_optional(run_dir / "student" / "training.json").get("vocab_size"),
+        ),
+        # How far a top-k cache's targets are from the exact ones; none: they are exact.
+        "topk": _read_optional(run_dir / "student" / "training.json").get("topk"),
         "models": models,
         "gains": _gains(models),
         "minimal_pairs": _benchmarks({name: evaluations.get(name, {}) for name in models}),
-        "last_logged_step": _last_logged_steps(run_dir / "metrics.jsonl"),
+        "last_logged_step": {line["stage"]: line for line in logged},
     }
 
 
@@ -94,12 +109,12 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def _last_logged_steps(path: Path) -> dict[str, dict[str, Any]]:
-    """For each stage the last line of `metrics.jsonl` that logs a training step.
+def _logged_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl` that log a training step, in their order.
 
     A line that a kill cut short is left out; a resumed run has written its step again.
     """
-    last: dict[str, dict[str, Any]] = {}
+    logged: list[dict[str, Any]] = []
     lines = path.read_bytes().splitlines() if path.exists() else []
     for number, line in enumerate(lines, start=1):
         try:
@@ -108,8 +123,8 @@ def _last_logged_steps(path: Path) -> dict[str, dict[str, Any]]:
             logger.warning("%s:%d: not a JSON object, left out of the report", path, number)
             continue
         if "stage" in record and "loss" in record:
-            last[record["stage"]] = record
-    return last
+            logged.append(record)
+    return logged
 
 
 # -- models -------------------------------------------------------------------------------------
@@ -223,3 +238,44 @@ def _explain(ce: float, kl: float, soft_reduction: str, length: int) -> str:
     return (
         f"For one token, a nat of KL weighs {kl / ce:.4g} times a nat of cross-entropy: {reason}."
     )
+
+
+# -- the ensemble -------------------------------------------------------------------------------
+
+
+def _ensemble(
+    names: Sequence[str], lines: Sequence[Mapping[str, Any]], vocab_size: int | None
+) -> dict[str, Any]:
+    """What `teachers.watch` measured, a mean over the last tenth of the distillation.
+
+    Empty when nothing was measured. Without the vocabulary's size (training is not done yet)
+    nobody can be said to be worse than chance.
+    """
+    watched = [line for line in lines if "target_entropy" in line]
+    tail = [line for line in watched if line["step"] > 0.9 * watched[-1]["step"]]
+    if not tail:
+        return {}
+    mean = {
+        key: statistics.fmean(line[key] for line in tail)
+        for key in tail[-1]
+        if key.startswith(("teacher_", "target_", "student_"))
+    }
+    return {
+        "first_step": tail[0]["step"],
+        "last_step": tail[-1]["step"],
+        "logged_steps": len(tail),
+        "chance_ce": None if vocab_size is None else math.log(vocab_size),
+        "teachers": {
+            name: {
+                measure: mean.get(f"teacher_{measure}/{name}")
+                for measure in ("ce", "kl", "agreement")
+            }
+            for name in names
+        },
+        "distances": {
+            f"{one}/{other}": mean.get(f"teacher_distance/{one}/{other}")
+            for one, other in combinations(names, 2)
+        },
+        **{key: mean.get(key) for key in ("target_entropy", "student_agreement", "student_kl")},
+        "warnings": [] if vocab_size is None else warnings_of(mean, names, vocab_size=vocab_size),
+    }

@@ -31,7 +31,9 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         models_table(report),
         *_gains(report),
         *_loss(report),
+        *_ensemble(report),
         *_last_logged(report),
+        *_speed(report),
         *_tasks(report),
         *_environment(report),
         *_loading(),
@@ -111,12 +113,14 @@ def gains_table(report: Mapping[str, Any]) -> str:
 
 
 def provenance(report: Mapping[str, Any]) -> str:
-    """What the numbers belong to: commit, job, seed, hardware."""
+    """What the numbers belong to: commit, job, tokenizer, text (as tokens), seed, hardware."""
     environment = report["environment"]
+    made_from = environment.get("fingerprints") or {}
+    hashes = {"job": report["job_sha256"], **{k: made_from.get(k) for k in ("tokenizer", "tokens")}}
     return (
         f"commit {environment.get('commit') or MISSING} · "
-        f"job sha256 {report['job_sha256'][:12]} · seed {report['job']['seed']} · "
-        f"{_hardware(environment.get('hardware'))}"
+        + "".join(f"{what} sha256 {(h or MISSING)[:12]} · " for what, h in hashes.items())
+        + f"seed {report['job']['seed']} · {_hardware(environment.get('hardware'))}"
     )
 
 
@@ -138,7 +142,50 @@ def _loss(report: Mapping[str, Any]) -> list[str]:
         ["weight of a token's KL", f"{loss['weight_kl']:g}"],
     ]
     formula = "`L = alpha CE + (1 - alpha) T² KL(teachers ‖ student)`"
-    return ["## Loss", formula, table(["setting", "value"], rows), loss["explanation"]]
+    sections = ["## Loss", formula, table(["setting", "value"], rows), loss["explanation"]]
+    return [*sections, *_topk(report.get("topk"))]
+
+
+def _topk(error: Mapping[str, Any] | None) -> list[str]:
+    """What it cost to keep the teachers' most likely tokens only."""
+    if error is None:
+        return []
+    return [
+        f"The teachers' targets are approximate, the top-k of their mixture (k {error['k']}, all "
+        f"other tokens one bucket). With the student's final weights, on {error['windows']} "
+        f"windows of the training text, the KL is {error['topk_kl']:.4g} nats/token instead of "
+        f"{error['exact_kl']:.4g} (relative error {error['relative_kl_error']:.2g}), and its "
+        "gradient with respect to the student's hidden states has a cosine of "
+        f"{error['gradient_cosine']:.4f} with the exact one."
+    ]
+
+
+def _ensemble(report: Mapping[str, Any]) -> list[str]:
+    ensemble = report["ensemble"]
+    if not ensemble:
+        return []
+    rows = [
+        [name, number(own["ce"], 4), number(own["kl"], 4), percent(own["agreement"])]
+        for name, own in ensemble["teachers"].items()
+    ]
+    header = ["teacher", "own CE (nats/token)", "KL(teacher ‖ ensemble)", "same choice (%)"]
+    chance = ensemble["chance_ce"]
+    sentences = [
+        f"Means over steps {ensemble['first_step']} to {ensemble['last_step']} of the "
+        f"distillation ({ensemble['logged_steps']} logged), on its training windows, at T = 1"
+        + (f"; a uniform guess has a CE of {chance:.4f}." if chance is not None else "."),
+        f"The targets' entropy is {number(ensemble['target_entropy'], 4)} nats/token.",
+        f"The student's likeliest token is the ensemble's at "
+        f"{percent(ensemble['student_agreement'])} % of positions; KL(ensemble ‖ student) is "
+        f"{number(ensemble['student_kl'], 4)} nats/token.",
+        *(
+            f"{pair.replace('/', ' and ')} are {number(distance, 4)} apart (total variation, "
+            "0 to 1)."
+            for pair, distance in ensemble["distances"].items()
+        ),
+    ]
+    warnings = [f"**Warning: {warning}.**" for warning in ensemble["warnings"]]
+    return ["## The ensemble", *warnings, table(header, rows), " ".join(sentences)]
 
 
 def _last_logged(report: Mapping[str, Any]) -> list[str]:
@@ -153,6 +200,33 @@ def _last_logged(report: Mapping[str, Any]) -> list[str]:
         "models by CE, not by loss."
     )
     return ["## Last logged training step", table(header, rows), note] if rows else []
+
+
+def _speed(report: Mapping[str, Any]) -> list[str]:
+    metered = {name: model for name, model in report["models"].items() if model["mfu"] is not None}
+    if not metered:
+        return []
+    rows = [
+        [
+            name,
+            number(model["tokens_per_s"], 0),
+            number(model["flops_per_s"] / 1e9, 1),
+            number(model["mfu"], 3),
+        ]
+        for name, model in metered.items()
+    ]
+    note = (
+        "GFLOP/s of the matrix products that training has to compute; mfu is their part of what "
+        "this machine's bf16 products were measured to reach at the same shapes."
+    )
+    profiled = [(name, model["step_s"]) for name, model in metered.items() if model["step_s"]]
+    parts = [
+        f"A step of {name}, by parts (ms): "
+        + ", ".join(f"{part} {number(1e3 * seconds, 1)}" for part, seconds in step_s.items())
+        + "."
+        for name, step_s in profiled
+    ]
+    return ["## Speed", table(["model", "tokens/s", "GFLOP/s", "mfu"], rows), note, *parts]
 
 
 def _tasks(report: Mapping[str, Any]) -> list[str]:

@@ -97,7 +97,10 @@ def precision(config: Mapping[str, Any]) -> Precision:
 
 
 def micro_batch(training: TrainingSpec, ranks: int, *, where: str = "student.training") -> int:
-    """Windows in one forward pass of one rank. Raises `JobError` as `accumulation_steps` does."""
+    """Windows in one forward pass of one rank. Raises `JobError` as `accumulation_steps` does.
+
+    Of `auto` it is the most that can come out: the rank's whole share.
+    """
     accumulation = accumulation_steps(training, ranks, where=where)
     return training.batch_windows // (ranks * accumulation)
 
@@ -105,7 +108,7 @@ def micro_batch(training: TrainingSpec, ranks: int, *, where: str = "student.tra
 def accumulation_steps(
     training: TrainingSpec, ranks: int, *, where: str = "student.training"
 ) -> int:
-    """Micro-batches in one optimizer step of one rank.
+    """Micro-batches in one optimizer step of one rank; where `auto` is not settled yet, one.
 
     Raises `JobError` where ranks × micro_batch do not divide batch_windows.
     """
@@ -118,7 +121,7 @@ def accumulation_steps(
             hint=f"{_multiples_around(batch, ranks)} would do; the batch is that of all ranks",
         )
     share = batch // ranks
-    if micro is None:
+    if micro is None or micro == "auto":
         return 1
     if share % micro:
         fitting = " or ".join(str(n) for n in _divisors_around(share, micro))
@@ -190,7 +193,8 @@ class Bf16Block(Spec):
     enabled: bool = False
     """Whether parameters, activations and gradients are bf16 (master weights stay fp32)."""
     check_grad_overflow: bool = True
-    """A step whose gradients are not finite is skipped."""
+    """A step whose gradients are not finite is left out, and ends the training; may only be true:
+    they would reach the weights."""
 
 
 class Fp16Block(Spec):
@@ -282,9 +286,17 @@ class DeepSpeedFile(Spec):
                 found.append(Mismatch(key, repr(dtype) if dtype else "nothing", "'fp32'", hint))
         if self.fp16.enabled:
             found.append(Mismatch(("fp16", "enabled"), "true", "false", _FP16))
-        if self.zero_optimization.stage == 0 and self.bf16.enabled:
-            hint = "DeepSpeed's stage 0 cannot accumulate bf16 gradients in fp32"
-            found.append(Mismatch(("zero_optimization", "stage"), 0, "1 or 2 with bf16", hint))
+        if self.bf16.enabled and not self.bf16.check_grad_overflow:
+            hint = "without the check a gradient that is not finite reaches the weights unnoticed"
+            found.append(Mismatch(("bf16", "check_grad_overflow"), "false", "true", hint))
+        stage = self.zero_optimization.stage
+        if stage < 2 and self.bf16.enabled:
+            hint = {
+                0: "DeepSpeed's stage 0 cannot accumulate bf16 gradients in fp32",
+                1: "with fp32 gradients DeepSpeed's stage 1 is another optimizer, whose state "
+                "checkpoints here cannot read",
+            }[stage]
+            found.append(Mismatch(("zero_optimization", "stage"), stage, "2 with bf16", hint))
         if found:
             raise MismatchError(found)
         return self

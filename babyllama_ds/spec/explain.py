@@ -90,7 +90,7 @@ def locate(root: type[BaseModel], data: object, loc: Iterable[str | int]) -> Loc
     """Where Pydantic's `loc` is in what the user wrote.
 
     `loc` holds the tags of discriminated unions ("llama") between the keys; a tag is known by
-    standing where the annotation has several models.
+    standing where the annotation has several models, or by being the model's own name.
     """
     path: KeyPath = ()
     annotation: Any = root
@@ -103,7 +103,7 @@ def locate(root: type[BaseModel], data: object, loc: Iterable[str | int]) -> Loc
             path = (*path, key)
         elif not isinstance(value, Mapping):
             break  # a member of an untagged union, such as "int"
-        elif not tag_read and len(_models_in(annotation)) > 1:
+        elif not tag_read and _is_tag(key, _models_in(annotation)):
             tag_read = True
         else:
             owner = _model_of(_models_in(annotation), value)
@@ -129,6 +129,10 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _is_tag(key: str | int, models: list[type[BaseModel]]) -> bool:
+    return len(models) > 1 or key in {model.__name__ for model in models}
 
 
 def _model_of(models: list[type[BaseModel]], value: Mapping[str, Any]) -> type[BaseModel] | None:

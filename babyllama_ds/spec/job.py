@@ -8,6 +8,7 @@ network or a device: a job is checked on any machine, with or without its data.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -15,12 +16,14 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     StringConstraints,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -143,14 +146,41 @@ class LoadedTokenizer(Spec):
 TokenizerSpec = Annotated[TrainedTokenizer | LoadedTokenizer, Field(discriminator="kind")]
 
 
+class Phases(Spec):
+    """Offsets that repeat, so that teachers can be remembered."""
+
+    phases: PositiveInt
+    """K: in epoch e every window is shifted by `(e mod K) * length // K` tokens."""
+
+
+Offsets = Annotated[
+    Annotated[Literal["fixed", "random"], Tag("word")] | Annotated[Phases, Tag("Phases")],
+    Discriminator(lambda value: "Phases" if isinstance(value, dict | Phases) else "word"),
+]
+
+
 class WindowsSpec(Spec):
     """How the token stream is cut into training examples."""
 
     length: Annotated[int, Field(ge=2)] = 128
     """Tokens in a window."""
-    offsets: Literal["fixed", "random"] = "random"
+    offsets: Offsets = "random"
     """`fixed`: window i starts at token `i * length` in every epoch; `random` (published): it is
-    shifted by an offset in [0, length) drawn from (seed, epoch, i)."""
+    shifted by an offset in [0, length) drawn from (seed, epoch, i); `{phases: K}`: by one of K
+    offsets, used in turn, the same for every seed."""
+
+    @field_validator("offsets")
+    @classmethod
+    def _one_phase_is_fixed(cls, offsets: Offsets) -> Offsets:
+        """One experiment, one way to write it down: fingerprints compare the words."""
+        return "fixed" if offsets == Phases(phases=1) else offsets
+
+    @property
+    def num_phases(self) -> int | None:
+        """Offsets that are used in turn; none: they never repeat."""
+        if isinstance(self.offsets, Phases):
+            return self.offsets.phases
+        return 1 if self.offsets == "fixed" else None
 
 
 # -- models -------------------------------------------------------------------------------------
@@ -247,14 +277,21 @@ ModelSpec = Annotated[LlamaModel | Gpt2Model | PretrainedModel, Field(discrimina
 # -- training -----------------------------------------------------------------------------------
 
 
+MicroBatch = Annotated[
+    Annotated[PositiveInt, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(lambda value: "word" if value == "auto" else "number"),
+]
+
+
 class TrainingSpec(Spec):
     """How one model is trained. Training ends at the first of the limits given."""
 
     batch_windows: PositiveInt
     """Windows in one optimizer step, over all ranks and micro-batches."""
-    micro_batch: PositiveInt | None = None
-    """Windows in one forward pass of one rank; none: the rank's whole share of the batch.
-    Accumulation steps are derived: `batch_windows / (micro_batch * ranks)`."""
+    micro_batch: MicroBatch | None = None
+    """Windows in one forward pass of one rank; `auto`: the largest that fits in memory, tried out
+    before training; none: the rank's whole share of the batch. Accumulation steps are derived:
+    `batch_windows / (micro_batch * ranks)`."""
     epochs: PositiveFloat
     """Passes over the training windows; may be a fraction."""
     max_steps: PositiveInt | None = None
@@ -288,6 +325,10 @@ class TrainingSpec(Spec):
     """Optimizer steps between checkpoints; none: at every evaluation."""
     log_every_steps: PositiveInt = 10
     """Optimizer steps between logged lines."""
+    profile_steps: PositiveInt | None = None
+    """Optimizer steps, after the first one of a start, whose parts are timed and told (data,
+    teachers, student, loss, backward, optimizer, communication); none: none. On an accelerator
+    these steps are slower: each part waits for the device."""
 
     @model_validator(mode="after")
     def _numbers_fit(self) -> TrainingSpec:
@@ -296,7 +337,7 @@ class TrainingSpec(Spec):
             found.append(
                 Mismatch(("warmup_steps",), self.warmup_steps, f"< max_steps ({self.max_steps})")
             )
-        if self.micro_batch is not None and self.batch_windows % self.micro_batch:
+        if isinstance(self.micro_batch, int) and self.batch_windows % self.micro_batch:
             fitting = [n for n in range(1, self.micro_batch) if self.batch_windows % n == 0]
             found.append(
                 Mismatch(
@@ -370,6 +411,14 @@ class DistillationSpec(Spec):
     """What is averaged over teachers: raw logits (as published), or tempered probabilities."""
     chunk_tokens: PositiveInt | None = None
     """Positions whose logits exist at one time; none: chosen from the vocabulary's size."""
+    cache: Literal["none", "hidden", "topk"] = "none"
+    """Teachers computed once for each distinct window: `hidden` keeps their final hidden states
+    (exact), `topk` the ensemble's most probable tokens (small, an approximation)."""
+    cache_tier: Literal["auto", "device", "host", "disk"] = "auto"
+    """Where the cache is read from: the accelerator's memory, the host's, or mapped files;
+    `auto`: the first that it fits."""
+    cache_top_k: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Tokens that `topk` keeps at each position."""
 
 
 # -- the rest -----------------------------------------------------------------------------------
@@ -383,6 +432,9 @@ class DeepSpeedSpec(Spec):
     config: str = "auto"
     """A shipped configuration (`zero2_cuda`, `zero2_cpu`), a path to a JSON file, or `auto`:
     the shipped one for the device."""
+    compile: Literal["auto", "none", "student", "all"] = "auto"
+    """What torch.compile makes faster: the models that are trained (`student`), the frozen
+    teachers beside them too (`all`), or nothing; `auto`: see docs/decisions/compiling.md."""
 
 
 class MinimalPairs(Spec):
@@ -466,6 +518,18 @@ class JobSpec(Spec):
         found = _too_few_positions(("model",), student.model, info.data.get("windows"))
         return _consistent(student, found)
 
+    @field_validator("distillation")
+    @classmethod
+    def _windows_repeat(
+        cls, distillation: DistillationSpec, info: ValidationInfo
+    ) -> DistillationSpec:
+        windows, student = info.data.get("windows"), info.data.get("student")
+        if distillation.cache == "none" or windows is None or student is None:
+            return distillation
+        return _consistent(
+            distillation, _no_use_of_a_cache(distillation.cache, windows, student.training.epochs)
+        )
+
     @field_validator("name")
     @classmethod
     def _name_is_free(cls, name: str) -> str:
@@ -518,6 +582,18 @@ def _repeated_names(names: Sequence[str]) -> list[Mismatch]:
         for i, name in enumerate(names)
         if (first := names.index(name)) != i
     ]
+
+
+def _no_use_of_a_cache(cache: str, windows: WindowsSpec, epochs: float) -> list[Mismatch]:
+    if windows.num_phases is None:
+        expected = "none, since windows.offsets are random: no window comes twice"
+        hint = f"set windows.offsets={{phases: K}}, K up to {math.ceil(epochs)} (the epochs)"
+        return [Mismatch(("cache",), cache, expected, hint)]
+    if windows.num_phases > math.ceil(epochs):
+        got = f"{cache} over {windows.num_phases} phases"
+        expected = f"at most as many phases as epochs ({epochs:g})"
+        return [Mismatch(("cache",), got, expected, "lower windows.offsets.phases")]
+    return []
 
 
 def _too_few_positions(

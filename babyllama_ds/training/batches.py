@@ -41,6 +41,9 @@ class WindowSource(Protocol):
     def windows(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Token ids [n, length] of these windows."""
 
+    def numbers(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What these windows are called over all epochs: the same number, the same tokens."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -49,6 +52,10 @@ class MicroBatch:
     input_ids_BS: Tensor
     labels_N: Tensor
     valid_N: Tensor
+    windows_B: NDArray[np.int64]
+    """The windows' numbers over all epochs (on the CPU), for teachers that remember them."""
+    next_windows_B: NDArray[np.int64]
+    """Those of this rank's next forward pass, to be read ahead; empty after the last one."""
 
 
 @dataclass(frozen=True)
@@ -98,36 +105,77 @@ class BatchPlan:
 
     def batch(self, step: int) -> Batch:
         """The batch of optimizer step `step`, from 0."""
-        epoch, k = divmod(step, self.steps_per_epoch)
-        ids = self._windows.batch(epoch, k, self._batch_windows)
+        epoch, ids = self._ids(step)
         return Batch(
             epoch=epoch,
             window_ids=ids,
             length=self._windows.length,
-            micro_batches=tuple(self._micro_batches(epoch, ids)),
+            micro_batches=tuple(self._micro_batches(step)),
         )
 
-    def _micro_batches(self, epoch: int, ids: NDArray[np.int64]) -> Iterator[MicroBatch]:
-        rank, num_ranks, size = self._share
-        slots = np.full(self._batch_windows, -1, dtype=np.int64)
-        slots[: len(ids)] = ids
-        for row in slots.reshape(-1, num_ranks, size)[:, rank]:
-            real = row >= 0
-            # What stands in a padding window has no effect: the epoch's window 0 will do.
-            tokens_BS = self._windows.windows(epoch, np.where(real, row, 0))
+    def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        epoch, rows = self._rows(step)
+        numbers = [self._numbers(epoch, row) for row in rows]
+        numbers.append(self._first_numbers(step + 1))
+        for row, windows_B, next_windows_B in zip(rows, numbers, numbers[1:], strict=False):
+            tokens_BS = self._windows.windows(epoch, _filled(row))
             yield micro_batch(
-                torch.from_numpy(tokens_BS).to(self._device),
-                torch.from_numpy(real).to(self._device),
+                self._sent(torch.from_numpy(tokens_BS)),
+                self._sent(torch.from_numpy(row >= 0)),
+                windows_B,
+                next_windows_B,
             )
 
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """On the device, without waiting for it: from pinned memory a copy only queues."""
+        if self._device.type == "cuda":
+            return tensor.pin_memory().to(self._device, non_blocking=True)
+        return tensor
 
-def micro_batch(input_ids_BS: Tensor, real_B: Tensor) -> MicroBatch:
+    def _ids(self, step: int) -> tuple[int, NDArray[np.int64]]:
+        epoch, k = divmod(step, self.steps_per_epoch)
+        return epoch, self._windows.batch(epoch, k, self._batch_windows)
+
+    def _rows(self, step: int) -> tuple[int, NDArray[np.int64]]:
+        """The epoch, and this rank's windows: a row a micro-batch, -1 for padding."""
+        rank, num_ranks, size = self._share
+        epoch, ids = self._ids(step)
+        slots = np.full(self._batch_windows, -1, dtype=np.int64)
+        slots[: len(ids)] = ids
+        return epoch, slots.reshape(-1, num_ranks, size)[:, rank]
+
+    def _numbers(self, epoch: int, row: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._windows.numbers(epoch, _filled(row))
+
+    def _first_numbers(self, step: int) -> NDArray[np.int64]:
+        if step >= self.total_steps:
+            return _NO_WINDOWS
+        epoch, rows = self._rows(step)
+        return self._numbers(epoch, rows[0])
+
+
+_NO_WINDOWS = np.empty(0, dtype=np.int64)
+
+
+def _filled(row: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What stands in a padding window has no effect: the epoch's window 0 will do."""
+    return np.maximum(row, 0)
+
+
+def micro_batch(
+    input_ids_BS: Tensor,
+    real_B: Tensor,
+    windows_B: NDArray[np.int64] = _NO_WINDOWS,
+    next_windows_B: NDArray[np.int64] = _NO_WINDOWS,
+) -> MicroBatch:
     """Labels (each position's next token, the last one's none) and validity of real windows."""
     labels_BS = torch.full_like(input_ids_BS, IGNORED_LABEL)
     labels_BS[:, :-1] = input_ids_BS[:, 1:]
-    labels_BS[~real_B] = IGNORED_LABEL
+    labels_BS.masked_fill_(~real_B[:, None], IGNORED_LABEL)
     valid_BS = real_B[:, None].expand_as(input_ids_BS)
-    return MicroBatch(input_ids_BS, labels_BS.flatten(), valid_BS.flatten())
+    return MicroBatch(
+        input_ids_BS, labels_BS.flatten(), valid_BS.flatten(), windows_B, next_windows_B
+    )
 
 
 def steps_per_epoch(training: TrainingSpec, num_windows: int) -> int:

@@ -80,23 +80,32 @@ class MetricsLog:
             if key not in UNPLOTTED and isinstance(value, float):
                 self._board.add_scalar(key, value, step)
 
-    def show(self, step: int, values: Metrics, *, tokens_per_s: float, seconds_left: float) -> None:
+    def show(
+        self,
+        step: int,
+        values: Metrics,
+        *,
+        tokens_per_s: float,
+        mfu: float | None = None,
+        seconds_left: float,
+    ) -> None:
         """The line for people: on the bar, or in the log when there is no terminal."""
         if self._bar is None:
             return
         shown = "  ".join(
             f"{key} {value:.4g}" for key, value in values.items() if _is_number(value)
         )
+        speed = f"{tokens_per_s:,.0f} tok/s" + (f"  mfu {mfu:.2f}" if mfu is not None else "")
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"{shown}  {tokens_per_s:,.0f} tok/s", refresh=False)
+            self._bar.set_postfix_str(f"{shown}  {speed}", refresh=False)
             return
         log.info(
-            "%s  step %d/%d  %s  %s tok/s  %s left",
+            "%s  step %d/%d  %s  %s  %s left",
             self.stage,
             step,
             self._total_steps,
             shown,
-            f"{tokens_per_s:,.0f}",
+            speed,
             duration(seconds_left),
         )
 

@@ -12,14 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from babyllama_ds.engine.compiling import compiled
+from babyllama_ds.losses.agreement import Agreement, measure_agreement
 from babyllama_ds.losses.distillation import (
     TeacherStates,
+    TopKTargets,
     cross_entropy_loss,
     distillation_loss,
 )
+from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.weights import loss_counts
-from babyllama_ds.models.parts import split_causal_lm
+from babyllama_ds.models.parts import Backbone, split_causal_lm
 from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.teachers.ensemble import Targets
 from babyllama_ds.training.batches import Batch, MicroBatch
 
 
@@ -38,6 +43,7 @@ class LossParts(NamedTuple):
     loss: Tensor
     ce_sum: Tensor
     kl_sum: Tensor
+    agreement: Agreement | None = None
 
 
 class Objective(nn.Module):
@@ -50,13 +56,31 @@ class Objective(nn.Module):
         self.model = model
         self.vocab_size = vocab_size
         self.distillation = distillation
+        self._states = _states
+
+    def compile_backbone(self) -> None:
+        """Let torch compile the backbone where it is trained.
+
+        Not the losses, which are fused by hand, and not the whole of `forward`, which would be
+        compiled anew for every other count of a batch. The module stays as it is: evaluation, with
+        its other shapes, is not compiled, and no parameter changes its name.
+        """
+        self._states = compiled(_states)
 
     def forward(
-        self, micro: MicroBatch, teachers: Sequence[TeacherStates], counts: Counts
+        self,
+        micro: MicroBatch,
+        teachers: Targets,
+        counts: Counts,
+        *,
+        watch: bool = False,
     ) -> LossParts:
-        """The micro-batch's part of the global batch's loss."""
+        """The micro-batch's part of the global batch's loss.
+
+        With `watch`, how student and teachers agree is measured beside it.
+        """
         backbone, head = split_causal_lm(self.model)
-        hidden_ND = backbone(micro.input_ids_BS).flatten(0, 1)
+        hidden_ND = self._states(backbone, micro.input_ids_BS).flatten(0, 1)
         if self.distillation is None:
             plain = cross_entropy_loss(
                 hidden_ND,
@@ -66,7 +90,12 @@ class Objective(nn.Module):
                 scale=counts.scale,
                 vocab_size=self.vocab_size,
             )
-            return LossParts(plain.loss, plain.ce_sum, torch.zeros_like(plain.ce_sum))
+            loss = _felt_by_the_gradient(plain.loss)
+            return LossParts(loss, plain.ce_sum, torch.zeros_like(plain.ce_sum))
+        agreement = None
+        if watch:
+            assert not isinstance(teachers, TopKTargets), "no teachers are there to be watched"
+            agreement = self._agreement(hidden_ND, head, micro, teachers)
         distilled = distillation_loss(
             hidden_ND,
             head,
@@ -82,7 +111,23 @@ class Objective(nn.Module):
             vocab_size=self.vocab_size,
             chunk_tokens=self.distillation.chunk_tokens,
         )
-        return LossParts(distilled.loss, distilled.ce_sum, distilled.kl_sum)
+        loss = _felt_by_the_gradient(distilled.loss)
+        return LossParts(loss, distilled.ce_sum, distilled.kl_sum, agreement)
+
+    def _agreement(
+        self, hidden_ND: Tensor, head: Head, micro: MicroBatch, teachers: Sequence[TeacherStates]
+    ) -> Agreement:
+        assert self.distillation is not None, "without teachers there is nothing to watch"
+        return measure_agreement(
+            hidden_ND.detach(),
+            head,
+            micro.labels_N,
+            micro.valid_N,
+            teachers,
+            mean_of=self.distillation.mean_of,
+            vocab_size=self.vocab_size,
+            chunk_tokens=self.distillation.chunk_tokens,
+        )
 
     def counts(self, batch: Batch, *, num_ranks: int, accumulation_steps: int) -> Counts:
         """The divisors of a global batch."""
@@ -97,6 +142,19 @@ class Objective(nn.Module):
         alpha, temperature = self.distillation.alpha, self.distillation.temperature
         soft = temperature**2 * kl_sum / counts.kl
         return alpha * ce_sum / counts.ce + (1 - alpha) * soft
+
+
+def _states(backbone: Backbone, input_ids_BS: Tensor) -> Tensor:
+    return backbone(input_ids_BS)
+
+
+def _felt_by_the_gradient(loss: Tensor) -> Tensor:
+    """The same loss to the bit, with a gradient that is not finite where the loss is not.
+
+    The engine looks at the gradient of every step, but nobody at a loss that is not logged. And
+    a teacher's logit of −inf makes the KL NaN and yet leaves a finite gradient.
+    """
+    return loss * (1 + 0 * loss.detach())
 
 
 def engine_scale(num_ranks: int, accumulation_steps: int) -> float:

@@ -182,7 +182,7 @@ def test_architecture(name: str, model: str) -> None:
     if kind is GPT2LMHeadModel:
         dropout = (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop)
         assert dropout == (0.1, 0.1, 0.1)
-        assert config.activation_function == "gelu_new"
+        assert config.activation_function == "gelu_pytorch_tanh"
         assert config.layer_norm_epsilon == 1e-5
         assert config.tie_word_embeddings
     else:

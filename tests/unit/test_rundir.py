@@ -73,11 +73,23 @@ def test_the_same_job_may_be_opened_again(
     directory.open(job_of(name))
 
 
+def test_what_was_settled_is_kept_for_later_starts(directory: RunDirectory) -> None:
+    assert directory.settled() == {}
+    directory.settle("student on 2 cpu ranks", {"micro_batch": 4})
+    directory.settle("control on 2 cpu ranks", {"micro_batch": 8})
+    directory.settle("student on 2 cpu ranks", {"micro_batch": 4, "compile": "all"})
+    assert RunDirectory(directory.path).settled() == {
+        "student on 2 cpu ranks": {"micro_batch": 4, "compile": "all"},
+        "control on 2 cpu ranks": {"micro_batch": 8},
+    }
+
+
 # -- what may change -------------------------------------------------------------------------------
 
 FREE = {
     "nursery": [
         "student.training.micro_batch=4",
+        "student.training.micro_batch=auto",
         "teachers.gpt2.training.micro_batch=2",
         "student.training.log_every_steps=1",
         "student.training.checkpoint_every_steps=5",
@@ -88,6 +100,7 @@ FREE = {
         "distillation.cache_top_k=8",
         "deepspeed.device=cpu",
         "deepspeed.config=zero2_cpu",
+        "deepspeed.compile=all",
         "evaluation.batch_tokens=100",
         "evaluation.leading_space=false",
         "evaluation.max_pairs_per_task=3",

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
+from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.losses.heads import logits
 
@@ -40,6 +43,34 @@ def test_equals_the_plain_module_bit_for_bit(
     assert torch.equal(hidden_BSD, outputs.hidden_states[-1])
     ours = logits(hidden_BSD, frozen.head, VOCAB)
     assert torch.equal(ours, outputs.logits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_compiled_it_computes_the_same_under_the_same_names(
+    kind: str,
+    alone: torch.device,
+    tiny_model: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counter = without_code_generation(monkeypatch)
+    plain = FrozenModel(tiny_model(kind), device=alone, dtype=torch.bfloat16)
+    model = tiny_model(kind)
+    names = list(model.state_dict())
+    frozen = FrozenModel(model, device=alone, dtype=torch.bfloat16, with_compiler=True)
+    for _ in range(2):
+        hidden_BSD = frozen.hidden_states(tokens())
+        assert torch.equal(hidden_BSD, plain.hidden_states(tokens()))
+        assert hidden_BSD.is_inference()
+    assert counter.frame_count > 0
+    assert list(model.state_dict()) == names
+    forget_compiled()
+
+
+def without_code_generation(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    """All of torch.compile but its last part, which needs a C++ compiler; counts what it got."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    return counter
 
 
 def test_dropout_is_off_and_nothing_can_be_trained(

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,31 @@ def test_one_rank_trains_as_a_plain_process(
     # The module holds what the masters say.
     for key, parameter in engine.module.named_parameters():
         assert_close_fp32(parameter.detach(), reference[0][f"master/{key}"], key)
+
+
+def test_collectives_can_be_timed_and_are_left_as_they_were(
+    tiny_model: Callable[..., Any],
+    training_spec: Callable[..., TrainingSpec],
+    make_engine: Callable[..., TrainingEngine],
+) -> None:
+    from deepspeed.comm import comm
+
+    engine = make_engine(NextTokenLoss(tiny_model("llama")), training_spec(batch_windows=BATCH))
+    before, told = dict(vars(comm.cdb)), []
+
+    @contextmanager
+    def part() -> Iterator[None]:
+        told.append("in")
+        yield
+        told.append("out")
+
+    with engine.communicating(part):
+        train(engine, batches_of(1)[:1], RATES[:1])
+    of_a_step = len(told)
+    train(engine, batches_of(1)[:1], RATES[:1])
+    assert of_a_step == len(told) > 0
+    assert told == ["in", "out"] * (of_a_step // 2)  # one after another, and each ended
+    assert dict(vars(comm.cdb)) == before
 
 
 def test_bf16_weights_are_the_masters_rounded(

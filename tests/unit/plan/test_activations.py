@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from babyllama_ds.models.fused import fuse
 from babyllama_ds.models.sizes import sizes_of
 from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes
 
@@ -51,5 +52,6 @@ def test_what_autograd_saves(
     shape = MicroBatchShape(
         windows=3, length=17, kernel=kernel, element_bytes=precision.itemsize, device="cpu"
     )
+    fuse(model)
     measured = saved_by_autograd(model, windows=3, length=17)
     assert saved_bytes(sizes_of(model.config), shape) == measured

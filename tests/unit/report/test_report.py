@@ -53,10 +53,14 @@ def training(params: int, seconds: float) -> dict:
         "train_tokens": 2_000_000,
         "seconds": seconds,
         "tokens_per_s": 2_000_000 / seconds,
+        "flops_per_s": 8e13 / seconds,
+        "mfu": 64 / seconds,
+        "step_s": {"teachers": 0.02, "loss": 0.0305},
         "steps": 488,
         "best_dev_ce": 4.5,
         "best_step": 400,
         "final_dev_ce": 4.6,
+        "vocab_size": 1000,
         "more": "than is shown",
     }
 
@@ -105,6 +109,7 @@ ENVIRONMENT = {
     "attention": "sdpa",
     "precision": "bf16",
     "seeds": {"student": 5, "teachers/wide": 6},
+    "fingerprints": {"job": "a" * 64, "tokenizer": "b" * 64, "tokens": "c" * 64},
 }
 
 METRICS = [
@@ -179,6 +184,9 @@ def test_models_side_by_side(run_dir: Path) -> None:
         "train_tokens": 2_000_000,
         "seconds": 160.0,
         "tokens_per_s": 12_500.0,
+        "flops_per_s": 5.0e11,
+        "mfu": 0.4,
+        "step_s": {"teachers": 0.02, "loss": 0.0305},
         "steps": 488,
         "best_step": 400,
         "best_dev_ce": 4.5,
@@ -217,10 +225,40 @@ def test_gains_are_student_minus_the_other(run_dir: Path) -> None:
 def test_effective_weights_of_a_token(run_dir: Path, settings, ce, kl, words) -> None:
     distillation = {**make_job()["distillation"], **settings}
     (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(distillation=distillation)))
-    loss = collect_report(run_dir)["loss"]
+    report = collect_report(run_dir)
+    loss = report["loss"]
     assert (loss["weight_ce"], loss["weight_kl"], loss["window_length"]) == (ce, kl, 128)
     assert words in loss["explanation"]
     assert {key: loss[key] for key in settings} == settings
+    page = render_markdown(report)
+    assert find_table(page, "setting")[-2:] == [
+        ["weight of a token's CE", f"{ce:g}"],
+        ["weight of a token's KL", f"{kl:g}"],
+    ]
+    assert loss["explanation"] in page
+
+
+def test_the_error_of_top_k_targets_is_told(run_dir: Path) -> None:
+    report = collect_report(run_dir)
+    assert report["topk"] is None
+    assert "approximate" not in render_markdown(report)
+    error = {
+        "k": 64,
+        "windows": 50,
+        "exact_kl": 0.25,
+        "topk_kl": 0.24,
+        "relative_kl_error": 0.04,
+        "gradient_cosine": 0.99871,
+    }
+    path = run_dir / "student" / "training.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "topk": error}))
+    report = collect_report(run_dir)
+    assert report["topk"] == error
+    page = render_markdown(report)
+    assert "k 64, all other tokens one bucket" in page
+    assert "on 50 windows of the training text, the KL is 0.24 nats/token instead of 0.25" in page
+    assert "(relative error 0.04)" in page
+    assert "cosine of 0.9987 with the exact one" in page
 
 
 def test_tasks_keep_each_models_accuracy(run_dir: Path) -> None:
@@ -252,6 +290,30 @@ def test_a_loaded_teacher_has_its_parameters_from_its_evaluation(run_dir: Path) 
     (run_dir / "teachers" / "wide" / "training.json").unlink()
     wide = collect_report(run_dir)["models"]["wide"]
     assert (wide["params"], wide["train_tokens"], wide["seconds"]) == (999, None, None)
+
+
+def test_speed(run_dir: Path) -> None:
+    write(run_dir / "control" / "training.json", {**training(1, 400.0), "step_s": None})
+    (run_dir / "teachers" / "wide" / "training.json").unlink()
+    page = render_markdown(collect_report(run_dir))
+    speed = page.split("## Speed")[1].split("\n## ")[0]
+    rows = {
+        cells[0]: cells[1:]
+        for line in speed.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("| ").split("|")]) == 4
+    }
+    assert rows["student"] == ["12,500", "500.0", "0.400"]
+    assert rows["control"] == ["5,000", "200.0", "0.160"]
+    assert "wide" not in rows  # it was not trained here
+    assert "A step of student, by parts (ms): teachers 20.0, loss 30.5." in speed
+    assert "A step of control" not in speed
+
+
+def test_without_a_meter_there_is_nothing_on_speed(run_dir: Path) -> None:
+    for path in run_dir.glob("**/training.json"):
+        facts = json.loads(path.read_text())
+        write(path, {key: facts[key] for key in facts if key not in ("flops_per_s", "mfu")})
+    assert "## Speed" not in render_markdown(collect_report(run_dir))
 
 
 def test_without_a_control(run_dir: Path) -> None:
@@ -311,13 +373,104 @@ def test_a_garbled_evaluation_is_an_error(run_dir: Path) -> None:
         collect_report(run_dir)
 
 
+# -- the ensemble -------------------------------------------------------------------------------
+
+WATCHED = {
+    "teacher_ce/wide": 5.0,
+    "teacher_ce/deep": 5.5,
+    "teacher_kl/wide": 0.2,
+    "teacher_kl/deep": 0.3,
+    "teacher_agreement/wide": 0.75,
+    "teacher_agreement/deep": 0.5,
+    "teacher_distance/wide/deep": 0.25,
+    "target_entropy": 4.0,
+    "student_agreement": 0.625,
+    "student_kl": 0.5,
+}
+
+
+def write_watched(run_dir: Path, steps: list[int], **changes: float) -> None:
+    """Logged steps of the student; each measure is higher by 1 than at the logged step before."""
+    values = {**WATCHED, **{key.replace("__", "/"): value for key, value in changes.items()}}
+    lines = [
+        {"stage": "student", "step": step, "loss": 1.0}
+        | {key: value + number for key, value in values.items()}
+        for number, step in enumerate(steps, start=1 - len(steps))  # the last is as given
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_ensemble_over_the_last_tenth(run_dir: Path) -> None:
+    write_watched(run_dir, [1, 10, 90, 91, 95, 100])
+    report = collect_report(run_dir)
+    ensemble = report["ensemble"]
+    # Steps 91, 95 and 100: a mean of what was 2 lower, 1 lower, and as given.
+    assert (ensemble["first_step"], ensemble["last_step"]) == (91, 100)
+    assert ensemble["logged_steps"] == 3
+    assert ensemble["chance_ce"] == pytest.approx(math.log(1000))
+    assert ensemble["teachers"] == {
+        "wide": {"ce": pytest.approx(4), "kl": pytest.approx(-0.8), "agreement": -0.25},
+        "deep": {"ce": pytest.approx(4.5), "kl": pytest.approx(-0.7), "agreement": -0.5},
+    }
+    assert ensemble["distances"] == {"wide/deep": -0.75}
+    assert ensemble["target_entropy"] == pytest.approx(3)
+    assert ensemble["student_agreement"] == pytest.approx(-0.375)
+    assert ensemble["student_kl"] == pytest.approx(-0.5)
+
+
+def test_the_ensembles_section(run_dir: Path) -> None:
+    write_watched(run_dir, [1, 200])
+    page = render_markdown(collect_report(run_dir))
+    assert find_table(page, "teacher")[2:] == [
+        ["wide", "5.0000", "0.2000", "75.00"],
+        ["deep", "5.5000", "0.3000", "50.00"],
+    ]
+    section = page.split("## The ensemble")[1].split("\n## ")[0]
+    for words in (
+        "Means over steps 200 to 200 of the distillation (1 logged), on its training windows",
+        "a uniform guess has a CE of 6.9078.",
+        "The targets' entropy is 4.0000 nats/token.",
+        "likeliest token is the ensemble's at 62.50 % of positions",
+        "KL(ensemble ‖ student) is 0.5000 nats/token.",
+        "wide and deep are 0.2500 apart (total variation, 0 to 1).",
+    ):
+        assert words in section
+    assert "Warning" not in section
+
+
+def test_warnings_stand_in_the_report_by_name(run_dir: Path) -> None:
+    write_watched(run_dir, [9], teacher_ce__deep=6.95, teacher_distance__wide__deep=0.0)
+    report = collect_report(run_dir)
+    chance, same = report["ensemble"]["warnings"]
+    assert chance.startswith("teacher deep is no better than chance")
+    assert same.startswith("teachers wide and deep are identical")
+    page = render_markdown(report)
+    assert f"**Warning: {chance}.**" in page
+    assert f"**Warning: {same}.**" in page
+
+
+def test_without_measures_there_is_no_section(run_dir: Path) -> None:
+    report = collect_report(run_dir)
+    assert report["ensemble"] == {}
+    assert "## The ensemble" not in render_markdown(report)
+
+
+def test_before_the_end_of_training_chance_is_not_known(run_dir: Path) -> None:
+    write_watched(run_dir, [9], teacher_ce__deep=6.95)
+    (run_dir / "student" / "training.json").unlink()
+    report = collect_report(run_dir)
+    assert report["ensemble"]["chance_ce"] is None
+    assert report["ensemble"]["warnings"] == []
+    assert "at T = 1. The targets" in render_markdown(report)
+
+
 # -- the page -----------------------------------------------------------------------------------
 
 
 def test_tables_are_well_formed_and_aligned(run_dir: Path) -> None:
     page = render_markdown(collect_report(run_dir))
     tables = parsed_tables(page)
-    assert len(tables) == 6
+    assert len(tables) == 7
     for rows in tables:
         assert len({len(row) for row in rows}) == 1
         assert all(set(cell) <= {"-", ":"} and len(cell) >= 3 for cell in rows[1])
@@ -397,8 +550,9 @@ def test_loss_steps_tasks_and_environment(run_dir: Path) -> None:
     environment = find_table(page, "what")
     assert ["versions.torch", "2.13.0"] in environment
     assert ["zero_stage", "2"] in environment
+    expected = f"· tokenizer sha256 {'b' * 12} · tokens sha256 {'c' * 12} · seed 11 · 2 CPU cores"
     assert "commit 0123abc · job sha256 " in page
-    assert "· seed 11 · 2 CPU cores" in page
+    assert expected in page
     assert 'AutoModelForCausalLM.from_pretrained("student")' in page
 
 
@@ -445,6 +599,41 @@ def test_card_of_the_student(run_dir: Path) -> None:
     for citation in ("2308.02019", "2409.17312", "AutoModelForCausalLM.from_pretrained"):
         assert citation in card
     assert "learning rate 0.0007 (cosine, 20 warm-up steps), weight decay 0.1" in card
+
+
+def test_cards_name_what_they_were_made_from(run_dir: Path) -> None:
+    report = collect_report(run_dir)
+    own_seeds = {"student": "5", "control": "5", "wide": "6", "deep": "–"}
+    for name, own_seed in own_seeds.items():
+        facts = dict(find_table(render_model_card(report, name), "what")[2:])
+        assert facts == {
+            "commit": "0123abc",
+            "job sha256": report["job_sha256"],
+            "tokenizer sha256": "b" * 64,
+            "tokens sha256 (text and tokenizer)": "c" * 64,
+            "seed of the job": "11",
+            "seed of this model": own_seed,
+            "ranks": "2",
+            "precision": "bf16",
+            "versions.torch": "2.13.0",
+            "versions.transformers": "5.23.0",
+            "hardware": "2 CPU cores",
+        }
+
+
+def test_the_report_names_what_it_was_made_from(run_dir: Path) -> None:
+    report = write_report(run_dir)
+    written = json.loads((run_dir / "report" / "report.json").read_text())
+    assert written["environment"] == ENVIRONMENT
+    assert written["job_sha256"] == report["job_sha256"]
+    assert len(written["job_sha256"]) == 64
+
+
+def test_a_card_without_a_known_environment_has_dashes(run_dir: Path) -> None:
+    (run_dir / "environment.json").unlink()
+    facts = dict(find_table(render_model_card(collect_report(run_dir), "student"), "what")[2:])
+    assert facts["commit"] == facts["tokens sha256 (text and tokenizer)"] == "–"
+    assert facts["seed of the job"] == "11"
 
 
 def test_cards_of_the_others(run_dir: Path) -> None:

@@ -49,6 +49,46 @@ def test_a_job_is_frozen() -> None:
         job().seed = 3  # type: ignore[misc]
 
 
+@pytest.mark.parametrize(
+    ("offsets", "phases"), [("fixed", 1), ("random", None), ({"phases": 3}, 3), ({"phases": 1}, 1)]
+)
+def test_offsets_are_words_or_phases(offsets: Any, phases: int | None) -> None:
+    assert job(windows={"length": 64, "offsets": offsets}).windows.num_phases == phases
+
+
+def test_one_phase_and_fixed_are_one_experiment() -> None:
+    one, fixed = (job(windows={"offsets": word}) for word in ({"phases": 1}, "fixed"))
+    assert one == fixed
+    assert one.model_dump(mode="json")["windows"]["offsets"] == "fixed"
+
+
+@pytest.mark.parametrize("cache", ["hidden", "topk"])
+def test_a_cache_of_random_windows_is_refused(cache: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        job(distillation={"cache": cache})
+    (mismatch,) = caught.value.errors()[0]["ctx"]["error"].mismatches
+    assert str(mismatch) == (
+        f"cache: got {cache}, expected none, since windows.offsets are random: "
+        "no window comes twice"
+    )
+    assert mismatch.hint == "set windows.offsets={phases: K}, K up to 1 (the epochs)"
+    assert job(distillation={"cache": cache}, windows={"offsets": "fixed"})
+
+
+def test_phases_that_no_epoch_reaches_are_refused() -> None:
+    training = {"batch_windows": 4, "epochs": 2.5, "learning_rate": 1e-3}
+    student = {"model": {"kind": "pretrained", "path": "x"}, "training": training}
+
+    def with_phases(number: int) -> JobSpec:
+        windows = {"offsets": {"phases": number}}
+        return job(student=student, windows=windows, distillation={"cache": "hidden"})
+
+    assert with_phases(3)
+    with pytest.raises(ValidationError, match=r"hidden over 4 phases, expected at most as many "):
+        with_phases(4)
+    assert job(student=student, windows={"offsets": {"phases": 4}})  # without a cache it may be
+
+
 def test_mismatches_read_well_without_a_file() -> None:
     with pytest.raises(ValidationError, match=r"hidden_size: got 10, expected a multiple of num_"):
         LlamaModel(kind="llama", hidden_size=10, num_layers=1, num_heads=3, intermediate_size=4)

@@ -144,6 +144,9 @@ def test_every_default_is_spelled_out_and_nothing_is_an_alias() -> None:
         "soft_reduction": "sequence",
         "mean_of": "logits",
         "chunk_tokens": None,
+        "cache": "none",
+        "cache_tier": "auto",
+        "cache_top_k": 64,
     }
     assert list(data) == list(JobSpec.model_fields)
 

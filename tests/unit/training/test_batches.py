@@ -33,6 +33,9 @@ class NumberedWindows:
         order = np.random.default_rng(epoch).permutation(self.num_windows)
         return order[k * batch_windows : (k + 1) * batch_windows]
 
+    def numbers(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return 100 * epoch + indices
+
     def windows(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         assert (indices >= 0).all()
         return 1000 * epoch + 10 * indices[:, None] + np.arange(LENGTH)
@@ -91,6 +94,20 @@ def test_every_window_once_an_epoch_and_the_same_batches(
                 assert {m.input_ids_BS.shape for m in batch.micro_batches} == {(size, LENGTH)}
         everything = windows.windows(epoch, np.arange(num_windows)).tolist()
         assert sorted(seen) == everything
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), SPLITS)
+def test_each_pass_knows_its_windows_by_number_and_the_next_ones(
+    num_ranks: int, size: int, training_spec: Callable[..., Any]
+) -> None:
+    windows = NumberedWindows(13)  # batches of 8 and 5, for two epochs and a half
+    for plan in plans(windows, training_spec(batch_windows=8, epochs=2.5), num_ranks, size):
+        micros = [m for step in range(plan.total_steps) for m in plan.batch(step).micro_batches]
+        for micro, following in zip(micros, [*micros[1:], None], strict=True):
+            firsts_B = micro.input_ids_BS[:, 0].numpy()  # 1000 epoch + 10 index
+            assert micro.windows_B.tolist() == (firsts_B // 10).tolist()
+            expected = [] if following is None else following.windows_B.tolist()
+            assert micro.next_windows_B.tolist() == expected
 
 
 @pytest.mark.parametrize(("num_ranks", "size"), SPLITS)

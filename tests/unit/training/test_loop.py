@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import re
 import shutil
 import signal
 import sys
@@ -29,29 +31,32 @@ from babyllama_ds.engine.schedule import learning_rate
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import Stopped, TrainingError
 from babyllama_ds.evaluation.evaluate import DevWindows
+from babyllama_ds.losses.heads import Head
 from babyllama_ds.spec.job import DistillationSpec, TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.teachers.ensemble import Ensemble, Member
-from babyllama_ds.training import loop
+from babyllama_ds.training import loop, objective
+from babyllama_ds.training.breakdown import PARTS
 from babyllama_ds.training.loop import Stage, Surroundings, train
+from babyllama_ds.training.meter import Meter
 
 VOCAB, LENGTH, WINDOWS = 61, 10, 14  # 14 windows in batches of 4: the last of an epoch has two
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
 
 
 class RandomWindows:
-    """Training windows of random tokens; `before` is called with the epoch before each batch."""
+    """Training windows of random tokens."""
 
-    def __init__(self, before: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self) -> None:
         self.num_windows, self.length = WINDOWS, LENGTH
         self.tokens = np.random.default_rng(1).integers(0, VOCAB, (WINDOWS, LENGTH))
-        self.before = before
 
     def batch(self, epoch: int, k: int, batch_windows: int) -> NDArray[np.int64]:
-        if self.before is not None:
-            self.before(epoch, k)
         order = np.random.default_rng(epoch).permutation(WINDOWS)
         return order[k * batch_windows : (k + 1) * batch_windows]
+
+    def numbers(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        return indices
 
     def windows(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.tokens[indices]
@@ -64,13 +69,22 @@ def dev_windows(tokens: NDArray[np.int64] | None = None) -> DevWindows:
 
 
 class StopAfter(StopRequest):
-    """Asked to stop when so many steps are done in this process."""
+    """Asked to stop when so many steps are done in this process.
 
-    def __init__(self, steps: int | None) -> None:
+    `before` is called before each of its steps, with the epoch and the batch: those of a process
+    that began at the first step.
+    """
+
+    def __init__(self, steps: int | None, before: Callable[[int, int], None] | None = None) -> None:
         super().__init__()
         self.left = steps
+        self.before = before
+        self.done = 0
 
     def agreed(self) -> str | None:
+        if self.before is not None:
+            self.before(*divmod(self.done, math.ceil(WINDOWS / 4)))
+        self.done += 1
         if self.left == 0:
             signal.raise_signal(signal.SIGTERM)
         if self.left is not None:
@@ -102,6 +116,7 @@ class Run:
     distillation: DistillationSpec | None = None
     ensemble: Ensemble | None = None
     seed: int = 3
+    meter: Meter | None = None
     last_model: nn.Module = field(default_factory=nn.Module)
     folder: WatchedFolder = field(init=False)
 
@@ -126,12 +141,13 @@ class Run:
             seed=self.seed,
             micro_batch=self.config["train_micro_batch_size_per_gpu"],
             deepspeed=self.config,
+            meter=self.meter,
         )
-        stop = StopAfter(stop_after)
+        stop = StopAfter(stop_after, before)
         around = Surroundings(
             run_dir=self.directory, device=self.device, stop=stop, checkpoints=self.folder
         )
-        parts = {"windows": RandomWindows(before), "dev": dev or dev_windows()}
+        parts = {"windows": RandomWindows(), "dev": dev or dev_windows()}
         stop.install()
         try:
             return train(stage, around, **parts, ensemble=self.ensemble)
@@ -265,6 +281,186 @@ def test_a_distilled_step_logs_ce_and_kl_and_their_weighted_sum(
         # The published reduction: KL summed over a window's ten positions, T² = 4.
         expected = 0.5 * line["ce"] + 0.5 * 4 * 10 * line["kl"]
         assert line["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+# -- how fast, and where the time goes -------------------------------------------------------------
+
+
+def test_the_meter_is_read_at_logged_steps(
+    new_run: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run(log_every_steps=3)
+    run.meter = Meter(flops_per_token=1e6, matmul_flops_per_s=1e10)
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        summary = run.train()
+    for values in (*run.logged().values(), summary):
+        assert values["flops_per_s"] == 1e6 * values["tokens_per_s"]
+        assert values["mfu"] == values["flops_per_s"] / 1e10
+    assert re.search(r"tok/s  mfu \d\.\d\d  0:00 left", caplog.text)
+
+
+def test_without_a_meter_only_tokens_are_told(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    assert "mfu" not in run.train()
+    assert not any("mfu" in line for line in run.metrics())
+
+
+@pytest.mark.parametrize(("asked", "last"), [(3, 4), (100, 8)])  # not the first step
+def test_the_parts_of_a_step(
+    new_run: Callable[..., Run],
+    asked: int,
+    last: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = new_run(distilled=True, profile_steps=asked)
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    with caplog.at_level(logging.INFO):
+        summary = run.train()
+    (line,) = [line for line in run.metrics() if "step_s/loss" in line]
+    told = {key.removeprefix("step_s/"): s for key, s in line.items() if "step_s/" in key}
+    assert line["step"] == last
+    assert told == summary["step_s"]
+    assert list(told) == list(PARTS)
+    # A rank alone has nobody to communicate with, but DeepSpeed calls its collectives all the same.
+    assert min(told.values()) > 0
+    assert sum(told.values()) <= summary["seconds"]
+    assert "student  a step of" in caplog.text
+
+
+def test_timing_the_parts_changes_nothing(new_run: Callable[..., Run]) -> None:
+    plain, timed = (
+        new_run("plain", distilled=True),
+        new_run("timed", distilled=True, profile_steps=3),
+    )
+    assert plain.train()["step_s"] is None
+    timed.train()
+    assert_equal_weights(plain.weights(), timed.weights())
+
+
+def test_no_parts_where_no_step_is_left_to_time(new_run: Callable[..., Run]) -> None:
+    assert new_run(profile_steps=2, max_steps=1).train()["step_s"] is None
+
+
+# -- the ensemble, watched -------------------------------------------------------------------------
+
+
+def windows_of_step(step: int) -> NDArray[np.int64]:
+    """The windows of a step, from 0, by their numbers in its epoch."""
+    epoch, k = divmod(step, 4)
+    return RandomWindows().batch(epoch, k, 4)
+
+
+@pytest.mark.parametrize("mean_of", ["logits", "probabilities"])
+def test_logged_steps_tell_how_teachers_and_student_agree(
+    mean_of: Any, new_run: Callable[..., Run], tiny_model: Callable[..., Any]
+) -> None:
+    """Against all logits of the whole batch, the short last one of an epoch included."""
+    run = new_run(precision="fp32", distilled=True, kind="llama", log_every_steps=4)
+    run.distillation = DistillationSpec(mean_of=mean_of)
+    run.ensemble = ensemble_of(
+        run.device, tiny_model("llama", seed=5), tiny_model("gpt2", seed=6), dtype=torch.float32
+    )
+    run.train()
+    logged = run.logged()
+    assert list(logged) == [1, 4, 8]
+    models = [tiny_model(kind, seed=seed).eval() for kind, seed in (("llama", 5), ("gpt2", 6))]
+    for step, students in ((1, [run.model().eval()]), (4, []), (8, [])):
+        tokens_BS = torch.from_numpy(RandomWindows().tokens[windows_of_step(step - 1)])
+        with torch.no_grad():
+            one, two, *ours = (
+                model(input_ids=tokens_BS).logits.double().log_softmax(-1)
+                for model in (*models, *students)
+            )
+        if mean_of == "logits":
+            targets = (one / 3 + 2 * two / 3).log_softmax(-1)
+        else:
+            targets = (one.exp() / 3 + 2 * two.exp() / 3).log()
+        expected = {
+            "target_entropy": -(targets.exp() * targets).sum(-1).mean(),
+            "teacher_distance/0/1": (one.exp() - two.exp()).abs().sum(-1).mean() / 2,
+        }
+        for name, teacher in (("0", one), ("1", two)):
+            likelihood = teacher[:, :-1].gather(-1, tokens_BS[:, 1:, None])
+            expected[f"teacher_ce/{name}"] = -likelihood.mean()
+            expected[f"teacher_kl/{name}"] = (teacher.exp() * (teacher - targets)).sum(-1).mean()
+            expected[f"teacher_agreement/{name}"] = agreement(teacher, targets)
+        for student in ours:  # before its first update: what it was made as
+            expected["student_kl"] = (targets.exp() * (targets - student)).sum(-1).mean()
+            expected["student_agreement"] = agreement(student, targets)
+        for key, value in expected.items():
+            assert logged[step][key] == pytest.approx(value.item(), rel=2e-5, abs=1e-6), key
+    learnt = [line["student_kl"] for line in logged.values()]
+    assert learnt[-1] < learnt[0]
+
+
+def agreement(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    return (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
+
+
+def ensemble_of(device: torch.device, *teachers: nn.Module, dtype: torch.dtype) -> Ensemble:
+    return Ensemble(
+        [
+            Member(str(k), FrozenModel(teacher, device=device, dtype=dtype), 1.0 + k)
+            for k, teacher in enumerate(teachers)
+        ]
+    )
+
+
+def test_only_logged_steps_are_watched_and_the_line_is_no_longer(
+    new_run: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    passes = []
+    original = objective.measure_agreement
+    monkeypatch.setattr(
+        objective,
+        "measure_agreement",
+        lambda *parts, **named: passes.append(1) or original(*parts, **named),
+    )
+    run = new_run(distilled=True, log_every_steps=3)
+    with caplog.at_level(logging.INFO):
+        run.train()
+    assert len(passes) == 4 * 2  # steps 1, 3, 6, 8, two micro-batches each
+    shown = [one.getMessage() for one in caplog.records if "tok/s" in one.getMessage()]
+    assert shown
+    for line in shown:
+        assert re.fullmatch(
+            r"student  step \d/8  loss \S+  ce \S+  kl \S+  \S+ tok/s  \S+ left", line
+        )
+
+
+def test_a_model_without_teachers_is_not_watched(new_run: Callable[..., Run]) -> None:
+    run = new_run()
+    run.train()
+    assert not any("agreement" in key for line in run.metrics() for key in line)
+
+
+def test_teachers_that_are_chance_or_identical_are_named_once(
+    new_run: Callable[..., Run],
+    tiny_model: Callable[..., Any],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    run = new_run(distilled=True, log_every_steps=1, epochs=1.0)
+    twins = (tiny_model("llama", seed=5) for _ in range(2))
+    run.ensemble = ensemble_of(run.device, *twins, dtype=torch.bfloat16)
+    with caplog.at_level(logging.WARNING, logger="babyllama_ds"):
+        summary = run.train()
+    told = [one.getMessage() for one in caplog.records if one.name.startswith("babyllama_ds")]
+    # On random tokens every teacher is worse than chance.
+    assert [line.split(":")[1].strip() for line in told] == [
+        "teacher 0 is no better than chance",
+        "teacher 1 is no better than chance",
+        "teachers 0 and 1 are identical",
+    ]
+    assert all(line.startswith("warning: ") for line in told)
+    assert summary["vocab_size"] == VOCAB
+
+
+# -- learning --------------------------------------------------------------------------------------
 
 
 def test_training_learns(new_run: Callable[..., Run]) -> None:
@@ -417,6 +613,99 @@ def test_a_gradient_that_is_not_finite_ends_training(
     assert "lower the learning rate" in (problem.hint or "")
     assert (problem.hint or "").endswith(str(run.folder.directory / "step-00000004"))
     assert max(run.folder.saved) == 4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("spoilt", ["a row of the head", "an embedding"])
+def test_a_teacher_that_is_not_finite_is_named_with_its_windows(
+    spoilt: str, precision: str, new_run: Callable[..., Run], tiny_model: Callable[..., Any]
+) -> None:
+    """Also between logged steps. A row of its head spoils all windows, an embedding some."""
+    run = new_run(precision=precision, distilled=True, log_every_steps=100)
+    whole, broken = tiny_model("llama", seed=5), tiny_model("llama", seed=6)
+    run.ensemble = ensemble_of(run.device, whole, broken, dtype=torch.bfloat16)
+    ids = windows_of_step(5)
+    tokens = RandomWindows().tokens
+    token = tokens[ids[1], 3]
+
+    def spoil(epoch: int, k: int) -> None:
+        if (epoch, k) == (1, 1):  # the sixth step
+            head, embedding = broken.get_output_embeddings(), broken.get_input_embeddings()
+            module = head if spoilt == "a row of the head" else embedding
+            module.weight.data[token] = float("nan")
+
+    with pytest.raises(TrainingError) as caught:
+        run.train(before=spoil)
+    holding = [w for w in ids if token in tokens[w]]
+    assert 0 < len(holding) < len(ids)
+    windows = ids if spoilt == "a row of the head" else holding
+    (problem,) = caught.value.problems
+    assert problem.where == "student: step 6"
+    assert problem.got == (
+        "logits of teacher 1 that are not finite, in epoch 1, "
+        f"windows {', '.join(map(str, windows))}"
+    )
+    assert problem.expected == "finite numbers"
+    assert problem.hint == (
+        "the weights of 1 are damaged, or its training had diverged: train it again, "
+        "or leave it out"
+    )
+    assert max(run.folder.saved) == 4
+    assert all(weight.isfinite().all() for weight in run.weights().values())
+
+
+def test_every_teacher_that_is_not_finite_is_named(
+    new_run: Callable[..., Run], tiny_model: Callable[..., Any]
+) -> None:
+    run = new_run(distilled=True)
+    teachers = [tiny_model("llama", seed=seed) for seed in (5, 6)]
+    for teacher in teachers:
+        teacher.lm_head.weight.data[3] = float("nan")
+    run.ensemble = ensemble_of(run.device, *teachers, dtype=torch.bfloat16)
+    with pytest.raises(TrainingError, match=r"teacher 0 (.|\n)*teacher 1 ") as caught:
+        run.train()
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize("mean_of", ["logits", "probabilities"])
+def test_a_teachers_logit_of_minus_infinity_ends_training(
+    mean_of: Any, new_run: Callable[..., Run]
+) -> None:
+    """A mean of probabilities with it is finite, and so is the loss: only the measures see it."""
+    run = new_run(distilled=True, log_every_steps=3)
+    run.distillation = DistillationSpec(mean_of=mean_of)
+    assert run.ensemble is not None
+    first, second = run.ensemble.members
+    run.ensemble = Ensemble([first, RulesOut(second, since=4 * 2)])  # two forwards a step
+
+    with pytest.raises(TrainingError, match="logits of teacher 1 that are not finite") as caught:
+        run.train()
+    # A mean of logits makes the KL NaN, and with it the gradient: step 5, which is not logged.
+    seen_at = 5 if mean_of == "logits" else 6
+    assert caught.value.problems[0].where == f"student: step {seen_at}"
+
+
+class RulesOut:
+    """A teacher that gives a token the logit −inf, once it has run so many times."""
+
+    def __init__(self, teacher: Any, *, since: int) -> None:
+        self.teacher, self.left = teacher, since
+        self.name, self.weight = teacher.name, teacher.weight
+
+    @property
+    def head(self) -> Head:
+        bias = torch.zeros(VOCAB, dtype=torch.bfloat16)
+        if self.left < 0:
+            bias[7] = -torch.inf
+        return Head(self.teacher.head.weight_PD, bias)
+
+    def states(self, windows: Any) -> torch.Tensor:
+        self.left -= 1
+        states: torch.Tensor = self.teacher.states(windows)
+        return states
+
+    def destroy(self) -> None:
+        self.teacher.destroy()
 
 
 def test_without_a_checkpoint_the_error_says_so(new_run: Callable[..., Run]) -> None:
@@ -580,6 +869,18 @@ def test_not_finite_on_one_rank_is_the_same_error_on_both(two_ranks: Path) -> No
     assert results[0]["error"].startswith("student: step 2: got a gradient that is not finite")
 
 
+@pytest.mark.launch
+def test_a_teacher_not_finite_on_one_rank_is_the_same_error_on_both(two_ranks: Path) -> None:
+    """Of the second batch's four windows, the second rank has every other one."""
+    results = [json.loads((two_ranks / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert results[0]["teacher_error"] == results[1]["teacher_error"]
+    windows = ", ".join(map(str, windows_of_step(1)[1::2]))
+    assert results[0]["teacher_error"].startswith(
+        "student: step 2: got logits of teacher teacher that are not finite, "
+        f"in epoch 0, windows {windows}, expected finite numbers"
+    )
+
+
 def run_as_rank(folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -613,6 +914,17 @@ def run_as_rank(folder: Path) -> None:
         run.train(before=spoil)
     except TrainingError as error:
         result["error"] = str(error)
+
+    run = run_of(folder, "broken_teacher", config, device)
+
+    def spoil_teacher(epoch: int, k: int) -> None:
+        if (k, ranks.rank()) == (1, 1) and run.ensemble is not None:
+            run.ensemble.members[0].head.weight_PD.data[11] = float("nan")
+
+    try:
+        run.train(before=spoil_teacher)
+    except TrainingError as error:
+        result["teacher_error"] = str(error)
     (folder / f"rank{ranks.rank()}.json").write_text(json.dumps(result))
     distributed.stop()
 

@@ -131,6 +131,16 @@ def test_without_a_terminal_there_are_plain_lines(
     assert stderr.getvalue() == ""
 
 
+def test_the_machines_part_is_shown_where_it_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level(logging.INFO), open_log(tmp_path) as metrics:
+        metrics.show(1, SHOWN, tokens_per_s=12345.6, mfu=0.3149, seconds_left=75.0)
+    assert "12,346 tok/s  mfu 0.31  1:15 left" in caplog.text
+
+
 def test_on_a_terminal_there_is_a_bar(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,13 +6,16 @@ Shapes: B windows, S positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
+from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.spec.job import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
@@ -171,3 +174,35 @@ def test_value_by_hand(tiny_model: Callable[..., Any]) -> None:
     assert distilled.value(60.0, 14.0, counts) == pytest.approx(6.75)
     alone = Objective(model, vocab_size=VOCAB, distillation=None)
     assert alone.value(60.0, 14.0, counts) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("name", ["sequence", "none"])
+def test_a_compiled_backbone_is_compiled_once_and_changes_nothing(
+    name: str, alone: torch.device, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a batch counts, and whether it is watched; without generating code."""
+    counter = CompileCounter()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    frozen = FrozenModel(tiny_model("gpt2", seed=1), device=alone, dtype=torch.float32)
+    ensemble = Ensemble([Member("t", frozen, 1.0)])
+    plain, fast = (
+        Objective(tiny_model("llama"), vocab_size=VOCAB, distillation=DISTILLATIONS[name])
+        for _ in range(2)
+    )
+    fast.compile_backbone()
+    seen = []
+    for num_windows, watch in ((8, False), (5, name != "none"), (3, False)):
+        (micro,) = batch_of(num_windows, 1).micro_batches
+        counts = Counts(ce=num_windows * (LENGTH - 1), kl=num_windows, scale=1.0)
+        values = []
+        for objective in (plain, fast):
+            objective.zero_grad()
+            loss = objective(micro, ensemble.targets(micro), counts, watch=watch).loss
+            loss.backward()
+            values.append([loss, *(parameter.grad for parameter in objective.parameters())])
+        assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+        seen.append(counter.frame_count)
+    assert seen[0] > 0
+    assert seen == [seen[0]] * 3, "compiled anew"
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    forget_compiled()

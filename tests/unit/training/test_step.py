@@ -1,14 +1,25 @@
-"""Dropout is a function of (seed, step, rank, micro-batch), and of nothing that ran before."""
+"""Dropout is a function of (seed, step, rank, micro-batch), and of nothing that ran before; and a
+step waits for the device nowhere but in DeepSpeed's own update.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from babyllama_ds import ranks
+from babyllama_ds.engine.inference import FrozenModel
+from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import Batch, micro_batch
 from babyllama_ds.training.objective import Objective
 from babyllama_ds.training.step import train_step
@@ -88,3 +99,72 @@ def test_the_rate_is_the_updates(
     train_step(engine, objective, None, batch, rate=2e-3, seed=0, step=1)
     moved = (model.lm_head.weight - before).abs()
     assert 1e-3 < moved.max().item() < 2.1e-3
+
+
+# -- waiting for the device ------------------------------------------------------------------------
+
+WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__")
+"""What brings a number from the device to the host, or its shape."""
+
+
+def asking(frame: FrameType | None) -> str:
+    """The package that waits: the innermost caller that is not torch itself."""
+    package = ""
+    while frame is not None:
+        parts = Path(frame.f_code.co_filename).parts
+        package = parts[parts.index("site-packages") + 1] if "site-packages" in parts else "ours"
+        if package not in ("torch", "_bootstrap"):
+            return package
+        frame = frame.f_back
+    return package
+
+
+@contextmanager
+def counted_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """How often which package waits for the device, meanwhile."""
+    waits: Counter[str] = Counter()
+
+    def counted(name: str) -> Callable[..., Any]:
+        method = getattr(Tensor, name)
+
+        def wait(tensor: Tensor, *arguments: Any, **named: Any) -> Any:
+            waits[asking(sys._getframe(1))] += 1
+            return method(tensor, *arguments, **named)
+
+        return wait
+
+    with monkeypatch.context() as patch:
+        for name in WAITING:
+            patch.setattr(Tensor, name, counted(name))
+        yield waits
+
+
+def test_a_step_waits_only_in_deepspeeds_update(
+    alone: torch.device,
+    tiny_model: Callable[..., Any],
+    training_spec: Callable[..., Any],
+    make_engine: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Are the gradients finite, is their norm, and again to clip each of the two groups: four
+    times, whatever is accumulated.
+    """
+    objective = Objective(
+        tiny_model("llama"), vocab_size=VOCAB, distillation=DistillationSpec(chunk_tokens=7)
+    )
+    engine = make_engine(
+        objective, training_spec(batch_windows=4, micro_batch=2, clip_norm=0.1), precision="bf16"
+    )
+    teacher = tiny_model("gpt2", seed=1, pad_token_id=0)
+    frozen = FrozenModel(teacher, device=alone, dtype=torch.bfloat16)
+    ensemble = Ensemble([Member("t", frozen, 1.0)])
+    micro = micro_batch(torch.arange(20).view(2, 10), torch.tensor([True, False]))
+    ids = torch.arange(2).numpy()
+    batch = Batch(epoch=0, window_ids=ids, length=10, micro_batches=(micro,) * 2)
+    train_step(engine, objective, ensemble, batch, rate=1e-3, seed=1, step=0)
+    with counted_waits(monkeypatch) as waits:
+        sums = train_step(engine, objective, ensemble, batch, rate=1e-3, seed=1, step=1)
+    assert waits == {"deepspeed": 4}
+    with counted_waits(monkeypatch) as waits:
+        sums.ce_sum.item()
+    assert waits == {"ours": 1}, "what a log costs; and that anything is counted at all"

@@ -1,0 +1,86 @@
+"""Whether torch.compile is used: the job's word, the machine and the work enter, a choice leaves.
+
+What is measured and where the rule of `auto` comes from: docs/decisions/compiling.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar
+
+import torch
+
+from babyllama_ds.engine.distributed import Device
+from babyllama_ds.errors import MachineError
+
+Compiled = Literal["none", "student", "all"]
+"""What torch.compile is given: nothing, the model in training, or the frozen teachers too."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MOST_MODELS = 64
+"""Models that one function is compiled for in one process."""
+REPAID_AFTER_S = 600
+"""Seconds of matrix products from which `auto` compiles. Compiling takes a minute or two, and saved
+a quarter of a step on a CPU, of which the products are half or more."""
+
+
+def choose_compiled(
+    asked: Literal["auto", "none", "student", "all"], *, device: Device, products_s: float
+) -> tuple[Compiled, str]:
+    """What is compiled in a training, and why, for the log.
+
+    `products_s`: seconds that its matrix products take at the rate measured on this machine.
+
+    Raises:
+        MachineError: compiling is asked for by name and no compiler is there.
+    """
+    if asked == "none":
+        return "none", "the job says so"
+    lacking = what_compiling_lacks(device)
+    if asked != "auto":
+        if lacking is not None:
+            raise MachineError.of(
+                "deepspeed.compile",
+                got=f"{lacking} on this machine, for {asked!r}",
+                expected="what torch.compile builds its code with",
+                hint="install one (Debian, Ubuntu: apt install g++), or set deepspeed.compile=auto",
+            )
+        return asked, "the job says so"
+    if lacking is not None:
+        return "none", f"{lacking} here"
+    work = f"matrix products of {products_s:,.0f} s"
+    if products_s < REPAID_AFTER_S:
+        return "none", f"{work} are too few to repay it, from {REPAID_AFTER_S:,} on"
+    return "all", f"{work} repay it, from {REPAID_AFTER_S:,} on"
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, compiled at its first call for the shapes that it gets there.
+
+    All models of a run come by in one process. After eight of them torch would leave the others
+    uncompiled without a word.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = MOST_MODELS
+    return torch.compile(function, dynamic=False)
+
+
+def forget_compiled() -> None:
+    """Let go of what was compiled, of all models: its guards hold them, and are asked in turn."""
+    torch.compiler.reset()
+
+
+def what_compiling_lacks(device: Device) -> str | None:
+    """What torch.compile would miss; none if nothing. Triton builds its launchers in C."""
+    named = os.environ.get("CXX")
+    if not any(shutil.which(each) for each in ([named] if named else ["g++", "clang++"])):
+        return "no C++ compiler"
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "no Triton"
+    return None

@@ -1,0 +1,178 @@
+"""`micro_batch: auto`: a model, its teachers and free memory enter, the windows of a pass leave.
+
+Sizes are tried from the smallest up, among the divisors of a rank's share of the batch, with the
+engine's own memory in place: weights, master weights, moments, and the fp32 gradients that ZeRO
+holds from one micro-batch to the next. A trial is a forward pass of teachers and student and the
+gradients, without the collectives of a step, so that a rank without memory leaves nobody waiting.
+
+    CUDA   a size fits if its trial ends with `SPARED` of the card free
+    CPU    a process that takes too much is killed: a size is tried only if the trials of the
+           smaller ones say that it fits, and fits by its own measured peak
+
+All ranks try the same sizes, and take what fits on each of them. Weights do not change.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+
+from babyllama_ds import ranks
+from babyllama_ds.engine.training import TrainingEngine
+from babyllama_ds.errors import MachineError
+from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.teachers.cache.tiers import available_host_bytes, ranks_of_this_machine
+from babyllama_ds.teachers.ensemble import Ensemble
+from babyllama_ds.training.batches import micro_batch
+from babyllama_ds.training.objective import Counts, Objective
+
+SPARED = 0.1
+"""Part of the memory that stays free: for the update, for evaluation, for fragments."""
+
+Trial = Callable[[int], None]
+"""The passes of so many windows."""
+
+
+class Room(Protocol):
+    """Says whether so many windows fit; asked for ascending sizes."""
+
+    def fits(self, windows: int, trial: Trial, /) -> bool:
+        """Whether `trial(windows)` has room on this rank."""
+
+
+def find_micro_batch(
+    objective: Objective,
+    ensemble: Ensemble | None,
+    *,
+    training: TrainingSpec,
+    deepspeed: Mapping[str, Any],
+    share: int,
+    length: int,
+    device: torch.device,
+    where: str,
+) -> int:
+    """The most windows of `length` tokens, a divisor of `share`, that fit on every rank.
+
+    A collective. `deepspeed` is the configuration of the stage with one accumulation step.
+
+    Raises:
+        MachineError: not even one window fits.
+    """
+    engine = TrainingEngine(objective, training=training, config=deepspeed, device=device)
+    try:
+        weights = [weight for weight in objective.parameters() if weight.requires_grad]
+        # What ZeRO keeps of the micro-batches before, beside this one's passes.
+        held = sum(weight.numel() for weight in weights) // ranks.world_size()
+        gradients = torch.zeros(held, dtype=torch.float32, device=device)
+        trial = _trial(objective, ensemble, weights, length=length, device=device)
+        room: Room = CardRoom(device) if device.type == "cuda" else HostRoom()
+        found = largest_fitting(share, lambda windows: room.fits(windows, trial))
+        del gradients
+    finally:
+        engine.destroy()
+    if found is None:
+        raise MachineError.of(
+            f"{where}.micro_batch",
+            got=f"no room for a forward and backward pass of one window of {length} tokens",
+            expected=f"memory for it, with {SPARED:.0%} of all to spare",
+            hint="take a larger machine or card, shorten windows.length, or set "
+            "distillation.chunk_tokens; `babyllama-ds plan` says what takes the memory",
+        )
+    return found
+
+
+def largest_fitting(share: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest divisor of `share` up to which every one fits on all ranks. A collective."""
+    best = None
+    for windows in (n for n in range(1, share + 1) if share % n == 0):
+        if ranks.max_int(0 if fits(windows) else 1):
+            break
+        best = windows
+    return best
+
+
+class CardRoom:
+    """The memory of a CUDA device, by trying."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def fits(self, windows: int, trial: Trial, /) -> bool:
+        """Whether the trial ends, and enough is free beside what it took."""
+        torch.cuda.empty_cache()
+        try:
+            trial(windows)
+            # What the trial took is still reserved: free is what nobody needed.
+            free, total = torch.cuda.mem_get_info(self._device)
+            return free >= SPARED * total
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+
+
+class HostRoom:
+    """A rank's part of the host's free memory, by the peaks of the trials so far."""
+
+    def __init__(self) -> None:
+        self._free_bytes = (1 - SPARED) * available_host_bytes() / ranks_of_this_machine()
+        self._peaks: list[tuple[int, int]] = []
+
+    def fits(self, windows: int, trial: Trial, /) -> bool:
+        """Whether there is room by the smaller trials, and by this one's own peak."""
+        if self._expected_bytes(windows) > self._free_bytes:
+            return False
+        peak_bytes = peak_host_bytes(lambda: trial(windows))
+        self._peaks.append((windows, peak_bytes))
+        return peak_bytes <= self._free_bytes
+
+    def _expected_bytes(self, windows: int) -> float:
+        """At most this: memory grows with the windows, or (chunks of the loss) stops growing."""
+        if not self._peaks:
+            return 0.0
+        last, last_bytes = self._peaks[-1]
+        before, before_bytes = self._peaks[-2] if len(self._peaks) > 1 else (0, 0)
+        return last_bytes + (windows - last) * (last_bytes - before_bytes) / (last - before)
+
+
+def peak_host_bytes(run: Callable[[], None]) -> int:
+    """The most that `run` had allocated on the CPU at one time, beyond what there was."""
+    # Else the profiler says in the log that it starts and stops; read once, at its first start.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = now = 0
+    for _, num_bytes in changes:
+        now += num_bytes
+        peak = max(peak, now)
+    return peak
+
+
+def _trial(
+    objective: Objective,
+    ensemble: Ensemble | None,
+    weights: list[torch.nn.Parameter],
+    *,
+    length: int,
+    device: torch.device,
+) -> Trial:
+    watch = ensemble is not None and bool(ensemble.members)
+
+    def run(windows: int) -> None:
+        micro = micro_batch(
+            torch.zeros(windows, length, dtype=torch.int64, device=device),
+            torch.ones(windows, dtype=torch.bool, device=device),
+        )
+        targets = ensemble.targets(micro) if ensemble else []
+        parts = objective(micro, targets, Counts(ce=1, kl=1, scale=1.0), watch=watch)
+        # Not `backward()`: the engine's hooks would reduce over ranks.
+        torch.autograd.grad(parts.loss, weights, allow_unused=True)
+
+    return run
