@@ -20,7 +20,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data check format seeds lock clean
+.PHONY: help setup distill test test-data bench bench-grid check format seeds lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -43,6 +43,12 @@ test: setup  ## run the tests (no GPU, no corpus needed)
 test-data: setup  ## run the tests on real text: BABYLM_DATA=…
 	$(BIN)/pytest -m data
 
+bench: setup  ## our trainer against the textbook's, on a quiet machine: ARGS="--rounds 5"
+	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
+
+bench-grid: setup  ## time a token against vocabulary, teachers, window length and ranks
+	$(BIN)/python tests/benchmarks/bench.py --grid $(ARGS)
+
 check: setup  ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,7 +63,7 @@ seeds: setup  ## run JOB with seeds 1 to 5 and print the table of gains
 	$(BIN)/babyllama-ds gains $(foreach s,1 2 3 4 5,$(RUNS)/$(basename $(notdir $(JOB)))-$s)
 
 lock: setup  ## write the versions installed here to constraints.txt
-	$(BIN)/pip freeze --exclude-editable --exclude babyllama_ds | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
+	$(BIN)/pip freeze --exclude-editable --exclude babyllama_ds --exclude triton | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
 	@touch $(VENV)/.ready
 
 clean:  ## remove the environment, caches and builds (runs stay)

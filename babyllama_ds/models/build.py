@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from babyllama_ds.errors import ModelError
+from babyllama_ds.models.fused import fuse
 from babyllama_ds.spec.job import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
 
@@ -46,6 +47,7 @@ def build_model(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        fuse(model)
     check_vocabulary_fits(model, len(tokenizer), where=where)
     return model
 
@@ -72,6 +74,8 @@ def model_config(
             attn_pdrop=spec.dropout,
             layer_norm_epsilon=spec.norm_epsilon,
             initializer_range=spec.initializer_range,
+            # The published "gelu_new", the same function, computed in one operation.
+            activation_function="gelu_pytorch_tanh",
             tie_word_embeddings=spec.tied_embeddings,
             **special,
         )
@@ -123,6 +127,7 @@ def load_model(
         ) from error
     _check_whole(report, path, where=where)
     loaded: nn.Module = model
+    fuse(loaded)
     return loaded
 
 
