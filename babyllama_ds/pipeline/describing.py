@@ -1,0 +1,88 @@
+"""Where a run is made: its parts, corpus and speed enter; `environment.json` and a log line leave.
+
+The report reads the file.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from babyllama_ds import files, ranks
+from babyllama_ds.corpus.prepare import Corpus
+from babyllama_ds.corpus.tokenizer import vocabulary_hash
+from babyllama_ds.environment import describe_environment
+from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.speed import Speed
+from babyllama_ds.rundir import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+def describe_run(parts: Parts, directory: RunDirectory, speed: Speed, corpus: Corpus) -> None:
+    """Say what runs where, and keep it for the report. A collective.
+
+    Written is where the models are made; a later start that makes none does not rewrite it.
+    """
+    made = ranks.on_rank_zero(lambda: _made_before(directory.path))
+    facts = _facts(
+        parts,
+        corpus,
+        matmul_rate=None if made else speed.facts(corpus),
+        settled=ranks.on_rank_zero(directory.settled),
+    )
+    if not made:
+        ranks.on_rank_zero(lambda: files.write_json(directory.path / "environment.json", facts))
+    log.info(
+        "%s: ranks %d, on %s, threads per rank %d, ZeRO-%d, %s, attention %s, in %s",
+        parts.job.run_name,
+        facts["ranks"],
+        facts["hardware"]["cuda_device"] or facts["hardware"]["host_cpu"] or "cpu",
+        facts["threads_per_rank"],
+        facts["zero_stage"],
+        parts.precision,
+        ", ".join(sorted(set(facts["attention"].values()))),
+        directory.path,
+    )
+
+
+def _made_before(run_dir: Path) -> bool:
+    """Whether the models, and where they were made, are there from an earlier start."""
+    student = run_dir / "student" / files.MANIFEST_NAME
+    return student.exists() and (run_dir / "environment.json").exists()
+
+
+def _facts(
+    parts: Parts,
+    corpus: Corpus,
+    *,
+    matmul_rate: dict[str, float] | None,
+    settled: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    job = parts.job
+    attention = {
+        where: parts.attention(where, model, training=training is not None)
+        for where, model, training in parts.models()
+    }
+    config = parts.deepspeed_config("student", job.student.training)
+    return {
+        **describe_environment(parts.device),
+        "ranks": ranks.world_size(),
+        "threads_per_rank": torch.get_num_threads(),
+        "zero_stage": config["zero_optimization"]["stage"],
+        "device": parts.device.type,
+        "attention": attention,
+        "precision": parts.precision,
+        "matmul_rate": matmul_rate,
+        "seeds": {where: job.stage_seed(where) for where in attention},
+        "settled": settled,
+        "fingerprints": {
+            "job": files.hash_json(job.model_dump(mode="json")),
+            "tokenizer": corpus.entries.tokenizer_key,
+            "tokens": corpus.entries.tokens_key,
+            "vocabulary": vocabulary_hash(corpus.tokenizer),
+        },
+    }

@@ -1,0 +1,81 @@
+"""The teachers' ensemble: their model directories enter; one that computes or remembers leaves."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from babyllama_ds.corpus.prepare import Corpus
+from babyllama_ds.engine.inference import FrozenModel
+from babyllama_ds.models.build import count_parameters, load_model
+from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.spec.job import TeacherSpec, TrainingSpec
+from babyllama_ds.stopping import StopRequest
+from babyllama_ds.store import Store
+from babyllama_ds.teachers.cache.opening import Surroundings
+from babyllama_ds.teachers.cache.remembered import Teacher, TeacherInput, remembered_ensemble
+from babyllama_ds.teachers.cache.tiers import TRAINED_BYTES_A_PARAMETER
+from babyllama_ds.teachers.ensemble import Ensemble, Member
+
+
+def live_ensemble(parts: Parts, teachers: dict[str, Path], *, compiled: bool) -> Ensemble:
+    """The ensemble computed in every step; `compiled`: by torch's compiler."""
+    return Ensemble(
+        [
+            Member(
+                spec.name,
+                _frozen(parts, spec, teachers[spec.name], compiled=compiled),
+                spec.weight,
+            )
+            for spec in parts.job.teachers
+        ]
+    )
+
+
+def cached_ensemble(
+    parts: Parts,
+    student: nn.Module,
+    training: TrainingSpec,
+    corpus: Corpus,
+    teachers: dict[str, Path],
+    *,
+    store: Store,
+    stop: StopRequest,
+) -> Ensemble:
+    """The ensemble computed once for each distinct window, or found in the store. A collective."""
+    return remembered_ensemble(
+        parts.job.distillation,
+        [
+            Teacher(
+                name=spec.name,
+                weight=spec.weight,
+                model_dir=teachers[spec.name].resolve(),
+                attention=parts.attention(f"teachers/{spec.name}", spec.model, training=False),
+                load=partial(_frozen, parts, spec, teachers[spec.name]),
+            )
+            for spec in parts.job.teachers
+        ],
+        TeacherInput(
+            windows=parts.windows(corpus, seed=0),  # what is distinct depends on no seed
+            tokens_dir=corpus.entries.tokens_dir,
+            vocab_size=len(corpus.tokenizer),
+            dtype=parts.dtype,
+            forward_windows=parts.micro_batch("student", training),
+        ),
+        Surroundings(
+            store=store,
+            stop=stop,
+            device=parts.device,
+            tier=parts.job.distillation.cache_tier,
+            student_bytes=TRAINED_BYTES_A_PARAMETER * count_parameters(student),
+        ),
+    )
+
+
+def _frozen(parts: Parts, spec: TeacherSpec, path: Path, *, compiled: bool = False) -> FrozenModel:
+    where = f"teachers/{spec.name}"
+    attention = parts.attention(where, spec.model, training=False)
+    model = load_model(str(path.resolve()), attention=attention, where=where, dtype=parts.dtype)
+    return FrozenModel(model, device=parts.device, dtype=parts.dtype, with_compiler=compiled)

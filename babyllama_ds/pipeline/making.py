@@ -1,0 +1,131 @@
+"""One model is made: what describes it, a corpus and its teachers enter; weights, a summary leave.
+
+build → settle what is `auto` → the teachers' ensemble → train
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from babyllama_ds import ranks
+from babyllama_ds.corpus.prepare import Corpus
+from babyllama_ds.engine.checkpoint import CheckpointFolder
+from babyllama_ds.engine.compiling import Compiled
+from babyllama_ds.models.build import build_model
+from babyllama_ds.pipeline.ensembles import cached_ensemble, live_ensemble
+from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.settling import Settling
+from babyllama_ds.pipeline.speed import Speed
+from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.spec.job import ModelSpec, TrainingSpec
+from babyllama_ds.stopping import StopRequest
+from babyllama_ds.store import Store
+from babyllama_ds.teachers.ensemble import Ensemble
+from babyllama_ds.training.loop import Stage, Surroundings, train
+
+log = logging.getLogger(__name__)
+
+
+class Maker:
+    """Makes the models of one run; every method is a collective."""
+
+    def __init__(
+        self, parts: Parts, directory: RunDirectory, speed: Speed, store: Store, stop: StopRequest
+    ) -> None:
+        self.parts = parts
+        self.run_dir = directory.path
+        self.speed = speed
+        self.settling = Settling(parts, directory, speed)
+        self.store = store
+        self.stop = stop
+
+    def make(
+        self,
+        stage: str,
+        spec: ModelSpec,
+        training: TrainingSpec | None,
+        corpus: Corpus,
+        checkpoints: CheckpointFolder,
+        *,
+        teachers: dict[str, Path] | None = None,
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The model of a stage and its summary (`training.json`); rank 0's has the kept weights.
+
+        No `training`: it is loaded as it is. No `teachers`: it learns from the text alone.
+
+        Raises:
+            UserError: it cannot be built, settled or trained.
+            Stopped: the run was asked to stop; a checkpoint was written.
+        """
+        model = self._build(stage, spec, corpus)
+        if training is None:
+            return model, {"params": None, "steps": 0, "train_tokens": 0, "seconds": 0.0}
+        training, compiled = self.settling.settle(stage, model, training, corpus, teachers)
+        ensemble = self._ensemble(model, training, compiled, corpus, teachers) if teachers else None
+        summary = self._train(stage, model, training, compiled, corpus, checkpoints, ensemble)
+        if ensemble is not None:
+            summary |= ensemble.closing_facts(model)
+            ensemble.destroy()
+        return model, summary
+
+    def _build(self, stage: str, spec: ModelSpec, corpus: Corpus) -> nn.Module:
+        seed = self.parts.job.stage_seed(stage)
+        attention = self.parts.attention(stage, spec, training=True)
+        return ranks.on_every_rank(
+            lambda: build_model(spec, corpus.tokenizer, seed=seed, attention=attention, where=stage)
+        )
+
+    def _ensemble(
+        self,
+        student: nn.Module,
+        training: TrainingSpec,
+        compiled: Compiled,
+        corpus: Corpus,
+        teachers: dict[str, Path],
+    ) -> Ensemble:
+        if self.parts.job.distillation.cache == "none":
+            return live_ensemble(self.parts, teachers, compiled=compiled == "all")
+        return cached_ensemble(
+            self.parts, student, training, corpus, teachers, store=self.store, stop=self.stop
+        )
+
+    def _train(
+        self,
+        stage: str,
+        model: nn.Module,
+        training: TrainingSpec,
+        compiled: Compiled,
+        corpus: Corpus,
+        checkpoints: CheckpointFolder,
+        ensemble: Ensemble | None,
+    ) -> dict[str, Any]:
+        parts = self.parts
+        seed = parts.job.stage_seed(stage)
+        log.info("%s: training", stage)
+        return train(
+            Stage(
+                name=stage,
+                model=model,
+                training=training,
+                distillation=None if ensemble is None else parts.job.distillation,
+                vocab_size=len(corpus.tokenizer),
+                seed=seed,
+                micro_batch=parts.micro_batch(stage, training),
+                deepspeed=parts.deepspeed_config(stage, training),
+                compiled=compiled != "none",
+                meter=self.speed.meter(stage, corpus),
+            ),
+            Surroundings(
+                run_dir=self.run_dir,
+                device=parts.device,
+                stop=self.stop,
+                checkpoints=checkpoints,
+            ),
+            windows=parts.windows(corpus, seed=seed),
+            dev=parts.dev_windows(corpus, training.evaluate_windows),
+            ensemble=ensemble,
+        )

@@ -1,0 +1,110 @@
+"""What several stages need: a job and a device enter; settings, windows and texts leave.
+
+Nothing here trains or writes. `where` and `stage` name a stage as people see it: `student`,
+`control`, `teachers/<name>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from babyllama_ds import ranks
+from babyllama_ds.corpus.prepare import Corpus
+from babyllama_ds.corpus.windows import DevWindows as DevText
+from babyllama_ds.corpus.windows import TrainWindows
+from babyllama_ds.engine import distributed
+from babyllama_ds.evaluation.evaluate import DevWindows
+from babyllama_ds.evaluation.minimal_pairs import Task, load_tasks
+from babyllama_ds.models.attention import resolve_attention
+from babyllama_ds.spec import deepspeed
+from babyllama_ds.spec.job import JobSpec, ModelSpec, TrainingSpec
+
+
+class Parts:
+    """One job on one device."""
+
+    def __init__(self, job: JobSpec, device: torch.device) -> None:
+        self.job = job
+        self.device = device
+        self.precision = deepspeed.precision(self.deepspeed_config("student", job.student.training))
+
+    @property
+    def device_kind(self) -> distributed.Device:
+        """The device without its number."""
+        return "cuda" if self.device.type == "cuda" else "cpu"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What parameters are in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def models(self) -> Iterator[tuple[str, ModelSpec, TrainingSpec | None]]:
+        """Stage, model and training; none: it is loaded. A control with the student's training
+        is not named."""
+        for spec in self.job.teachers:
+            yield f"teachers/{spec.name}", spec.model, spec.training
+        yield "student", self.job.student.model, self.job.student.training
+        if self.job.control is not None and self.job.control.training is not None:
+            yield "control", self.job.student.model, self.job.control.training
+
+    def attention(self, where: str, model: ModelSpec, *, training: bool) -> str:
+        """The attention kernel of a model here.
+
+        Raises:
+            MachineError: one asked for by name is not usable.
+        """
+        return resolve_attention(
+            model.attention,
+            device=self.device_kind,
+            precision=self.precision,
+            training=training,
+            where=f"{where}.model.attention",
+        )
+
+    def deepspeed_config(self, stage: str, training: TrainingSpec) -> dict[str, Any]:
+        """The dict that DeepSpeed gets. Raises `JobError`."""
+        return deepspeed.deepspeed_config(
+            self.job,
+            training,
+            device=self.device_kind,
+            ranks=ranks.world_size(),
+            where=training_key(stage),
+        )
+
+    def micro_batch(self, stage: str, training: TrainingSpec) -> int:
+        """Windows in one forward pass of one rank; of `auto` the most that can come out."""
+        return deepspeed.micro_batch(training, ranks.world_size(), where=training_key(stage))
+
+    def windows(self, corpus: Corpus, *, seed: int) -> TrainWindows:
+        """The windows of the training text."""
+        spec = self.job.windows
+        return TrainWindows(corpus.shards, length=spec.length, offsets=spec.offsets, seed=seed)
+
+    def dev_windows(self, corpus: Corpus, limit: int | None) -> DevWindows:
+        """The first `limit` windows of the development text; none: all."""
+        text = DevText(corpus.shards, length=self.job.windows.length, limit=limit)
+        per_pass = self.job.evaluation.batch_tokens // self.job.windows.length
+        return DevWindows(
+            windows_of=lambda ids: text.windows(np.asarray(ids, dtype=np.int64)),
+            num_windows=text.num_windows,
+            batch_windows=max(1, per_pass),
+            byte_lengths=corpus.byte_lengths,
+        )
+
+    def benchmarks(self, corpus: Corpus) -> dict[str, list[Task]]:
+        """The minimal pairs by benchmark, read and checked."""
+        folders = {pairs.name: Path(pairs.path) for pairs in self.job.evaluation.minimal_pairs}
+        if corpus.entries.pairs_dir is not None:
+            folders["nursery"] = corpus.entries.pairs_dir
+        limit = self.job.evaluation.max_pairs_per_task
+        return {name: load_tasks(path, max_pairs=limit) for name, path in folders.items()}
+
+
+def training_key(stage: str) -> str:
+    """Where the training of a stage stands in the job."""
+    return f"{stage.replace('/', '.')}.training"

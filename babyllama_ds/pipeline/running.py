@@ -1,0 +1,69 @@
+"""A run from start to end: a job enters, its run directory leaves, the stages done in it.
+
+Around the stages: the processes' start and end, requests to stop, the lock, and `state.json`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from babyllama_ds import ranks
+from babyllama_ds.engine import distributed
+from babyllama_ds.errors import Stopped, UserError
+from babyllama_ds.pipeline.stages import Pipeline, held_by_rank_zero
+from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.stopping import StopRequest, started_by_launcher
+from babyllama_ds.store import RunLock, Store
+
+
+def run_job(job: JobSpec, *, runs: Path) -> Path:
+    """Run every stage of `job` that is not done yet; called by every rank.
+
+    Returns the run directory, `<runs>/<job name>/`.
+
+    Raises:
+        UserError: anything a user can mend; the same error on every rank.
+        Stopped: the run was asked to stop and can be started again.
+    """
+    stop = StopRequest(watch_parent=started_by_launcher())
+    stop.install()
+    device = distributed.start(distributed.resolve_device(job.deepspeed.device))
+    directory = RunDirectory(runs / job.run_name)
+    try:
+        with held_by_rank_zero(RunLock(directory.path, launcher_pid=stop.launcher_pid)):
+            ranks.on_rank_zero(lambda: directory.open(job))
+            with _state_kept(directory):
+                Pipeline(
+                    job, directory, Store(runs / "store", while_waiting=stop.check), device, stop
+                ).run()
+    finally:
+        stop.uninstall()
+        distributed.stop()
+    return directory.path
+
+
+@contextmanager
+def _state_kept(directory: RunDirectory) -> Iterator[None]:
+    """`state.json` tells how the run stands and how it ended."""
+    lead = ranks.rank() == 0
+    if lead:
+        directory.set_state("running", pid=os.getpid(), since=time.time())
+    try:
+        yield
+    except Stopped as stop:
+        if lead:
+            directory.set_state("stopped", reason=stop.reason, at=stop.at)
+        raise
+    except BaseException as error:
+        if lead:
+            expected = isinstance(error, UserError)
+            text = str(error) if expected else f"{type(error).__name__}: {error}"
+            directory.set_state("failed", error=text)
+        raise
+    if lead:
+        directory.set_state("done")

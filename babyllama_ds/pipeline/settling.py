@@ -1,0 +1,106 @@
+"""What a job leaves open (`auto`): a stage enters; its micro-batch and what is compiled leave.
+
+What the first start on such ranks finds is kept in the run directory. Later starts do the same,
+also where memory is less or a compiler is gone: another micro-batch rounds otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from babyllama_ds import files, ranks
+from babyllama_ds.corpus.prepare import Corpus
+from babyllama_ds.engine.compiling import Compiled, choose_compiled
+from babyllama_ds.pipeline.ensembles import live_ensemble
+from babyllama_ds.pipeline.parts import Parts, training_key
+from babyllama_ds.pipeline.speed import Speed
+from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.training.micro_batch import find_micro_batch
+from babyllama_ds.training.objective import Objective
+
+log = logging.getLogger(__name__)
+
+
+class Settling:
+    """Of one run; its directory remembers what was found."""
+
+    def __init__(self, parts: Parts, directory: RunDirectory, speed: Speed) -> None:
+        self.parts = parts
+        self.directory = directory
+        self.speed = speed
+
+    def settle(
+        self,
+        stage: str,
+        model: nn.Module,
+        training: TrainingSpec,
+        corpus: Corpus,
+        teachers: dict[str, Path] | None,
+    ) -> tuple[TrainingSpec, Compiled]:
+        """The training with its micro-batch, and what is compiled in it. A collective.
+
+        Raises:
+            MachineError: not even one window fits, or a compiler asked for by name is missing.
+        """
+        where = f"{stage} on {ranks.world_size()} {self.parts.device.type} ranks"
+        known = ranks.on_rank_zero(self.directory.settled).get(where, {})
+        if training.micro_batch == "auto":
+            windows = known.get("micro_batch") or self._find_micro_batch(
+                stage, model, training, corpus, teachers
+            )
+            log.info("%s: micro_batch auto: %d windows", stage, windows)
+            known = {**known, "micro_batch": windows}
+            training = training.model_copy(update={"micro_batch": windows})
+        asked = self.parts.job.deepspeed.compile
+        compiled, why = choose_compiled(
+            asked,
+            device=self.parts.device_kind,
+            products_s=self.speed.products_s(stage, training, corpus),
+        )
+        if asked == "auto":
+            if "compile" in known:
+                compiled, why = known["compile"], "as at the first start"
+            # Rates are measured anew by every start: what rank 0 chooses is for all, and for good.
+            compiled = ranks.broadcast_object(compiled)
+            known = {**known, "compile": compiled}
+        log.info("%s: torch.compile %s: %s", stage, compiled, why)
+        ranks.on_rank_zero(lambda: self._keep(where, known))
+        return training, compiled
+
+    def _find_micro_batch(
+        self,
+        stage: str,
+        model: nn.Module,
+        training: TrainingSpec,
+        corpus: Corpus,
+        teachers: dict[str, Path] | None,
+    ) -> int:
+        """By trying out, with live teachers: those of a cache run once in the same shape."""
+        parts = self.parts
+        distillation = parts.job.distillation if teachers else None
+        ensemble = live_ensemble(parts, teachers, compiled=False) if teachers else None
+        try:
+            return find_micro_batch(
+                Objective(model, vocab_size=len(corpus.tokenizer), distillation=distillation),
+                ensemble,
+                training=training,
+                deepspeed=parts.deepspeed_config(stage, training),
+                share=parts.micro_batch(stage, training),
+                length=parts.job.windows.length,
+                device=parts.device,
+                where=training_key(stage),
+            )
+        finally:
+            if ensemble is not None:
+                ensemble.destroy()
+
+    def _keep(self, where: str, found: dict[str, Any]) -> None:
+        """For later starts, and for the report beside the other facts of where the run is made."""
+        self.directory.settle(where, found)
+        path = self.directory.path / "environment.json"
+        files.write_json(path, files.read_json(path) | {"settled": self.directory.settled()})

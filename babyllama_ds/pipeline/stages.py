@@ -1,0 +1,254 @@
+"""A job's stages, in order, each skipped when its outputs already stand.
+
+Enters: a validated job and its run directory. Leaves: the directory, from tokenizer to report.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from babyllama_ds import files, ranks
+from babyllama_ds.corpus.prepare import Corpus, CorpusEntries, open_corpus, prepare_corpus
+from babyllama_ds.engine.checkpoint import CheckpointFolder
+from babyllama_ds.evaluation.evaluate import evaluate_model
+from babyllama_ds.fingerprints import (
+    evaluation_fingerprint,
+    loaded_teacher_fingerprint,
+    student_fingerprint,
+    trained_fingerprint,
+)
+from babyllama_ds.models.export import export_model
+from babyllama_ds.pipeline.checks import check_job
+from babyllama_ds.pipeline.describing import describe_run
+from babyllama_ds.pipeline.making import Maker
+from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.speed import Speed
+from babyllama_ds.report.card import render_model_card
+from babyllama_ds.report.write import write_report
+from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.spec.job import JobSpec, ModelSpec, TeacherSpec, TrainingSpec
+from babyllama_ds.stopping import StopRequest
+from babyllama_ds.store import Store, link_entry
+
+log = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """One job on one device; the methods are its stages."""
+
+    def __init__(
+        self,
+        job: JobSpec,
+        directory: RunDirectory,
+        store: Store,
+        device: torch.device,
+        stop: StopRequest,
+    ) -> None:
+        self.job = job
+        self.directory = directory
+        self.run_dir = directory.path
+        self.store = store
+        self.stop = stop
+        self.parts = Parts(job, device)
+        self.speed = Speed(self.parts)
+        self.maker = Maker(self.parts, directory, self.speed, store, stop)
+
+    def run(self) -> None:
+        """Every stage, in order."""
+        corpus = self.prepare()
+        ranks.on_every_rank(lambda: check_job(self.parts, corpus))
+        describe_run(self.parts, self.directory, self.speed, corpus)
+        teachers = {spec.name: self.teacher(spec, corpus) for spec in self.job.teachers}
+        student = self.student(corpus, teachers)
+        models = {**teachers, "student": student}
+        if self.job.control is not None:
+            models["control"] = self.control(corpus)
+        for name, path in models.items():
+            self.evaluate(name, path, corpus)
+        ranks.on_rank_zero(self.report)
+
+    # -- before training --------------------------------------------------------------------------
+
+    def prepare(self) -> Corpus:
+        """Tokenizer and token shards, from the store or made now."""
+        entries = ranks.on_rank_zero(lambda: prepare_corpus(self.job, self.store, self.stop.check))
+        ranks.on_rank_zero(lambda: self._link_corpus(entries))
+        return ranks.on_every_rank(lambda: open_corpus(entries))
+
+    def _link_corpus(self, entries: CorpusEntries) -> None:
+        for stage, key in (("tokenizer", entries.tokenizer_key), ("tokens", entries.tokens_key)):
+            self.directory.claim_stage(stage, key, made_from="the text or the tokenizer")
+        link_entry(entries.tokenizer_dir, self.run_dir / "tokenizer")
+        link_entry(entries.tokens_dir, self.run_dir / "tokens")
+
+    # -- training ---------------------------------------------------------------------------------
+
+    def teacher(self, spec: TeacherSpec, corpus: Corpus) -> Path:
+        """The teacher's model directory in the store: found, trained, or taken in."""
+        stage = f"teachers/{spec.name}"
+        key = ranks.on_rank_zero(lambda: self._teacher_key(spec, corpus))
+        ranks.on_rank_zero(
+            lambda: self.directory.claim_stage(
+                stage, key, made_from="its text, weights or precision"
+            )
+        )
+        with held_by_rank_zero(self.store.lock("teachers", key)):
+            entry = ranks.on_rank_zero(lambda: self.store.find("teachers", key))
+            if entry is None:
+                entry = self._teacher_in_store(spec, corpus, stage, key)
+            else:
+                log.info("%s: done before", stage)
+        found = entry
+        ranks.on_rank_zero(lambda: link_entry(found, self.run_dir / "teachers" / spec.name))
+        return found
+
+    def _teacher_key(self, spec: TeacherSpec, corpus: Corpus) -> str:
+        if spec.training is None:
+            return loaded_teacher_fingerprint(spec, corpus.entries.tokenizer_key)
+        return self._trained_key(f"teachers/{spec.name}", spec.model, spec.training, corpus)
+
+    def _teacher_in_store(self, spec: TeacherSpec, corpus: Corpus, stage: str, key: str) -> Path:
+        checkpoints = self._checkpoints(stage, key)
+        model, summary = self.maker.make(stage, spec.model, spec.training, corpus, checkpoints)
+
+        def publish() -> Path:
+            directory = self.store.new_directory("teachers", key)
+            tokenizer_dir = corpus.entries.tokenizer_dir
+            export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+            return self.store.publish("teachers", key, directory, {"stage": stage})
+
+        entry = ranks.on_rank_zero(publish)
+        ranks.on_rank_zero(checkpoints.remove)
+        return entry
+
+    def student(self, corpus: Corpus, teachers: dict[str, Path]) -> Path:
+        """The distilled model."""
+        training = self.job.student.training
+        key = student_fingerprint(
+            self._student_key(training, corpus), self.job, sorted(teachers.items())
+        )
+        return self._trained_in_run("student", training, corpus, key, teachers)
+
+    def control(self, corpus: Corpus) -> Path:
+        """The student's twin, trained without teachers."""
+        assert self.job.control is not None
+        training = self.job.control.training or self.job.student.training
+        key = self._student_key(training, corpus)
+        return self._trained_in_run("control", training, corpus, key, None)
+
+    def _student_key(self, training: TrainingSpec, corpus: Corpus) -> str:
+        return self._trained_key("student", self.job.student.model, training, corpus)
+
+    def _trained_in_run(
+        self,
+        stage: str,
+        training: TrainingSpec,
+        corpus: Corpus,
+        key: str,
+        teachers: dict[str, Path] | None,
+    ) -> Path:
+        target = self.run_dir / stage
+        ranks.on_rank_zero(
+            lambda: self.directory.claim_stage(
+                stage, key, made_from="its text, teachers or precision"
+            )
+        )
+        if ranks.on_rank_zero(lambda: files.read_manifest(target) is not None):
+            log.info("%s: done before", stage)
+            return target
+        checkpoints = self._checkpoints(stage, key)
+        model, summary = self.maker.make(
+            stage, self.job.student.model, training, corpus, checkpoints, teachers=teachers
+        )
+
+        def publish() -> None:
+            directory = files.temporary_beside(target)
+            directory.mkdir(parents=True)
+            tokenizer_dir = corpus.entries.tokenizer_dir
+            export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+            files.write_manifest(directory, fingerprint=key)
+            directory.rename(target)
+
+        ranks.on_rank_zero(publish)
+        ranks.on_rank_zero(checkpoints.remove)
+        return target
+
+    def _trained_key(
+        self, stage: str, model: ModelSpec, training: TrainingSpec, corpus: Corpus
+    ) -> str:
+        return trained_fingerprint(
+            model,
+            training,
+            tokens_key=corpus.entries.tokens_key,
+            windows=self.job.windows,
+            seed=self.job.stage_seed(stage),
+            precision=self.parts.precision,
+        )
+
+    def _checkpoints(self, stage: str, key: str) -> CheckpointFolder:
+        return CheckpointFolder(self.run_dir / "checkpoints" / stage, fingerprint=key)
+
+    # -- after training ---------------------------------------------------------------------------
+
+    def evaluate(self, name: str, path: Path, corpus: Corpus) -> None:
+        """Measure a finished model, unless the same measurement stands."""
+        result_path = self.run_dir / "evaluation" / f"{name}.json"
+        fingerprint = ranks.on_rank_zero(
+            lambda: evaluation_fingerprint(
+                path, self.job, corpus.entries.tokens_key, corpus.entries.pairs_dir
+            )
+        )
+        if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
+            log.info("evaluation of %s: done before", name)
+            return
+        teachers = {spec.name: spec.model for spec in self.job.teachers}
+        spec = teachers.get(name, self.job.student.model)
+        started = time.monotonic()
+        result = evaluate_model(
+            path.resolve(),
+            corpus.tokenizer,
+            name=name,
+            dev=self.parts.dev_windows(corpus, self.job.evaluation.dev_windows),
+            benchmarks=self.parts.benchmarks(corpus),
+            leading_space=self.job.evaluation.leading_space,
+            batch_tokens=self.job.evaluation.batch_tokens,
+            device=self.parts.device,
+            attention=self.parts.attention(name, spec, training=False),
+            on_batch=lambda _done, _all: self.stop.check(),
+        )
+        result |= {"fingerprint": fingerprint, "seconds": time.monotonic() - started}
+        ranks.on_rank_zero(lambda: files.write_json(result_path, result))
+
+    def report(self) -> None:
+        """report/, and the model cards that quote it."""
+        shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
+        report = write_report(self.run_dir)
+        for name in ("student", "control"):
+            if (self.run_dir / name).is_dir():
+                card = render_model_card(report, name)
+                files.write_atomic(self.run_dir / name / "README.md", card)
+        log.info("report: %s", self.run_dir / "report" / "report.md")
+
+
+@contextmanager
+def held_by_rank_zero(manager: AbstractContextManager[Any]) -> Iterator[None]:
+    """A context that rank 0 holds for all; its error at entry reaches every rank."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(manager)
+
+        ranks.on_rank_zero(enter)
+        yield
+
+
+def _stands(result_path: Path, fingerprint: str) -> bool:
+    return result_path.exists() and files.read_json(result_path).get("fingerprint") == fingerprint
