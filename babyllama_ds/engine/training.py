@@ -56,10 +56,6 @@ class TrainingEngine:
         self._make_moments()
         self.accumulation_steps: int = self._engine.gradient_accumulation_steps()
 
-    def compile(self) -> None:
-        """Let torch compile the module, at its first forward pass."""
-        self._engine.compile()
-
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's forward pass, through the engine's hooks."""
         return self._engine(*inputs, **named)

@@ -398,7 +398,8 @@ class ControlSpec(Spec):
 
 
 class DistillationSpec(Spec):
-    """L = alpha CE + (1 - alpha) T^2 KL(teachers || student), with the counts of DESIGN."""
+    """L = alpha CE + (1 - alpha) T^2 KL(teachers || student), KL and CE divided by the
+    counts of the global batch (`losses.weights.loss_counts`)."""
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Weight of the hard labels' cross-entropy."""

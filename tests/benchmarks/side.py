@@ -139,7 +139,7 @@ def ours(side: dict[str, Any], sizes: Sizes) -> Built:
     compiled = side["compiled"]
     engine = TrainingEngine(objective, training=training, config=config, device=device)
     if compiled:
-        engine.compile()
+        objective.compile_backbone()
     frozen = [
         FrozenModel(model, device=device, dtype=torch.bfloat16, with_compiler=compiled)
         for model in teachers
