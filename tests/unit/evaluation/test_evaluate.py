@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.evaluate import DevWindows, evaluate_model
 from babyllama_ds.evaluation.minimal_pairs import Pair, Task
+from babyllama_ds.models.fused import fuse
 
 WORDS = ["<pad>", "the", "cat", "dog", "sees", "see", "dogs"]
 WINDOWS = np.random.default_rng(1).integers(1, len(WORDS), size=(5, 6))
@@ -109,6 +110,7 @@ def test_a_directory_is_run_in_the_dtype_it_was_exported_in(
     assert result["dtype"] == str(dtype).removeprefix("torch.")
     # Loaded, because casting in memory would round the rotary frequencies too.
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "student", dtype=dtype)
+    fuse(loaded)
     assert result == evaluate(loaded, tokenizer)
 
 
