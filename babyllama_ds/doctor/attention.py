@@ -1,4 +1,4 @@
-"""Attention kernels: each that is usable here is compared with the plain products.
+"""Attention: each kernel that is usable here, and our own modules, against transformers' eager.
 
 Shapes: B windows, S positions, D width.
 """
@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaModel
 from babyllama_ds.doctor.findings import Finding, failure, ok
 from babyllama_ds.engine.distributed import Device
 from babyllama_ds.models.attention import FLASH_KERNELS, why_unusable
+from babyllama_ds.models.fused import PLAIN_ATTENTION, fuse
 
 WINDOWS, LENGTH, VOCAB = 2, 96, 61
 FACTOR = 1.5
@@ -21,12 +22,20 @@ FACTOR = 1.5
 
 
 def attention(device: Device) -> list[Finding]:
-    """A finding for each usable kernel; FlashAttention that is not is named with the reason."""
+    """A finding for each usable kernel; FlashAttention that is not is named with the reason.
+
+    What jobs have where they ask for eager attention, our plain attention, comes first, together
+    with our RMSNorm.
+    """
     place = torch.device(device)
     exact = _states_and_gradient("eager", torch.float32, place)
     eager = _errors(_states_and_gradient("eager", torch.bfloat16, place), exact)
     unusable = {kernel: why_unusable(kernel, device, "bf16") for kernel in FLASH_KERNELS}
-    usable = ["sdpa", *(kernel for kernel, reason in unusable.items() if reason is None)]
+    usable = [
+        PLAIN_ATTENTION,
+        "sdpa",
+        *(kernel for kernel, reason in unusable.items() if reason is None),
+    ]
     found = [_agreement(kernel, place, exact, eager) for kernel in usable]
     reasons = {reason: None for reason in unusable.values() if reason}  # each once, in order
     if reasons:
@@ -37,7 +46,7 @@ def attention(device: Device) -> list[Finding]:
 def _agreement(
     kernel: str, place: torch.device, exact: tuple[Tensor, Tensor], eager: tuple[float, float]
 ) -> Finding:
-    check = kernel.replace("_attention_", " ")
+    check = "plain attention" if kernel == PLAIN_ATTENTION else kernel.replace("_attention_", " ")
     try:
         errors = _errors(_states_and_gradient(kernel, torch.bfloat16, place), exact)
     except Exception as error:  # whatever a kernel's library raises
@@ -57,6 +66,8 @@ def _told(errors: tuple[float, float], eager: tuple[float, float]) -> Iterator[s
 
 
 def _remedy(kernel: str) -> str:
+    if kernel == PLAIN_ATTENTION:
+        return "install the pinned torch and transformers (make setup); do not train here before"
     if kernel == "sdpa":
         return "set `attention: eager` in the job's models, and install the pinned torch"
     return "set `attention: sdpa` in the job's models, or install another flash-attn"
@@ -82,7 +93,7 @@ def _states_and_gradient(
 
 
 def _model(kernel: str) -> LlamaModel:
-    """A head size of 64, which every kernel has."""
+    """A head size of 64, which every kernel has; transformers' own modules, save for our kernel."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -92,11 +103,15 @@ def _model(kernel: str) -> LlamaModel:
         num_key_value_heads=2,
         max_position_embeddings=LENGTH,
         initializer_range=0.1,
-        attn_implementation=kernel,
+        attn_implementation="eager" if kernel == PLAIN_ATTENTION else kernel,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaModel(config)
+        model = LlamaModel(config)
+    if kernel == PLAIN_ATTENTION:
+        fuse(model)
+        assert model.config._attn_implementation == PLAIN_ATTENTION, "eager attention was kept"
+    return model
 
 
 def _errors(ours: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -108,5 +108,6 @@ def _folder_in(runs: Path) -> Iterator[Path]:
             yield Path(folder)
     finally:
         for each in made:
-            if each.is_dir():
+            # Another process may have written there meanwhile, or removed it.
+            with suppress(OSError):
                 each.rmdir()

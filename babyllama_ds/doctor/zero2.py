@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from babyllama_ds import files
 from babyllama_ds.doctor.findings import Finding, failure, ok, warning
 from babyllama_ds.doctor.rank import COLLECTIVES
-from babyllama_ds.doctor.world import Started
+from babyllama_ds.doctor.world import Started, World
 from babyllama_ds.engine.proof.case import STEPS, Case
 from babyllama_ds.engine.proof.judge import Difference, judge
 from babyllama_ds.engine.proof.models import CASES, COMPILED_CASES
@@ -32,6 +32,8 @@ def zero2(started: Started, *, compiled: bool) -> list[Finding]:
     ]
     if compiled:
         found.append(_proof("torch.compile", started, ended, COMPILED_CASES))
+    if ended is not None and all(each.status != "failure" for each in found):
+        found.append(_left_badly(started.world, ended))
     return found
 
 
@@ -63,6 +65,15 @@ def _collectives(started: Started, ended: str | None) -> Finding:
     return ok(
         "collectives",
         f"{world} ({world.backend}): all-reduce and reduce-scatter give the right sums",
+    )
+
+
+def _left_badly(world: World, ended: str) -> Finding:
+    """All is written, and sound; it is in leaving that a rank died, or never came to an end."""
+    return failure(
+        "ranks",
+        f"{world}: all trainings were done, but afterwards {ended}",
+        remedy=f"a job would end so after its last checkpoint, or hang there; {_ENDED}",
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from typing import Literal, ParamSpec, TypeVar
@@ -48,7 +49,8 @@ def choose_compiled(
                 "deepspeed.compile",
                 got=f"{lacking} on this machine, for {asked!r}",
                 expected="what torch.compile builds its code with",
-                hint="install one (Debian, Ubuntu: apt install g++), or set deepspeed.compile=auto",
+                hint="install it (Debian, Ubuntu: apt install g++; pip install triton), "
+                "or set deepspeed.compile=none",
             )
         return asked, "the job says so"
     if lacking is not None:
@@ -78,9 +80,16 @@ def forget_compiled() -> None:
 
 def what_compiling_lacks(device: Device) -> str | None:
     """What torch.compile would miss; none if nothing. Triton builds its launchers in C."""
-    named = os.environ.get("CXX")
-    if not any(shutil.which(each) for each in ([named] if named else ["g++", "clang++"])):
+    if not _is_there("CXX", ["g++", "clang++"]):
         return "no C++ compiler"
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "no Triton"
+    if device == "cuda" and not _is_there("CC", ["gcc", "clang"]):
+        return "no C compiler"
     return None
+
+
+def _is_there(variable: str, usual: list[str]) -> bool:
+    """Whether the compiler that the variable names, flags aside, or else a usual one is found."""
+    named = shlex.split(os.environ.get(variable, ""))[:1]
+    return any(shutil.which(each) for each in named or usual)

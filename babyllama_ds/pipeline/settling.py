@@ -1,7 +1,7 @@
 """What a job leaves open (`auto`): a stage enters; its micro-batch and what is compiled leave.
 
 What the first start on such ranks finds is kept in the run directory. Later starts do the same,
-also where memory is less or a compiler is gone: another micro-batch rounds otherwise.
+also where memory is less: another micro-batch rounds otherwise. Where a compiler is gone they end.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Settling:
         """The training with its micro-batch, and what is compiled in it. A collective.
 
         Raises:
-            MachineError: not even one window fits, or a compiler asked for by name is missing.
+            MachineError: not even one window fits, or a compiler is missing that was asked for by
+                name or used at the first start.
         """
         where = f"{stage} on {ranks.world_size()} {self.parts.device.type} ranks"
         known = ranks.on_rank_zero(self.directory.settled).get(where, {})
@@ -57,14 +58,17 @@ class Settling:
             known = {**known, "micro_batch": windows}
             training = training.model_copy(update={"micro_batch": windows})
         asked = self.parts.job.deepspeed.compile
-        compiled, why = choose_compiled(
-            asked,
-            device=self.parts.device_kind,
-            products_s=self.speed.products_s(stage, training, corpus),
+        products_s = self.speed.products_s(stage, training, corpus)
+        compiled, why = ranks.on_every_rank(
+            lambda: choose_compiled(
+                asked if asked != "auto" else known.get("compile", asked),
+                device=self.parts.device_kind,
+                products_s=products_s,
+            )
         )
         if asked == "auto":
             if "compile" in known:
-                compiled, why = known["compile"], "as at the first start"
+                why = "as at the first start"
             # Rates are measured anew by every start: what rank 0 chooses is for all, and for good.
             compiled = ranks.broadcast_object(compiled)
             known = {**known, "compile": compiled}

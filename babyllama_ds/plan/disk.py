@@ -54,7 +54,7 @@ def disk_items(
         ),
         DiskItem(
             name="teacher cache",
-            bytes=cache_bytes(job, corpus, work, element_bytes=element_bytes),
+            bytes=sum(cache_bytes(job, corpus, work, element_bytes=element_bytes)),
             stays=True,
         ),
         DiskItem(
@@ -67,16 +67,19 @@ def disk_items(
 
 def cache_bytes(
     job: JobSpec, corpus: PlannedCorpus, work: PlannedStages, *, element_bytes: int
-) -> int:
-    """The records of every distinct window: all teachers' final states, or k likely tokens."""
+) -> list[int]:
+    """Of each cache, the records of every distinct window.
+
+    One cache for each teacher's final states, or one of the ensemble's k most likely tokens.
+    """
     loss, length = job.distillation, job.windows.length
     windows = work.distinct_windows or 0
     if loss.cache == "hidden":
         widths = [teacher.sizes.hidden_size for teacher in work.teachers]
-        return windows * sum(padded_bytes(length * width * element_bytes) for width in widths)
+        return [windows * padded_bytes(length * width * element_bytes) for width in widths]
     if loss.cache == "topk":
-        return windows * record_bytes(loss.cache_top_k, length, corpus.vocab_size)
-    return 0
+        return [windows * record_bytes(loss.cache_top_k, length, corpus.vocab_size)]
+    return []
 
 
 def _id_bytes(vocab_size: int) -> int:

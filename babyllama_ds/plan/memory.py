@@ -92,6 +92,8 @@ class StageShape:
     tokens, 1 without teachers (`losses.distillation`)."""
     cache_bytes: int
     """Of the teacher cache in this device's memory."""
+    host_cache_bytes: int
+    """Of the teacher cache in the host's memory, where that is another: one rank's copy."""
     filling: Sequence[Sequence[ModelSizes]]
     """Teachers that are there together while a cache is filled, before the student comes."""
     evaluation_tokens: int
@@ -108,6 +110,9 @@ class RankMemory:
     host_bytes: int
     """Of rank 0, at most: the fp32 model at the start, or a gathered checkpoint and the best
     weights. 0 on a CPU, where the device's numbers hold them."""
+    host_cache_bytes: int
+    """The copies of a teacher cache that all ranks hold in the host's memory; likewise 0 on a
+    CPU."""
 
     @property
     def peak(self) -> Moment:
@@ -145,7 +150,11 @@ def rank_memory(stage: StageShape) -> RankMemory:
         moments["cache"] = _filling(stage)
     if on_cpu:
         moments["checkpoint"] = always | {"gathered checkpoint": gathered}
-    return RankMemory(moments, host_bytes=0 if on_cpu else max(_FP32 * params, gathered + best))
+    return RankMemory(
+        moments,
+        host_bytes=0 if on_cpu else max(_FP32 * params, gathered + best),
+        host_cache_bytes=stage.ranks * stage.host_cache_bytes,
+    )
 
 
 def chunk_bytes(stage: StageShape) -> int:
@@ -243,12 +252,21 @@ def _kept(stage: StageShape, saved: int) -> int:
 
 
 def _evaluation(stage: StageShape) -> dict[Item, int]:
-    """A wider forward pass that keeps nothing."""
+    """A wider forward pass that keeps nothing, and the logits of the model alone.
+
+    Chunks are the loss's own there, whatever the distillation asks for (`evaluation.forward`).
+    """
     windows = max(1, stage.evaluation_tokens // stage.micro.length)
-    wider = replace(stage.micro, windows=windows)
+    alone = replace(
+        stage,
+        micro=replace(stage.micro, windows=windows),
+        chunk_tokens=None,
+        teachers=(),
+        work_spaces=1,
+    )
     return {
-        "work of a layer": _passing(stage.model, wider),
-        "logits of a chunk": chunk_bytes(stage),
+        "work of a layer": _passing(stage.model, alone.micro),
+        "logits of a chunk": chunk_bytes(alone),
     }
 
 

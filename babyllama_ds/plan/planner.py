@@ -8,7 +8,8 @@ that the job names by a hub id.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,8 +30,18 @@ from babyllama_ds.plan.memory import (
 )
 from babyllama_ds.plan.rates import Rate
 from babyllama_ds.plan.stages import PlannedStage, PlannedStages, plan_stages
-from babyllama_ds.spec.deepspeed import Precision, deepspeed_config, precision
-from babyllama_ds.spec.job import JobSpec, ModelSpec
+from babyllama_ds.spec.deepspeed import Precision, deepspeed_config, micro_batch, precision
+from babyllama_ds.spec.job import JobSpec, ModelSpec, TrainingSpec
+from babyllama_ds.teachers.cache.tiers import (
+    TRAINED_BYTES_A_PARAMETER,
+    Need,
+    Room,
+    Tier,
+    choose_tier,
+)
+
+_NOT_KNOWN = sys.maxsize
+"""Room that the plan does not know, and takes to be enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +67,11 @@ class RankCount:
     """Why the job cannot be cut for so many ranks; none: it can."""
     memory: dict[str, RankMemory]
     """By stage."""
+    micro_batches: dict[str, int]
+    """Windows in one forward pass of one rank, by stage; where the job says `auto`, the most that
+    fit by this plan, one where nothing does, the rank's whole share where no machine was named."""
+    cached: Mapping[Tier, int]
+    """Bytes of the teacher cache that one rank reads from each tier; empty: no cache."""
     seconds: dict[str, float] | None
     """By stage; none: no speed is known."""
 
@@ -128,10 +144,8 @@ class _Planner:
             corpus=self.corpus,
             work=work,
             counts=counts,
-            disk=disk_items(
-                self.job, self.corpus, work, element_bytes=2 if self.precision == "bf16" else 4
-            ),
-            assumptions=self._assumptions(),
+            disk=disk_items(self.job, self.corpus, work, element_bytes=self._element_bytes),
+            assumptions=self._assumptions(counts),
         )
 
     @cached_property
@@ -153,18 +167,38 @@ class _Planner:
 
     def _count(self, ranks: int) -> RankCount:
         try:
-            memory = {
-                stage.name: rank_memory(self._shape(stage, ranks)) for stage in self.work.stages
-            }
+            shapes = {stage.name: self._shape(stage, ranks) for stage in self.work.stages}
         except JobError as error:
             problem = error.problems[0]
             reason = f"{problem.where}: {problem.got}, expected {problem.expected}"
-            return RankCount(ranks=ranks, impossible=reason, memory={}, seconds=None)
-        return RankCount(ranks=ranks, impossible=None, memory=memory, seconds=self._seconds(ranks))
+            return RankCount(
+                ranks=ranks, impossible=reason, memory={}, micro_batches={}, cached={}, seconds=None
+            )
+        return RankCount(
+            ranks=ranks,
+            impossible=None,
+            memory={name: rank_memory(shape) for name, shape in shapes.items()},
+            micro_batches={name: shape.micro.windows for name, shape in shapes.items()},
+            cached=self._cached(ranks),
+            seconds=self._seconds(ranks),
+        )
 
     def _shape(self, stage: PlannedStage, ranks: int) -> StageShape:
+        """The stage as the job has it; of `auto`, with the largest micro-batch that fits."""
+        usable = self.machine.usable_bytes(ranks)
+        if stage.training.micro_batch != "auto" or usable is None:
+            return self._shape_of(stage, stage.training, ranks)
+        share = micro_batch(stage.training, ranks, where=stage.key)
+        for windows in (n for n in range(share, 0, -1) if share % n == 0):
+            training = stage.training.model_copy(update={"micro_batch": windows})
+            shape = self._shape_of(stage, training, ranks)
+            if rank_memory(shape).peak_bytes <= usable:
+                break
+        return shape
+
+    def _shape_of(self, stage: PlannedStage, training: TrainingSpec, ranks: int) -> StageShape:
         config = deepspeed_config(
-            self.job, stage.training, device=self.machine.device, ranks=ranks, where=stage.key
+            self.job, training, device=self.machine.device, ranks=ranks, where=stage.key
         )
         micro = MicroBatchShape(
             windows=config["train_micro_batch_size_per_gpu"],
@@ -175,6 +209,10 @@ class _Planner:
         )
         loss = self.job.distillation
         teachers = self.work.teachers if stage.distilled and loss.cache != "topk" else ()
+        cached = self._cached(ranks) if stage.distilled else {}
+        # On a CPU the host's memory is the device's.
+        in_memory = cached.get("host", 0)
+        on_cpu = self.machine.device == "cpu"
         return StageShape(
             model=stage.sizes,
             micro=micro,
@@ -184,7 +222,8 @@ class _Planner:
             chunk_tokens=loss.chunk_tokens if stage.distilled else None,
             teachers=[HeldTeacher(sizes=t.sizes, live=loss.cache == "none") for t in teachers],
             work_spaces=self._work_spaces() if stage.distilled else 1,
-            cache_bytes=self._cached_on_device(micro.element_bytes) if stage.distilled else 0,
+            cache_bytes=in_memory if on_cpu else cached.get("device", 0),
+            host_cache_bytes=0 if on_cpu else in_memory,
             filling=self._filling() if stage.distilled else (),
             evaluation_tokens=self.job.evaluation.batch_tokens,
             deepspeed=config,
@@ -199,12 +238,44 @@ class _Planner:
         together = {"none": [], "hidden": [[one] for one in sizes], "topk": [sizes]}
         return together[self.job.distillation.cache]
 
-    def _cached_on_device(self, element_bytes: int) -> int:
-        """Of a cache that the job puts into the device's memory; on a CPU, the host's is that."""
-        tiers = {"device"} if self.machine.device == "cuda" else {"device", "host"}
-        if self.job.distillation.cache_tier not in tiers:
-            return 0
-        return cache_bytes(self.job, self.corpus, self.work, element_bytes=element_bytes)
+    def _cached(self, ranks: int) -> Mapping[Tier, int]:
+        """Bytes of one rank's teacher caches by tier: `auto` as `choose_tier` has it.
+
+        The caches are opened one after another, each in the room that those before it left.
+        """
+        held: dict[Tier, int] = {}
+        for size_bytes in cache_bytes(
+            self.job, self.corpus, self.work, element_bytes=self._element_bytes
+        ):
+            tier = self._tier(size_bytes, ranks, held)
+            held[tier] = held.get(tier, 0) + size_bytes
+        return held
+
+    def _tier(self, size_bytes: int, ranks: int, held: Mapping[Tier, int]) -> Tier:
+        """A tier asked for by name is taken as it is: where it does not fit, the plan shows it."""
+        asked, on_cpu = self.job.distillation.cache_tier, self.machine.device == "cpu"
+        if asked != "auto":
+            return "host" if asked == "device" and on_cpu else asked
+        student = next(stage for stage in self.work.stages if stage.name == "student")
+        need = Need(
+            name="teacher cache",
+            memory_bytes=size_bytes,
+            disk_bytes=size_bytes,
+            student_bytes=TRAINED_BYTES_A_PARAMETER * student.sizes.params,
+        )
+        usable = self.machine.usable_bytes(ranks)
+        free = _NOT_KNOWN if usable is None else usable - sum(held.values())
+        room = Room(
+            device=None if on_cpu else free,
+            device_total=self.machine.memory_bytes or 0,
+            host=free if on_cpu else _NOT_KNOWN,
+            disk=_NOT_KNOWN,
+        )
+        return choose_tier("auto", need, room).tier
+
+    @property
+    def _element_bytes(self) -> int:
+        return 2 if self.precision == "bf16" else 4
 
     def _kernel(self, spec: ModelSpec, *, where: str) -> str:
         if self.machine.device == "cpu":
@@ -228,23 +299,64 @@ class _Planner:
             return rate.flops_a_second(
                 (student.flops.training + student.flops.teachers) / student.tokens
             )
-        peak = self.machine.peak_flops
-        return None if peak is None or self.precision == "fp32" else peak * UTILISATION
+        peak = self._peak_flops
+        return None if peak is None else peak * UTILISATION
 
-    def _assumptions(self) -> list[str]:
+    @property
+    def _peak_flops(self) -> float | None:
+        """The card's, which is that of bf16: in fp32 none is known."""
+        return None if self.precision == "fp32" else self.machine.peak_flops
+
+    def _assumptions(self, counts: Sequence[RankCount]) -> list[str]:
         found = [f"tokens: {self.corpus.assumption}"]
         if self.corpus.dev_tokens is None:
             found.append("evaluations during training: left out, the development text is not known")
         found.append("minimal pairs: left out of FLOPs and time")
         if self.question.rate is not None:
             found.append(f"speed: {self.question.rate}, for each rank; other stages by their FLOPs")
-        elif self.machine.peak_flops is not None:
+        elif self._peak_flops is not None:
             found.append(
                 f"speed: {UTILISATION:.0%} of the {self.machine.name}'s "
-                f"{self.machine.peak_flops / 1e12:g} TFLOP/s (dense bf16); give --rate where "
+                f"{self._peak_flops / 1e12:g} TFLOP/s (dense bf16); give --rate where "
                 "one was measured"
             )
+        elif self.machine.peak_flops is not None:
+            found.append("time: not known; a card's peak is that of bf16, give a measured --rate")
         else:
             found.append("time: not known; name a card with --gpu or give a measured --rate")
+        possible = [count for count in counts if count.impossible is None]
+        found += self._settled_micro_batches(possible)
+        found += self._settled_tiers(possible)
         found.append("ranks: N times as fast as one; communication, checkpoints and start left out")
         return found
+
+    def _settled_micro_batches(self, counts: Sequence[RankCount]) -> list[str]:
+        """What `micro_batch: auto` was taken to be."""
+        unnamed = self.machine.memory_bytes is None
+        how = "the rank's whole share: no machine was named" if unnamed else "the most that fit"
+        return [
+            f"micro-batch of {stage.name}: auto, {how}: "
+            + _by_ranks((count.ranks, str(count.micro_batches[stage.name])) for count in counts)
+            for stage in self.work.stages
+            if stage.training.micro_batch == "auto"
+        ]
+
+    def _settled_tiers(self, counts: Sequence[RankCount]) -> list[str]:
+        """Where a cache of tier `auto` was taken to be read from."""
+        if self.job.distillation.cache == "none" or self.job.distillation.cache_tier != "auto":
+            return []
+        tiers = _by_ranks((count.ranks, " and ".join(count.cached)) for count in counts)
+        return [
+            f"teacher cache: tier auto, the first that fits: {tiers}; enough room on the disk"
+            + (" and in the host's memory" if self.machine.device == "cuda" else "")
+        ]
+
+
+def _by_ranks(settled: Iterable[tuple[int, str]]) -> str:
+    """`64 (ranks 1 2), 32 (ranks 4)`; `64` alone where all rank counts have it."""
+    ranks_of: dict[str, list[str]] = {}
+    for ranks, what in settled:
+        ranks_of.setdefault(what, []).append(str(ranks))
+    if len(ranks_of) == 1:
+        return next(iter(ranks_of))
+    return ", ".join(f"{what} (ranks {' '.join(ranks)})" for what, ranks in ranks_of.items())

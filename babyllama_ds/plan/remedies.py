@@ -14,7 +14,6 @@ from babyllama_ds.errors import JobError, MachineError, UserError
 from babyllama_ds.plan.memory import Item, RankMemory
 from babyllama_ds.plan.planner import Plan, Question, RankCount, plan_job
 from babyllama_ds.plan.text import gibibytes
-from babyllama_ds.spec.deepspeed import micro_batch
 from babyllama_ds.spec.job import JobSpec
 
 Reload = Callable[[Sequence[str]], JobSpec]
@@ -87,7 +86,7 @@ def _smaller_micro_batches(plan: Plan, count: RankCount, reload: Reload) -> list
     """The largest micro-batch that fits, for every stage that does not; none: not one does."""
     chosen: dict[str, str] = {}
     for name in plan.too_large(count):
-        key, share = _training_key(plan, name), _share(plan, name, count)
+        key, share = _training_key(plan, name), count.micro_batches[name]
         for micro in reversed([n for n in range(1, share) if share % n == 0]):
             planned = _planned_with(plan, count, reload, [f"{key}.micro_batch={micro}"])
             if planned is not None and name not in planned.too_large(planned.counts[0]):
@@ -152,12 +151,6 @@ def _planned_with(
 def _for_ranks(question: Question, plan: Plan, ranks: int) -> Question:
     """The same question for one rank count; the corpus is not looked for again."""
     return replace(question, ranks=(ranks,), tokens=plan.corpus.train_tokens)
-
-
-def _share(plan: Plan, name: str, count: RankCount) -> int:
-    """Windows of a stage's batch that one rank has, its present micro-batch at most."""
-    stage = next(stage for stage in plan.work.stages if stage.name == name)
-    return micro_batch(stage.training, count.ranks)
 
 
 def _training_key(plan: Plan, name: str) -> str:

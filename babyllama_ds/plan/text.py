@@ -11,7 +11,6 @@ from typing import Any
 from babyllama_ds.plan.memory import Item
 from babyllama_ds.plan.planner import Plan, RankCount
 from babyllama_ds.report.formatting import MISSING, count, duration, number
-from babyllama_ds.spec.deepspeed import micro_batch
 
 GIB = 2**30
 MIB = 2**20
@@ -94,6 +93,8 @@ def _count_as_json(plan: Plan, one: RankCount) -> dict[str, Any]:
                 "peak": memory.peak,
                 "peak_bytes": memory.peak_bytes,
                 "host_bytes": memory.host_bytes,
+                "host_cache_bytes": memory.host_cache_bytes,
+                "micro_batch": one.micro_batches[name],
                 "moments": {moment: dict(items) for moment, items in memory.moments.items()},
             }
             for name, memory in one.memory.items()
@@ -178,12 +179,14 @@ def _memory(plan: Plan) -> str:
         rows.size(item, partial(_item_bytes, name=name, item=item))
     rows.size(f"peak of {name}", partial(_peak_bytes, name=name))
     rows.add("  reached at", lambda one: one.memory[name].peak)
-    rows.add("  windows in a micro-batch", partial(_micro_batch, plan=plan, name=name))
+    rows.add("  windows in a micro-batch", lambda one: str(one.micro_batches[name]))
     for other in possible[0].memory:
         if other != name:
             rows.size(f"peak of {other}", partial(_peak_bytes, name=other))
     if _host_bytes(possible[0]):
         rows.size("host memory of rank 0", _host_bytes)
+    if any(map(_host_cache_bytes, possible)):
+        rows.size("teacher cache in host memory, all ranks", _host_cache_bytes)
     if plan.machine.memory_bytes is not None:
         rows.size("usable", lambda one: plan.usable_bytes(one.ranks) or 0)
         rows.add("fits", lambda one: "yes" if plan.fits(one) else "NO")
@@ -228,9 +231,8 @@ def _host_bytes(one: RankCount) -> int:
     return max(memory.host_bytes for memory in one.memory.values())
 
 
-def _micro_batch(one: RankCount, *, plan: Plan, name: str) -> str:
-    stage = next(stage for stage in plan.work.stages if stage.name == name)
-    return str(micro_batch(stage.training, one.ranks))
+def _host_cache_bytes(one: RankCount) -> int:
+    return max(memory.host_cache_bytes for memory in one.memory.values())
 
 
 def _disk(plan: Plan) -> str:

@@ -15,6 +15,7 @@ All ranks try the same sizes, and take what fits on each of them. Weights do not
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -31,6 +32,12 @@ from babyllama_ds.training.objective import Counts, Objective
 
 SPARED = 0.1
 """Part of the memory that stays free: for the update, for evaluation, for fragments."""
+
+NO_MEMORY = re.compile(
+    "CUBLAS_STATUS_ALLOC_FAILED"
+    "|CUDNN_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
+)
+"""How libraries that allocate past torch say that they could not, in a plain `RuntimeError`."""
 
 Trial = Callable[[int], None]
 """The passes of so many windows."""
@@ -68,6 +75,8 @@ def find_micro_batch(
         held = sum(weight.numel() for weight in weights) // ranks.world_size()
         gradients = torch.zeros(held, dtype=torch.float32, device=device)
         trial = _trial(objective, ensemble, weights, length=length, device=device)
+        # What is free is read when every rank of the machine has taken what it holds.
+        ranks.barrier()
         room: Room = CardRoom(device) if device.type == "cuda" else HostRoom()
         found = largest_fitting(share, lambda windows: room.fits(windows, trial))
         del gradients
@@ -108,8 +117,10 @@ class CardRoom:
             # What the trial took is still reserved: free is what nobody needed.
             free, total = torch.cuda.mem_get_info(self._device)
             return free >= SPARED * total
-        except torch.OutOfMemoryError:
-            return False
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
+                return False
+            raise
         finally:
             torch.cuda.empty_cache()
 

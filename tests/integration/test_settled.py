@@ -47,5 +47,20 @@ def test_the_report_says_what_was_found(run_dir: Path) -> None:
     assert report["environment"]["settled"][CONTROL]["micro_batch"] == 8
 
 
+def test_a_compiler_used_before_and_missing_now_is_an_error(
+    tmp_path: Path, tiny_job: Callable[..., Path], run_alone: Callable[..., Any]
+) -> None:
+    run_dir = tmp_path / "runs" / "tiny-1"
+    run_dir.mkdir(parents=True)
+    earlier = {"teachers/gpt2 on 1 cpu ranks": {"compile": "all"}}
+    (run_dir / "settled.json").write_text(json.dumps(earlier), encoding="utf-8")
+    words = ("run", tiny_job(tmp_path), "--runs", tmp_path / "runs")
+    ended = run_alone(*words, env={"CXX": "no-such-compiler"})
+    assert ended.code == 2
+    assert "got no C++ compiler on this machine, for 'all'" in ended.err
+    assert "or set deepspeed.compile=none" in ended.err
+    assert "Traceback" not in ended.err
+
+
 def test_it_is_no_part_of_the_experiment(run_dir: Path) -> None:
     assert "micro_batch: auto" in (run_dir / "job.yaml").read_text()

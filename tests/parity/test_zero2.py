@@ -28,17 +28,26 @@ from torch.utils.checkpoint import checkpoint
 
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
+from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.engine.proof import sharded
 from babyllama_ds.engine.proof.case import LENGTH, VOCAB, Case
 from babyllama_ds.engine.proof.judge import Verdict, judge
-from babyllama_ds.engine.proof.models import CASES, COMPILED_CASES, GPT2, small_loss, small_model
+from babyllama_ds.engine.proof.models import (
+    CASES,
+    COMPILED_CASES,
+    GPT2,
+    ONE_LAYER,
+    small_loss,
+    small_model,
+)
 from babyllama_ds.losses.distillation import TeacherStates
 from babyllama_ds.losses.heads import Head
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.job import DistillationSpec, Gpt2Model, LlamaModel
 from babyllama_ds.training.objective import Counts, Objective
 
 CPU = torch.device("cpu")
 LOST = "model.transformer.h.1.mlp.c_fc.weight"
+LOST_COMPILED = "objective.model.model.layers.0.mlp.up_proj.weight"
 
 
 # -- more modules than the doctor has time for -----------------------------------------------------
@@ -47,10 +56,13 @@ LOST = "model.transformer.h.1.mlp.c_fc.weight"
 class Distilled(nn.Module):
     """The objective of a student with two teachers: its gradient is made in the forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, student: LlamaModel | Gpt2Model = GPT2) -> None:
         super().__init__()
         spec = DistillationSpec(alpha=0.3, chunk_tokens=7, soft_reduction="token")
-        self.objective = Objective(small_model(GPT2), vocab_size=VOCAB, distillation=spec)
+        self.objective = Objective(small_model(student), vocab_size=VOCAB, distillation=spec)
+
+    def compile_backbone(self) -> None:
+        self.objective.compile_backbone()
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         labels_BS = torch.cat([tokens_BS[:, 1:], tokens_BS.new_full((len(tokens_BS), 1), -100)], 1)
@@ -105,10 +117,10 @@ class UsedTwice(nn.Module):
         return self.block(states_BSD)
 
 
-def without_a_gradient() -> nn.Module:
-    """A GPT-2 one of whose weights hears nothing."""
-    module = small_loss(GPT2)
-    dict(module.named_parameters())[LOST].register_hook(torch.zeros_like)
+def without_a_gradient(make: Callable[[], nn.Module], lost: str) -> nn.Module:
+    """A module one of whose weights hears nothing."""
+    module = make()
+    dict(module.named_parameters())[lost].register_hook(torch.zeros_like)
     return module
 
 
@@ -130,6 +142,20 @@ SOUND = {
             make=partial(UsedTwice, "checkpointed"),
             precision="bf16",
             accumulation_steps=2,
+        ),
+    )
+}
+COMPILED = {
+    case.name: case
+    for case in (
+        *COMPILED_CASES,
+        Case(
+            name="distilled-compiled",
+            make=partial(Distilled, ONE_LAYER),
+            precision="bf16",
+            accumulation_steps=2,
+            overlap_comm=True,
+            compiled=True,
         ),
     )
 }
@@ -194,11 +220,31 @@ FAULTS: dict[str, tuple[Case, Callable[[], Any], str]] = {
         "model.lm_head.weight",
     ),
     "unclipped": (SOUND["llama"], partial(configured, gradient_clipping=0.0), ""),
-    "lost": (SOUND["gpt2"], lambda: trained(without_a_gradient), LOST),
+    "lost": (
+        SOUND["gpt2"],
+        lambda: trained(partial(without_a_gradient, SOUND["gpt2"].make, LOST)),
+        LOST,
+    ),
     "half lost": (
         SOUND["twice"],
         lambda: trained(partial(UsedTwice, "lost")),
         "block.0.weight",
+    ),
+}
+
+
+COMPILED_FAULTS: dict[str, tuple[Case, Callable[[], Any], str]] = {
+    "unreduced": (
+        COMPILED["distilled-compiled"],
+        unreduced_on_rank_one,
+        "objective.model.model.layers.0.self_attn.o_proj.weight",
+    ),
+    "lost": (
+        COMPILED["distilled-compiled"],
+        lambda: trained(
+            partial(without_a_gradient, COMPILED["distilled-compiled"].make, LOST_COMPILED)
+        ),
+        LOST_COMPILED,
     ),
 }
 
@@ -277,31 +323,57 @@ def test_a_fault_is_found_and_the_parameter_named(
         assert wrong <= {f"block.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
 
 
-@pytest.mark.launch
-@pytest.mark.skipif(
+needs_a_compiler = pytest.mark.skipif(
     not (shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")),
     reason="torch.compile on a CPU needs a C++ compiler",
 )
-@pytest.mark.parametrize("case", COMPILED_CASES, ids=lambda case: case.name)
+
+
+@pytest.mark.launch
+@needs_a_compiler
+@pytest.mark.parametrize("name", COMPILED)
 def test_compiled_ranks_train_as_a_plain_process(
-    case: Case, folder_of: Callable[[str], Path]
+    name: str, folder_of: Callable[[str], Path]
 ) -> None:
-    assert judged(case, folder_of("compiled")).differences == []
+    assert judged(COMPILED[name], folder_of("compiled")).differences == []
+
+
+@pytest.mark.launch
+@needs_a_compiler
+@pytest.mark.parametrize("name", COMPILED_FAULTS)
+def test_a_fault_is_found_under_compile_too(name: str, folder_of: Callable[[str], Path]) -> None:
+    case, _, parameter = COMPILED_FAULTS[name]
+    found = [each.what for each in judged(faulty(case, name), folder_of("compiled")).differences]
+    assert f"gradient of {parameter}" in found
+    if name == "lost":
+        assert [what for what in found if what.startswith("gradient of ")] == [
+            f"gradient of {parameter}"
+        ]
 
 
 def run_as_rank(kind: str, folder: Path) -> None:
     device = distributed.start("cpu")
     if kind == "compiled":
-        from torch._dynamo.utils import counters
-
-        sharded.trace_cases(COMPILED_CASES, folder, device)
-        assert counters["frames"]["ok"], "nothing was compiled"
+        for case in COMPILED.values():
+            with compiling():
+                sharded.trace_cases([case], folder, device)
     else:
         sharded.trace_cases(tuple(SOUND.values()), folder, device)
-        for name, (case, planted, _) in FAULTS.items():
-            with planted():
-                sharded.trace_cases([faulty(case, name)], folder, device)
+    for name, (case, planted, _) in (COMPILED_FAULTS if kind == "compiled" else FAULTS).items():
+        with planted():
+            sharded.trace_cases([faulty(case, name)], folder, device)
     distributed.stop()
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Something is compiled meanwhile: modules alike do not get by with each other's code."""
+    from torch._dynamo.utils import counters
+
+    forget_compiled()
+    before = counters["frames"]["ok"]
+    yield
+    assert counters["frames"]["ok"] > before, "nothing was compiled"
 
 
 if __name__ == "__main__":

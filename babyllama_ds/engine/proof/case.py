@@ -31,7 +31,8 @@ class Case:
     """One training to be done twice.
 
     `make` gives the module, in fp32 on the CPU, always with the same weights; called with windows
-    [B, S] of ids below `VOCAB` it returns the mean loss over them.
+    [B, S] of ids below `VOCAB` it returns the mean loss over them. That of a compiled case has a
+    method `compile_backbone`, which the sharded training calls.
     """
 
     name: str

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
+from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.proof.case import LENGTH, VOCAB, Case
 from babyllama_ds.models.build import build_model
 from babyllama_ds.spec.job import Gpt2Model, LlamaModel
@@ -29,6 +30,8 @@ LLAMA = LlamaModel(
     max_positions=LENGTH,
     initializer_range=0.2,
 )
+ONE_LAYER = LLAMA.model_copy(update={"num_layers": 1, "tied_embeddings": True})
+"""What is compiled: tied, and quickly built."""
 GPT2 = Gpt2Model(
     kind="gpt2",
     hidden_size=24,
@@ -46,6 +49,14 @@ class NextTokenLoss(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def compile_backbone(self) -> None:
+        """Let torch compile what it compiles in jobs: the model without its head, and no loss.
+
+        A function and not a module, so that no parameter changes its name.
+        """
+        backbone: nn.Module = self.model.base_model  # type: ignore[assignment]
+        backbone.forward = compiled(backbone.forward)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """The mean loss over windows."""
@@ -73,15 +84,18 @@ def small_loss(spec: LlamaModel | Gpt2Model) -> NextTokenLoss:
 _llama = partial(small_loss, LLAMA)
 _llama_tied = partial(small_loss, LLAMA.model_copy(update={"tied_embeddings": True}))
 _gpt2 = partial(small_loss, GPT2)  # tied
-_one_layer = partial(small_loss, LLAMA.model_copy(update={"num_layers": 1}))
+_one_layer_tied = partial(small_loss, ONE_LAYER)
+_one_layer = partial(small_loss, ONE_LAYER.model_copy(update={"tied_embeddings": False}))
 
 CASES = (
     Case(name="llama", make=_llama_tied, accumulation_steps=2, clip_norm=0.5),
     Case(name="gpt2", make=_gpt2, overlap_comm=True),
     Case(name="llama-bf16", make=_llama, precision="bf16", accumulation_steps=2, clip_norm=0.5),
     Case(name="gpt2-bf16", make=_gpt2, precision="bf16", overlap_comm=True),
+    Case(name="llama-untied", make=_llama, accumulation_steps=2, overlap_comm=True),
 )
-"""What is proved of every machine: small models, LLaMA tied and untied."""
+"""What is proved of every machine: small models, with tied and untied embeddings in fp32 and in
+bf16."""
 
 COMPILED_CASES = (
     Case(
@@ -90,6 +104,14 @@ COMPILED_CASES = (
         precision="bf16",
         accumulation_steps=2,
         clip_norm=0.5,
+        compiled=True,
+    ),
+    Case(
+        name="llama-tied-compiled",
+        make=_one_layer_tied,
+        precision="bf16",
+        accumulation_steps=2,
+        overlap_comm=True,
         compiled=True,
     ),
 )

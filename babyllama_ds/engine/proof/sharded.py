@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from babyllama_ds import ranks
-from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.distributed import Device
 from babyllama_ds.engine.proof.case import Case, Trace
 from babyllama_ds.engine.training import TrainingEngine
@@ -44,8 +43,8 @@ def train_sharded(case: Case, device: torch.device) -> Trace:
     training = case.training(ranks.world_size())
     config = engine_config(case, "cuda" if device.type == "cuda" else "cpu")
     module = case.start()
-    if case.compiled:  # as jobs do: a function, so that no parameter changes its name
-        module.forward = compiled(module.forward)
+    if case.compiled:
+        module.compile_backbone()  # type: ignore[operator]
     engine = TrainingEngine(module, training=training, config=config, device=device)
     start = _masters(engine)
     trace: Trace = {}

@@ -19,8 +19,11 @@ from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.fingerprints import weight_hashes
 from babyllama_ds.spec.job import DistillationSpec
 
-FORMAT = 1
-"""Raised when records or shards are laid out in another way."""
+FORMAT = 2
+"""Raised when records or shards are laid out in another way, or teachers computed in another.
+
+2: the modules of `models.fused` round otherwise than those of transformers.
+"""
 
 
 def hidden_key(

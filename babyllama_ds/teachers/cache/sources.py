@@ -103,12 +103,16 @@ def states_of(
     states_BSD = model.hidden_states(torch.from_numpy(windows.numbered(numbers)).to(device))
     finite_B = states_BSD.isfinite().flatten(1).all(1).cpu().numpy()
     if not finite_B.all():
-        broken = ", ".join(map(str, numbers[~finite_B].tolist()))
-        raise ModelError.of(
-            f"teachers/{teacher.name}",
-            got=f"hidden states that are not finite, in windows {broken}",
-            expected="finite numbers",
-            hint=f"the weights of {teacher.name} are damaged, or its training had diverged: "
-            "train it again, or leave it out",
-        )
+        raise not_finite("hidden states", teacher, numbers[~finite_B])
     return states_BSD
+
+
+def not_finite(what: str, teacher: Teacher, numbers: NDArray[np.int64]) -> ModelError:
+    """The error of a teacher whose `what` are infinite or NaN in windows by number."""
+    return ModelError.of(
+        f"teachers/{teacher.name}",
+        got=f"{what} that are not finite, in windows {', '.join(map(str, numbers.tolist()))}",
+        expected="finite numbers",
+        hint=f"the weights of {teacher.name} are damaged, or its training had diverged: "
+        "train it again, or leave it out",
+    )

@@ -32,8 +32,9 @@ from babyllama_ds.teachers.cache.key import topk_key
 from babyllama_ds.teachers.cache.layout import Layout, padded_bytes
 from babyllama_ds.teachers.cache.opening import Surroundings, Wanted, open_cache
 from babyllama_ds.teachers.cache.records import Records
-from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput, lent, states_of
+from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput, lent, not_finite, states_of
 from babyllama_ds.teachers.ensemble import Ensemble, Windows
+from babyllama_ds.teachers.watch import broken_windows
 
 SAMPLE_WINDOWS = 64
 """Windows on which the error is measured, evenly spaced."""
@@ -104,7 +105,7 @@ def remember_top_k(
     """The ensemble's most likely tokens, from the store or computed now. A collective.
 
     Raises:
-        ModelError: states that are not finite, with the teacher and the windows.
+        ModelError: states or logits that are not finite, with the teacher and the windows.
         MachineError, RunError, Stopped: as `open_cache`.
     """
     keys = ranks.on_rank_zero(lambda: [(seen.key(one), one.weight) for one in teachers])
@@ -134,6 +135,7 @@ def remember_top_k(
                     )
                     for teacher, model in zip(teachers, models, strict=True)
                 ]
+                _check_logits(teachers, states, numbers_B, seen.vocab_size)
                 targets = top_k_targets(
                     states,
                     k=loss.cache_top_k,
@@ -148,6 +150,23 @@ def remember_top_k(
 
         records = open_cache(wanted, around, make_compute)
     return TopKEnsemble(records, loss, teachers, seen, around.device)
+
+
+def _check_logits(
+    teachers: Sequence[Teacher],
+    states: Sequence[TeacherStates],
+    numbers_B: NDArray[np.int64],
+    vocab_size: int,
+) -> None:
+    """Raise a `ModelError` where states are finite and logits are not.
+
+    All logits, as for live teachers: one of -inf leaves the k likeliest finite.
+    """
+    everywhere_N = states[0].hidden_ND.new_ones(len(states[0].hidden_ND), dtype=torch.bool)
+    broken_KB = broken_windows(states, everywhere_N, len(numbers_B), vocab_size=vocab_size)
+    for teacher, broken_B in zip(teachers, broken_KB, strict=True):
+        if broken_B.any():
+            raise not_finite("logits", teacher, numbers_B[broken_B])
 
 
 # -- records --------------------------------------------------------------------------------------

@@ -45,6 +45,21 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_what_another_process_wrote_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_free(monkeypatch, 123.4)
+    runs = tmp_path / "new" / "runs"
+
+    def write_beside(_: Path) -> float:
+        (runs / "run").mkdir()
+        return 0.01
+
+    monkeypatch.setattr(module, "_write_seconds", write_beside)
+    assert {finding.status for finding in by_check(runs).values()} == {"ok"}
+    assert [path.name for path in runs.iterdir()] == ["run"]
+
+
 @pytest.mark.parametrize(("gib", "status"), [(0.9, "failure"), (9.9, "warning"), (10.1, "ok")])
 def test_room(gib: float, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_free(monkeypatch, gib)

@@ -21,6 +21,7 @@ CHECKS = [
     "write speed",
     "locks",
     "bf16",
+    "plain attention",
     "sdpa",
     "flash attention",
     "collectives",

@@ -107,6 +107,21 @@ def test_ranks_that_died_on_the_way(sound: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("said", ["rank 1 ended with status -6", "rank 0 did not end in 180 s"])
+def test_ranks_that_did_all_and_then_did_not_leave_well(sound: Path, said: str) -> None:
+    found = findings(sound, said)
+    left = found.pop("ranks")
+    assert {each.status for each in found.values()} == {"ok"}
+    assert left.status == "failure"
+    assert left.found == f"2 CPU ranks: all trainings were done, but afterwards {said}"
+    assert "make test" in (left.remedy or "")
+
+
+def test_how_ranks_ended_is_told_once(sound: Path) -> None:
+    trace_path(sound, QUICK[1]).unlink()
+    assert "ranks" not in findings(sound, "rank 1 ended with status 1: boom")
+
+
 def test_ranks_that_never_met(tmp_path: Path) -> None:
     found = findings(tmp_path, "rank 0 did not end in 120 s, without a word")
     assert {each.status for each in found.values()} == {"failure"}

@@ -8,18 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from babyllama_ds.engine.compiling import REPAID_AFTER_S, choose_compiled
+from babyllama_ds.engine.compiling import REPAID_AFTER_S, choose_compiled, what_compiling_lacks
 from babyllama_ds.errors import MachineError
 
 
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
-    """Say whether there are a C++ compiler and Triton."""
+    """Say whether there are compilers of C++ and C, and Triton."""
 
-    def say(*, compiler: bool, triton: bool = True) -> None:
+    def say(*, compiler: bool, triton: bool = True, c_compiler: str | None = "gcc") -> None:
         monkeypatch.delenv("CXX", raising=False)
-        path = str(tmp_path / "g++") if compiler else None
-        monkeypatch.setattr(shutil, "which", lambda name: path if name == "g++" else None)
+        monkeypatch.delenv("CC", raising=False)
+        there = {"g++" if compiler else None, c_compiler}
+        monkeypatch.setattr(
+            shutil, "which", lambda name: str(tmp_path / name) if name in there else None
+        )
         monkeypatch.setattr(importlib.util, "find_spec", lambda _: object() if triton else None)
 
     say(compiler=True)
@@ -46,13 +49,17 @@ def test_rules(asked: str, device: str, products_s: float, expected: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("compiler", "triton", "lacking"),
-    [(False, True, "no C++ compiler"), (True, False, "no Triton")],
+    ("compiler", "triton", "c_compiler", "lacking"),
+    [
+        (False, True, "gcc", "no C++ compiler"),
+        (True, False, "gcc", "no Triton"),
+        (True, True, None, "no C compiler"),
+    ],
 )
 def test_auto_does_without_what_is_not_there(
-    compiler: bool, triton: bool, lacking: str, pretend: object
+    compiler: bool, triton: bool, c_compiler: str | None, lacking: str, pretend: object
 ) -> None:
-    pretend(compiler=compiler, triton=triton)  # type: ignore[operator]
+    pretend(compiler=compiler, triton=triton, c_compiler=c_compiler)  # type: ignore[operator]
     assert choose_compiled("auto", device="cuda", products_s=1e6) == ("none", f"{lacking} here")
 
 
@@ -64,6 +71,25 @@ def test_by_name_without_a_compiler_is_an_error(pretend: object) -> None:
     assert problem.where == "deepspeed.compile"
     assert problem.got == "no C++ compiler on this machine, for 'student'"
     assert "g++" in (problem.hint or "")
+
+
+def test_only_triton_needs_a_compiler_of_c(pretend: object) -> None:
+    pretend(compiler=True, c_compiler=None)  # type: ignore[operator]
+    assert what_compiling_lacks("cpu") is None
+    assert what_compiling_lacks("cuda") == "no C compiler"
+    pretend(compiler=True, c_compiler="clang")  # type: ignore[operator]
+    assert what_compiling_lacks("cuda") is None
+
+
+@pytest.mark.parametrize(("variable", "name"), [("CXX", "g++"), ("CC", "gcc")])
+def test_a_compiler_may_be_named_with_flags(
+    variable: str, name: str, pretend: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(compiler=True)  # type: ignore[operator]
+    monkeypatch.setenv(variable, f"{name} -O2 '-DX=a b'")
+    assert what_compiling_lacks("cuda") is None
+    monkeypatch.setenv(variable, "no-such-compiler -O2")
+    assert what_compiling_lacks("cuda") is not None
 
 
 def test_a_compiler_named_by_cxx_must_be_there(

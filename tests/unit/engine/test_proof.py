@@ -84,10 +84,18 @@ def test_the_cases_cover_what_is_to_be_proved() -> None:
         assert {case.overlap_comm for case in cases} == {False, True}
         assert {case.accumulation_steps > 1 for case in cases} == {False, True}
         assert {case.clip_norm is None for case in cases} == {False, True}
-    tied = {case.start().model.config.tie_word_embeddings for case in CASES}
-    assert tied == {False, True}
+        assert {is_tied(case) for case in cases} == {False, True}
+    assert {(is_tied(case), case.overlap_comm) for case in COMPILED_CASES} == {
+        (False, False),
+        (True, True),
+    }
     assert all(case.compiled for case in COMPILED_CASES)
     assert not any(case.compiled for case in CASES)
+
+
+def is_tied(case: Case) -> bool:
+    tied: bool = case.start().model.config.tie_word_embeddings
+    return tied
 
 
 # -- the judge -------------------------------------------------------------------------------------

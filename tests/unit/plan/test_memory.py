@@ -40,6 +40,7 @@ STAGE = StageShape(
     teachers=(),
     work_spaces=1,
     cache_bytes=0,
+    host_cache_bytes=0,
     filling=(),
     evaluation_tokens=64,
     deepspeed=ZERO2,
@@ -101,6 +102,22 @@ def test_the_loss() -> None:
     # The head's gradient: fp32 sum and bf16 cast; states and their gradient, bf16; 16 B a position.
     assert items["gradients of head and states"] == 6 * 100 * 16 + 32 * (4 * 16 + 16)
     assert items["activations"] == saved_bytes(STUDENT, MICRO)
+
+
+def test_an_evaluation_has_its_own_windows_and_no_teachers() -> None:
+    teachers = [HeldTeacher(sizes=TEACHER, live=True)]
+    stage = replace(STAGE, teachers=teachers, work_spaces=3, chunk_tokens=None)
+    items = rank_memory(stage).moments["evaluation"]
+    # 64 tokens, where a training's micro-batch has 32: logits in bf16, one work space in fp32.
+    assert items["logits of a chunk"] == 64 * 100 * (2 + 4)
+    chunked = rank_memory(replace(stage, chunk_tokens=5)).moments["evaluation"]
+    assert chunked["logits of a chunk"] == items["logits of a chunk"]
+
+
+def test_every_rank_holds_a_copy_of_a_cache_in_the_hosts_memory() -> None:
+    memory = rank_memory(replace(STAGE, host_cache_bytes=7))
+    assert memory.host_cache_bytes == 4 * 7
+    assert memory.peak_bytes == rank_memory(STAGE).peak_bytes
 
 
 def test_fp32_has_no_cast_copies() -> None:

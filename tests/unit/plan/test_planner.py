@@ -12,8 +12,8 @@ from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.errors import DataError, JobError
 from babyllama_ds.plan.corpus import bytes_a_token, plan_corpus
-from babyllama_ds.plan.machines import USABLE, UTILISATION
-from babyllama_ds.plan.planner import Question, plan_job
+from babyllama_ds.plan.machines import CARDS, USABLE, UTILISATION, Machine
+from babyllama_ds.plan.planner import Plan, Question, plan_job
 from babyllama_ds.plan.rates import Rate
 from babyllama_ds.plan.text import plan_as_json, render_plan
 from babyllama_ds.spec.job import JobSpec
@@ -179,6 +179,112 @@ def test_no_speed_no_time(nursery: Job, tmp_path: Path) -> None:
     plan = plan_job(nursery(ON_CPU), Question(tokens=6_500, runs=tmp_path))
     assert {count.seconds for count in plan.counts} == {None}
     assert "time: not known; name a card with --gpu or give a measured --rate" in plan.assumptions
+
+
+def test_a_card_has_no_speed_in_fp32(nursery: Job, tmp_path: Path) -> None:
+    config = tmp_path / "fp32.json"
+    config.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    job = nursery(f"deepspeed.config={config}")
+    plan = plan_job(job, Question(tokens=6_500, runs=tmp_path, gpu="H100"))
+    assert plan.precision == "fp32"
+    assert {count.seconds for count in plan.counts} == {None}
+    assert "time: not known; a card's peak is that of bf16, give a measured --rate" in (
+        plan.assumptions
+    )
+    assert not any(line.startswith("speed:") for line in plan.assumptions)
+
+
+# -- memory that `auto` settles --------------------------------------------------------------------
+
+CACHED = ("windows.offsets=fixed", "distillation.cache=hidden")
+
+
+def test_micro_batch_auto_is_the_most_that_fits(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against plans of every micro-batch that could be asked for."""
+
+    def planned(micro: str, gpu: str | None = "H100") -> Plan:
+        # A teacher's gradient buckets alone outgrow the card; students are compared.
+        job = nursery(f"student.training.micro_batch={micro}", "student.training.batch_windows=48")
+        return plan_job(job, Question(tokens=65_000, runs=tmp_path, gpu=gpu, ranks=(1, 2)))
+
+    peaks = {n: planned(str(n)).counts[0].memory["student"].peak_bytes for n in (1, 12, 16, 24)}
+    between = (peaks[12] + peaks[16]) // 2
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: between)
+    plan = planned("auto")
+    assert plan.counts[0].micro_batches["student"] == 12
+    assert plan.counts[0].memory["student"].peak_bytes == peaks[12]
+    assert "student" not in plan.too_large(plan.counts[0])
+    two = plan.counts[1].micro_batches["student"]
+    assert f"micro-batch of student: auto, the most that fit: 12 (ranks 1), {two} (ranks 2)" in (
+        plan.assumptions
+    )
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: peaks[1] - 1)
+    plan = planned("auto")
+    assert plan.counts[0].micro_batches["student"] == 1
+    assert "student" in plan.too_large(plan.counts[0])
+
+
+def test_micro_batch_auto_where_nothing_is_to_fit(nursery: Job, tmp_path: Path) -> None:
+    job = nursery(ON_CPU, "student.training.micro_batch=auto")
+    plan = plan_job(job, Question(tokens=65_000, runs=tmp_path, ranks=(2,)))
+    share = job.student.training.batch_windows // 2
+    assert plan.counts[0].micro_batches["student"] == share
+    assert (
+        "micro-batch of student: auto, the rank's whole share: no machine was named: "
+        f"{share}" in plan.assumptions
+    )
+
+
+def test_a_cache_of_tier_auto_goes_where_it_fits(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CARDS, "TINY", (1, 1.0))
+    # Two teachers, each with 192 numbers of two bytes for every token.
+    small, large = 64 * 100, 64 * 16_000
+
+    def planned(tokens: int, gpu: str | None, *overrides: str) -> Plan:
+        question = Question(tokens=tokens, runs=tmp_path, gpu=gpu, ranks=(2,))
+        return plan_job(nursery(*CACHED, *overrides), question)
+
+    on_card = planned(small, "TINY")
+    assert on_card.counts[0].cached == {"device": small * 2 * 192 * 2}
+    student = on_card.counts[0].memory["student"]
+    assert student.moments["forward"]["teacher cache"] == small * 2 * 192 * 2
+    assert student.host_cache_bytes == 0
+    # Of 942 MiB that are usable 205 are spared: one teacher's 375 MiB find room, not the second's.
+    both = planned(large, "TINY")
+    assert both.counts[0].cached == {"device": large * 192 * 2, "host": large * 192 * 2}
+    student = both.counts[0].memory["student"]
+    assert student.moments["forward"]["teacher cache"] == large * 192 * 2
+    assert student.host_cache_bytes == 2 * large * 192 * 2  # a copy for each of two ranks
+    assert both.counts[0].memory["control"].host_cache_bytes == 0
+    text = render_plan(both)
+    assert "teacher cache in host memory, all ranks" in text
+    assert (
+        "teacher cache: tier auto, the first that fits: device and host; "
+        "enough room on the disk and in the host's memory" in text
+    )
+    asked = planned(small, "TINY", "distillation.cache_tier=host").counts[0]
+    assert asked.memory["student"].moments["forward"]["teacher cache"] == 0
+    assert asked.memory["student"].host_cache_bytes == 2 * small * 2 * 192 * 2
+
+
+def test_a_cache_of_tier_auto_on_a_cpu(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's memory is what the ranks compute in; what it has no room for is read from disk."""
+    job = nursery(ON_CPU, *CACHED)
+    question = Question(tokens=6_400, runs=tmp_path, ranks=(1,))
+    count = plan_job(job, question).counts[0]
+    assert count.cached == {"host": 6_400 * 2 * 192 * 2}
+    assert count.memory["student"].moments["forward"]["teacher cache"] == 6_400 * 2 * 192 * 2
+    assert count.memory["student"].host_cache_bytes == 0
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: 2_000_000)
+    count = plan_job(job, question).counts[0]
+    assert count.cached == {"disk": 6_400 * 2 * 192 * 2}
+    assert count.memory["student"].moments["forward"]["teacher cache"] == 0
 
 
 # -- ranks -----------------------------------------------------------------------------------------

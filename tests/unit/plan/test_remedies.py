@@ -59,6 +59,17 @@ def test_a_smaller_micro_batch(refused: Callable[..., tuple[str, Reload, Questio
         assert plan.fits(plan.counts[0]) is fits
 
 
+def test_micro_batch_auto_is_not_refused_where_a_part_of_the_share_fits(
+    tmp_path: Path, reload_nursery: Callable[[Sequence[str]], Reload]
+) -> None:
+    """The same job is refused with its whole share, as the tests beside this one show."""
+    overrides = (LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1")
+    reload = reload_nursery((*overrides, "student.training.micro_batch=auto"))
+    plan = plan_job(reload(()), Question(tokens=65_000, runs=tmp_path, gpu="L4", ranks=(1,)))
+    check_fits(plan, reload)
+    assert 1 <= plan.counts[0].micro_batches["student"] < 512
+
+
 def test_more_ranks(refused: Callable[..., tuple[str, Reload, Question]]) -> None:
     text, reload, question = refused(
         LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1"

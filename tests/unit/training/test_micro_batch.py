@@ -125,15 +125,35 @@ def test_a_card_is_tried_out(
     assert emptied[-1] == last, "what the last trial reserved was not given back"
 
 
-def test_other_errors_of_a_trial_are_not_taken_for_lack_of_memory(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_a_library_that_could_not_allocate_had_no_room(
+    message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
 
     def trial(_: int) -> None:
-        raise RuntimeError("shapes differ")
+        raise RuntimeError(message)
 
-    with pytest.raises(RuntimeError, match="shapes"):
+    assert not room.CardRoom(torch.device("cuda")).fits(1, trial)
+
+
+@pytest.mark.parametrize("message", ["shapes differ", "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"])
+def test_other_errors_of_a_trial_are_not_taken_for_lack_of_memory(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def trial(_: int) -> None:
+        raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match=message):
         room.CardRoom(torch.device("cuda")).fits(1, trial)
 
 
@@ -195,6 +215,27 @@ def test_less_memory_gives_smaller_micro_batches(
     assert peaks[4] > 1.5 * peaks[3] > 2 * peaks[2]
     pretend_free(monkeypatch, 1.1 * peaks[3] / (1 - room.SPARED))
     assert search() == 8
+
+
+def test_free_memory_is_read_when_all_ranks_have_their_engines(
+    search: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Engine(room.TrainingEngine):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            order.append("engine")
+
+    def free_bytes() -> int:
+        order.append("read")
+        return 2**40
+
+    monkeypatch.setattr(room, "TrainingEngine", Engine)
+    monkeypatch.setattr(room, "available_host_bytes", free_bytes)
+    monkeypatch.setattr(ranks, "barrier", lambda: order.append("barrier"))
+    search()
+    assert order[order.index("engine") :][:3] == ["engine", "barrier", "read"]
 
 
 def test_no_room_at_all_is_an_error(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from babyllama_ds.engine.inference import FrozenModel
+from babyllama_ds.errors import ModelError
 from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
 from babyllama_ds.models.build import load_model
@@ -150,6 +153,44 @@ def test_they_are_computed_once(
     assert [one.loads for one in again] == [1, 1]
 
 
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_logits_that_are_not_finite_name_the_teacher_and_are_not_kept(
+    value: str, teachers: list[Teacher], seen: TeacherInput, around: Surroundings
+) -> None:
+    sound, plain = teachers
+
+    def load() -> FrozenModel:
+        model = plain.load()
+        # Hidden states do not pass the head: theirs are finite, in every window.
+        model._model.lm_head.weight = nn.Parameter(  # type: ignore[union-attr]
+            with_row(model.head.weight_PD, 17, float(value)), requires_grad=False
+        )
+        return model
+
+    def published() -> list[Path]:
+        return sorted(around.store.root.rglob("manifest.json"))
+
+    before = published()
+    with pytest.raises(ModelError) as caught:
+        opened(loss(), [sound, replace(plain, load=load)], seen, around)
+    (problem,) = caught.value.problems
+    assert problem.where == f"teachers/{plain.name}"
+    assert problem.got == "logits that are not finite, in windows 0, 1, 2"
+    assert problem.hint is not None
+    assert problem.hint.startswith(f"the weights of {plain.name} are damaged")
+    assert published() == before
+    # Nothing of it is found by a later run: the mended teacher is asked for every window.
+    found = targets_of(opened(loss(), teachers, seen, around), seen, [0, 1, 2])
+    assert found.log_probs_NK.isfinite().all()
+
+
+def with_row(weight_VD: Tensor, row: int, value: float) -> Tensor:
+    """A copy, with one token's row of another value."""
+    changed_VD = weight_VD.detach().clone()
+    changed_VD[row] = value
+    return changed_VD
+
+
 # -- the error -------------------------------------------------------------------------------------
 
 
@@ -221,8 +262,6 @@ def test_the_error_is_that_of_whole_distributions(
 
 
 def _in_fp32(teacher: Teacher) -> Teacher:
-    from babyllama_ds.engine.inference import FrozenModel
-
     def load() -> FrozenModel:
         model = load_model(str(teacher.model_dir), attention="sdpa", where="test")
         return FrozenModel(model, device=torch.device("cpu"), dtype=torch.float32)
