@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from babyllama_ds import __version__
+from babyllama_ds.memory import total_host_bytes
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "flash-attn")
 
@@ -29,7 +30,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "hardware": {
             "host_cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(_memory_bytes() / 2**30, 1),
+            "memory_gib": round(total_host_bytes() / 2**30, 1),
             "cuda_device": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
@@ -70,7 +71,3 @@ def _cpu() -> str | None:
     except OSError:
         return platform.processor() or None
     return platform.processor() or None
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from babyllama_ds.doctor.findings import Finding, failure, ok, warning
 from babyllama_ds.engine.distributed import Device
+from babyllama_ds.memory import available_host_bytes
 
 LOW_MEMORY_GIB = 2.0
-MEMINFO = Path("/proc/meminfo")
 PRODUCT = (64, 256)
 """Rows and inner length of the product that tries bf16 out."""
 BF16_ERROR = 2**-8
@@ -39,19 +38,13 @@ def bf16(device: Device) -> list[Finding]:
 
 def _host() -> Finding:
     cores = len(os.sched_getaffinity(0))
-    free = _available_gib()
+    free = available_host_bytes() / 2**30
     found = f"{cores} cores, {free:.1f} GiB of memory available"
     if free < LOW_MEMORY_GIB:
         return warning(
             "host", found, remedy="end other programs; a small job needs some 2 GiB for two ranks"
         )
     return ok("host", found)
-
-
-def _available_gib() -> float:
-    """Memory that programs can have without swapping, as the kernel estimates it."""
-    lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) / 2**20
 
 
 def _card(index: int) -> Finding:

@@ -27,7 +27,7 @@ MOST_MODELS = 64
 """Models that one function is compiled for in one process."""
 REPAID_AFTER_S = 600
 """Seconds of matrix products from which `auto` compiles. Compiling takes a minute or two, and saved
-a quarter of a step on a CPU, of which the products are half or more."""
+a quarter of a step on a CPU before `models.fused`; what it saves beside that is not measured."""
 
 
 def choose_compiled(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.memory import available_host_bytes
 
 log = logging.getLogger(__name__)
 
@@ -122,10 +123,9 @@ def _free_bytes(device: torch.device) -> int:
         kept_bytes = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept_bytes
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        return available_host_bytes()
     except OSError:
         return 2**62
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _tile_rows(row_bytes: int, device: torch.device) -> int | None:

@@ -6,7 +6,6 @@ where a sheet gives the figure with sparsity alone, half of it.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ import torch
 
 from babyllama_ds.engine.distributed import resolve_device
 from babyllama_ds.errors import JobError, MachineError
+from babyllama_ds.memory import total_host_bytes
 from babyllama_ds.spec.deepspeed import Device
 
 UTILISATION = 0.2
@@ -113,7 +113,7 @@ def _this_machine(device: Device) -> Machine:
             name=card.name, device=device, memory_bytes=card.total_memory, peak_flops=None
         )
     try:
-        memory_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory_bytes = total_host_bytes()
     except (ValueError, OSError) as error:
         raise MachineError.of(
             "--gpu", got=f"{HERE}, whose memory cannot be read ({error})", expected="a card's name"

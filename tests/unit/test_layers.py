@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "babyllama_ds"
 LAUNCHER = PACKAGE.parent / "launcher" / "run.py"
 
 ROWS = (
-    {"errors", "files", "store", "ranks", "stopping", "console"},
+    {"errors", "files", "memory", "store", "ranks", "stopping", "console"},
     {"spec"},
     {"corpus", "losses", "rundir", "environment"},
     {"models", "fingerprints"},

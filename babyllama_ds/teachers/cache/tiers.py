@@ -20,6 +20,7 @@ import torch
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import MachineError
+from babyllama_ds.memory import available_host_bytes
 
 Tier = Literal["device", "host", "disk"]
 
@@ -107,23 +108,6 @@ def measure_room(directory: Path, device: torch.device) -> Room:
             disk=shutil.disk_usage(directory).free,
         )
     )
-
-
-def available_host_bytes() -> int:
-    """Memory that can be had without swapping, within the container's limit."""
-    meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(meminfo["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return available  # no such limit here
-    if limit == "max":
-        return available
-    # Files that were read count as used, and are given up when memory is wanted.
-    return min(available, int(limit) - used + int(facts.get("inactive_file", 0)))
 
 
 def ranks_of_this_machine() -> int:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from babyllama_ds.errors import MachineError
+from babyllama_ds.memory import available_host_bytes
 from babyllama_ds.teachers.cache.tiers import (
     Choice,
     Need,
     Room,
-    available_host_bytes,
     choose_tier,
     measure_room,
 )

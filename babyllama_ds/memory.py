@@ -1,0 +1,50 @@
+"""The host's memory: nothing enters, bytes leave, within the container's limit if there is one.
+
+One place for all who ask: the loss's chunks, the teacher cache, `micro_batch: auto`, plan, doctor.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP = Path("/sys/fs/cgroup")
+"""Where a container sees its own limits (cgroup version 2)."""
+
+
+def available_host_bytes() -> int:
+    """Memory that can be had without swapping.
+
+    Raises:
+        OSError: the system does not tell (it is not a Linux).
+    """
+    meminfo = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
+    available = int(meminfo["MemAvailable"].split()[0]) * 1024
+    limit = _limit_bytes()
+    if limit is None:
+        return available
+    used = int((CGROUP / "memory.current").read_text())
+    facts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    # Files that were read count as used, and are given up when memory is wanted.
+    return min(available, limit - used + int(facts.get("inactive_file", 0)))
+
+
+def total_host_bytes() -> int:
+    """Memory that there is.
+
+    Raises:
+        OSError, ValueError: the system does not tell.
+    """
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _limit_bytes()
+    return physical if limit is None else min(physical, limit)
+
+
+def _limit_bytes() -> int | None:
+    """The container's limit; none: it has none, or this is no container."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit)
