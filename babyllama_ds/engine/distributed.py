@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import MachineError
+from babyllama_ds.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def start(device: Device) -> torch.device:
         torch.cuda.set_device(ranks.local_rank())
     else:
         torch.set_num_threads(threads_per_rank())
+        keep_freed_memory()
     if not dist.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo")
     ranks.start_control_group()

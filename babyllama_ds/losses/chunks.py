@@ -23,7 +23,7 @@ from babyllama_ds.memory import available_host_bytes
 
 log = logging.getLogger(__name__)
 
-_CPU_CHUNK_BYTES = 4 * 2**20
+_CPU_CHUNK_BYTES = 16 * 2**20
 _ACCELERATOR_CHUNK_BYTES = 64 * 2**20
 """Size of a model's [C, V] in bf16. More rows mean better matrix products, fewer passes over the
 head's gradient and, on an accelerator, fewer kernel launches; fewer rows, less memory. It does not
@@ -40,6 +40,55 @@ class TeacherStates:
     hidden_ND: Tensor
     head: Head
     weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Voter:
+    """Teachers whose logits are only ever wanted summed, as one: one product makes the sum.
+
+    Their states side by side, times their heads side by side. Of one teacher: the teacher.
+    """
+
+    teachers: tuple[TeacherStates, ...]
+    head: Head
+
+    @classmethod
+    def of(cls, teachers: Sequence[TeacherStates], vocab_size: int) -> Voter:
+        """The sum of these teachers; their heads are copied, in the vocabulary's rows."""
+        if len(teachers) == 1:
+            return cls(tuple(teachers), teachers[0].head)
+        rows = [teacher.head.rows(vocab_size) for teacher in teachers]
+        biases_V = [bias_V for _, bias_V in rows if bias_V is not None]
+        return cls(
+            tuple(teachers),
+            Head(
+                torch.cat([weight_VD for weight_VD, _ in rows], dim=1),
+                torch.stack(biases_V).sum(0) if biases_V else None,
+            ),
+        )
+
+    @property
+    def hidden_ND(self) -> Tensor:  # noqa: N802 - named by its shape
+        """The first teacher's states: the dtype and the device of all."""
+        return self.teachers[0].hidden_ND
+
+    def logits_into(self, buffer_CV: Tensor, rows: slice, unused_C1: Tensor) -> Tensor:
+        """Logits of these positions, written into the buffer; unused ones as of states of 0."""
+        states_CD = torch.cat([teacher.hidden_ND[rows] for teacher in self.teachers], dim=1)
+        return logits_into(buffer_CV, states_CD.masked_fill_(unused_C1, 0), self.head)
+
+
+def can_be_summed(teachers: Sequence[TeacherStates]) -> bool:
+    """Whether one product gives the mean of their raw logits, as exactly as apart.
+
+    Equal votes only: others would have to be rounded into the states.
+    """
+    return all(
+        teacher.weight == teachers[0].weight
+        and teacher.hidden_ND.dtype == teachers[0].hidden_ND.dtype
+        and not teacher.head.states_are_logits
+        for teacher in teachers
+    )
 
 
 @dataclass(frozen=True)

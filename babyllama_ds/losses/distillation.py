@@ -17,7 +17,9 @@ The gradient is made on the way, chunk by chunk over positions, from
 
 so that no [N, V] tensor of any model exists, forward or backward; backward only scales what
 forward made. Matrix products run in the model's dtype, everything between them (`rows.py`) in
-fp32, or fp64 for fp64 models. The gradient of the head is summed over chunks in fp32.
+fp32, or fp64 for fp64 models. The gradient of the head is summed over chunks in fp32. Where raw
+logits of equal votes are averaged, no teacher's own are formed: their sum is one product of the
+teachers' states side by side with their heads side by side (`chunks.Voter`).
 Instead of p itself its k most likely tokens may be given, all others as one (`topk.py`).
 
 Hidden states, heads, labels, masks and counts enter; a scalar with a graph and two sums for
@@ -41,7 +43,13 @@ from torch.autograd.function import once_differentiable
 from babyllama_ds.losses.chunks import TeacherStates, chunks, logits_into
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, num_work, row_losses
-from babyllama_ds.losses.topk import TOP_K_WORK, TopKTargets, mixture_of, top_k_row_losses
+from babyllama_ds.losses.topk import (
+    TOP_K_WORK,
+    TopKTargets,
+    mixture_of,
+    top_k_row_losses,
+    voters_of,
+)
 
 __all__ = [
     "IGNORED_LABEL",
@@ -260,33 +268,34 @@ def _over_chunks(hidden_ND: Tensor, head: Head, objective: _Objective, wanted: _
     # Zeroed, what lies at an unused position cannot spoil a product, and nobody has to wait for
     # a count of the used ones.
     unused_N1 = ~(labelled_N1 | valid_N1)
-    teachers = _states(objective.teachers)
+    voters, mixture = voters_of(
+        _states(objective.teachers), objective.mixture, objective.vocab_size
+    )
 
     for rows, buffers in chunks(
-        [hidden_ND, *(teacher.hidden_ND for teacher in teachers)],
+        [hidden_ND, *(voter.hidden_ND for voter in voters)],
         vocab_size=objective.vocab_size,
-        num_work=_num_work(hidden_ND, objective.teachers),
+        num_work=_num_work(hidden_ND, objective.teachers, len(voters)),
         dtype=dtype,
         chunk_tokens=objective.chunk_tokens,
     ):
         hidden_CD = hidden_ND[rows].masked_fill(unused_N1[rows], 0)
-        student_CV, *teachers_CV = buffers.logits_CV
+        student_CV, *voters_CV = buffers.logits_CV
         logits_into(student_CV, hidden_CD, head)
-        for teacher_CV, teacher in zip(teachers_CV, teachers, strict=True):
-            states_CD = teacher.hidden_ND[rows].masked_fill(unused_N1[rows], 0)
-            logits_into(teacher_CV, states_CD, teacher.head)
-        soft: Sequence[Tensor] | TopKTargets = teachers_CV
+        for voter_CV, voter in zip(voters_CV, voters, strict=True):
+            voter.logits_into(voter_CV, rows, unused_N1[rows])
+        soft: Sequence[Tensor] | TopKTargets = voters_CV
         if isinstance(objective.teachers, TopKTargets):
             soft = objective.teachers.chunk(rows, valid_N1[rows])
         factors = Factors(
             ce_C1=labelled_N1[rows].to(dtype) * objective.ce_weight,
-            kl_C1=valid_N1[rows].to(dtype) * (objective.kl_weight / objective.mixture.temperature),
+            kl_C1=valid_N1[rows].to(dtype) * (objective.kl_weight / mixture.temperature),
         )
         ce_C1, kl_C1 = _row_losses(
             student_CV,
             soft,
             label_N1[rows],
-            objective.mixture,
+            mixture,
             factors if any(wanted) else None,
             buffers.work_RV,
         )
@@ -300,10 +309,12 @@ def _states(teachers: Sequence[TeacherStates] | TopKTargets) -> Sequence[Teacher
     return () if isinstance(teachers, TopKTargets) else teachers
 
 
-def _num_work(hidden_ND: Tensor, teachers: Sequence[TeacherStates] | TopKTargets) -> int:
+def _num_work(
+    hidden_ND: Tensor, teachers: Sequence[TeacherStates] | TopKTargets, num_voters: int
+) -> int:
     if isinstance(teachers, TopKTargets):
         return TOP_K_WORK
-    return num_work(hidden_ND.dtype, hidden_ND.device, len(teachers))
+    return num_work(hidden_ND.dtype, hidden_ND.device, num_voters)
 
 
 def _row_losses(

@@ -20,12 +20,12 @@ Shapes: N positions, C positions of a chunk, V vocabulary, K tokens kept, 1 kept
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from babyllama_ds.losses.chunks import TeacherStates, chunks, logits_into
+from babyllama_ds.losses.chunks import TeacherStates, Voter, can_be_summed, chunks
 from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, joined, mix, tiles
 
 TOP_K_WORK = 2
@@ -68,9 +68,11 @@ def top_k_targets(
     """
     assert 0 < k <= vocab_size, "more tokens than the vocabulary has"
     mixture = mixture_of(teachers, temperature=temperature, mean_of=mean_of)
-    hidden_ND = [teacher.hidden_ND for teacher in teachers]
+    voters, mixture = voters_of(teachers, mixture, vocab_size)
+    hidden_ND = [voter.hidden_ND for voter in voters]
     num_positions, device = hidden_ND[0].shape[0], hidden_ND[0].device
     dtype = torch.promote_types(hidden_ND[0].dtype, torch.float32)
+    unused_N1 = torch.zeros(num_positions, 1, dtype=torch.bool, device=device)
     ids_NK = torch.empty(num_positions, k, dtype=torch.int32, device=device)
     log_probs_NK = torch.empty(num_positions, k, dtype=dtype, device=device)
     with torch.no_grad():
@@ -81,22 +83,22 @@ def top_k_targets(
             dtype=dtype,
             chunk_tokens=chunk_tokens,
         ):
-            teachers_CV = [
-                logits_into(buffer, teacher.hidden_ND[rows], teacher.head)
-                for buffer, teacher in zip(buffers.logits_CV, teachers, strict=True)
+            voters_CV = [
+                voter.logits_into(buffer, rows, unused_N1[rows])
+                for buffer, voter in zip(buffers.logits_CV, voters, strict=True)
             ]
-            for part, work in tiles(len(teachers_CV[0]), buffers.work_RV):
-                log_p, ids = _top_k([each[part] for each in teachers_CV], mixture, k, work)
+            for part, work in tiles(len(voters_CV[0]), buffers.work_RV):
+                log_p, ids = _top_k([each[part] for each in voters_CV], mixture, k, work)
                 log_probs_NK[rows][part] = log_p
                 ids_NK[rows][part] = ids.to(torch.int32)
     return TopKTargets(ids_NK, log_probs_NK)
 
 
 def _top_k(
-    teachers_CV: Sequence[Tensor], mixture: Mixture, k: int, work: Sequence[Tensor]
+    voters_CV: Sequence[Tensor], mixture: Mixture, k: int, work: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
     p_CV, log_p_CV = work
-    sum_C1 = mix(teachers_CV, mixture, out=p_CV, log_out=log_p_CV)
+    sum_C1 = mix(voters_CV, mixture, out=p_CV, log_out=log_p_CV)
     log_p_CK, ids_CK = log_p_CV.topk(k, dim=-1)
     return log_p_CK - sum_C1.log(), ids_CK
 
@@ -111,6 +113,16 @@ def mixture_of(
         temperature=temperature,
         mean_of=mean_of,
     )
+
+
+def voters_of(
+    teachers: Sequence[TeacherStates], mixture: Mixture, vocab_size: int
+) -> tuple[list[Voter], Mixture]:
+    """Whose logits are formed, and how p is made of them: one for all teachers where that does."""
+    if mixture.mean_of == "logits" and len(teachers) > 1 and can_be_summed(teachers):
+        summed = replace(mixture, shares=mixture.shares[:1])
+        return [Voter.of(teachers, vocab_size)], summed
+    return [Voter.of([teacher], vocab_size) for teacher in teachers], mixture
 
 
 def top_k_row_losses(

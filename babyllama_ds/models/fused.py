@@ -154,7 +154,7 @@ class FusedGPT2MLP(GPT2MLP):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """The layer's output, of the same shape and type."""
-        frozen = not torch.is_grad_enabled()
+        frozen = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         if not (frozen and hidden_states.is_cpu and hidden_states.dtype == torch.bfloat16):
             return cast(Tensor, super().forward(hidden_states))
         inner_BSP = torch.ops.mkldnn._linear_pointwise(

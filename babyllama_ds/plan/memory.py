@@ -55,6 +55,7 @@ Item = Literal[
     "teacher cache",
     "activations",
     "logits of a chunk",
+    "teachers' heads side by side",
     "gradients of head and states",
     "work of a layer",
     "model before it is cast",
@@ -87,6 +88,8 @@ class StageShape:
     chunk_tokens: int | None
     """Positions whose logits exist at one time; none: the loss chooses."""
     teachers: Sequence[HeldTeacher]
+    summed: bool
+    """Whether the teachers' logits are made as one sum, not apart (`losses.chunks.Voter`)."""
     work_spaces: int
     """fp32 [C, V] that the loss works in: 3 with teachers' states, 2 with their most likely
     tokens, 1 without teachers (`losses.distillation`)."""
@@ -158,14 +161,14 @@ def rank_memory(stage: StageShape) -> RankMemory:
 
 
 def chunk_bytes(stage: StageShape) -> int:
-    """Room for a chunk's logits: e for each model, and fp32 work spaces (`losses.chunks`).
+    """Room for a chunk's logits: e for each model or sum, and fp32 work spaces (`losses.chunks`).
 
     On a CPU the work spaces are as large as its caches, and left out.
     """
     tokens = stage.chunk_tokens or default_chunk_tokens(
         stage.vocab_size, torch.device(stage.micro.device)
     )
-    each = (1 + len(stage.teachers)) * stage.micro.element_bytes
+    each = (1 + (1 if stage.summed else len(stage.teachers))) * stage.micro.element_bytes
     if stage.micro.device == "cuda":
         each += stage.work_spaces * _FP32
     return min(tokens, stage.micro.tokens) * stage.vocab_size * each
@@ -222,8 +225,16 @@ def _forward(stage: StageShape) -> dict[Item, int]:
         "activations": saved,
         "kept by the allocator": _kept(stage, saved),
         "logits of a chunk": chunk_bytes(stage),
+        "teachers' heads side by side": _joined_heads(stage),
         "gradients of head and states": head + states,
     }
+
+
+def _joined_heads(stage: StageShape) -> int:
+    if not stage.summed:
+        return 0
+    widths = sum(teacher.sizes.hidden_size for teacher in stage.teachers)
+    return stage.vocab_size * widths * stage.micro.element_bytes
 
 
 def _backward(stage: StageShape) -> dict[Item, int]:
@@ -262,6 +273,7 @@ def _evaluation(stage: StageShape) -> dict[Item, int]:
         micro=replace(stage.micro, windows=windows),
         chunk_tokens=None,
         teachers=(),
+        summed=False,
         work_spaces=1,
     )
     return {

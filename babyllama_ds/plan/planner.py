@@ -221,6 +221,7 @@ class _Planner:
             vocab_size=self.corpus.vocab_size,
             chunk_tokens=loss.chunk_tokens if stage.distilled else None,
             teachers=[HeldTeacher(sizes=t.sizes, live=loss.cache == "none") for t in teachers],
+            summed=len(teachers) > 1 and self._votes_are_summed(),
             work_spaces=self._work_spaces() if stage.distilled else 1,
             cache_bytes=in_memory if on_cpu else cached.get("device", 0),
             host_cache_bytes=0 if on_cpu else in_memory,
@@ -228,6 +229,11 @@ class _Planner:
             evaluation_tokens=self.job.evaluation.batch_tokens,
             deepspeed=config,
         )
+
+    def _votes_are_summed(self) -> bool:
+        """As `losses.topk.voters_of` has it, for plain heads."""
+        equal = len({teacher.weight for teacher in self.job.teachers}) == 1
+        return self.job.distillation.mean_of == "logits" and equal
 
     def _work_spaces(self) -> int:
         return 2 if self.job.distillation.cache == "topk" else 3

@@ -607,12 +607,13 @@ def error_ratios(
     temperature: float,
     mean_of: str = "logits",
     votes: tuple[float, ...] = (1.0, 1.0),
+    seeds: int = 12,
 ) -> dict[str, float]:
     """Our error over the textbook's, both against float64, as root mean squares over seeds: one
     sum alone may be right by luck."""
     plain_errors: Counter[str] = Counter()
     our_errors: Counter[str] = Counter()
-    for seed in range(12):
+    for seed in range(seeds):
         widths = (40, 31, 17)[: len(votes)]
         case = make_case(teacher_widths=widths, votes=votes, seed=seed, tied=seed % 2 == 0)
         case = case.to(torch.bfloat16)
@@ -651,14 +652,28 @@ def test_bf16_errs_hardly_more_than_with_all_logits_in_fp32(temperature, alpha) 
     """A textbook that upcasts its bf16 logits differs from us in one rounding: ours rounds each
     chunk's part of the head's gradient to bf16 before summing in fp32. Slack 1.1, measured 1.054;
     all else is equal to 1e-3."""
-    ratios = error_ratios(upcast=True, chunk_tokens=50, alpha=alpha, temperature=temperature)
+    ratios = error_ratios(
+        upcast=True, chunk_tokens=50, alpha=alpha, temperature=temperature, votes=(1.0,)
+    )
     assert ratios.pop("weight") <= 1.1
     assert all(ratio <= 1.01 for ratio in ratios.values()), ratios
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_bf16_errs_alike_where_the_sum_of_two_teachers_is_rounded(temperature) -> None:
+    """Ours rounds the sum of two logits once, the textbook each of them: other roundings, which
+    only a mean over many seeds can compare. A sum errs as one teacher's logits do, which is at
+    most √2 of a mean of two (if they agree). Measured over 60 seeds: 1.06 from T = 1 on, and 1.1
+    for gradients, 1.21 for the KL at T = 0.5."""
+    ratios = error_ratios(
+        upcast=True, chunk_tokens=50, alpha=0.3, temperature=temperature, seeds=60
+    )
+    assert all(ratio <= math.sqrt(2) for ratio in ratios.values()), ratios
 
 
 def test_bf16_head_gradient_is_summed_in_fp32() -> None:
     """In 71 chunks; summed in bf16 it would lose more with each. Rounding every part on its own
     can at most double the square of the rounding error, hence √2."""
-    ratios = error_ratios(upcast=True, chunk_tokens=2, alpha=0.3, temperature=2.0)
+    ratios = error_ratios(upcast=True, chunk_tokens=2, alpha=0.3, temperature=2.0, votes=(1.0,))
     assert ratios["weight"] <= math.sqrt(2), ratios
     assert ratios["bias"] <= 1.01, ratios

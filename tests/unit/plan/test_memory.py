@@ -38,6 +38,7 @@ STAGE = StageShape(
     vocab_size=100,
     chunk_tokens=5,
     teachers=(),
+    summed=False,
     work_spaces=1,
     cache_bytes=0,
     host_cache_bytes=0,
@@ -102,6 +103,16 @@ def test_the_loss() -> None:
     # The head's gradient: fp32 sum and bf16 cast; states and their gradient, bf16; 16 B a position.
     assert items["gradients of head and states"] == 6 * 100 * 16 + 32 * (4 * 16 + 16)
     assert items["activations"] == saved_bytes(STUDENT, MICRO)
+
+
+def test_teachers_of_equal_votes_have_one_sum_of_logits() -> None:
+    teachers = [HeldTeacher(sizes=TEACHER, live=True)] * 3
+    apart = replace(STAGE, teachers=teachers, work_spaces=3)
+    summed = replace(apart, summed=True)
+    assert chunk_bytes(summed) == 5 * 100 * (2 * 2 + 3 * 4)
+    items = rank_memory(summed).moments["forward"]
+    assert items["teachers' heads side by side"] == 100 * 3 * 32 * 2
+    assert rank_memory(apart).moments["forward"]["teachers' heads side by side"] == 0
 
 
 def test_an_evaluation_has_its_own_windows_and_no_teachers() -> None:
