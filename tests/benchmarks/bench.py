@@ -4,7 +4,7 @@ First the variants of each row are tried and the fastest kept (ranks or threads,
 attention: the textbook gets its best). Then, round after round, the sides take turns. A ratio is
 the median, over rounds, of the ratio of two sides' times in the same round.
 
-    python tests/benchmarks/bench.py [--sizes default|small] [--rounds N] [--compiled] [--grid]
+    python tests/benchmarks/bench.py [--sizes default|small] [--rounds N] [--no-compiled] [--grid]
         [--out FILE]
 """
 
@@ -27,6 +27,7 @@ from scenario import SIZES, SMALL, Sizes, machine
 from turns import TURN_S, Running, Side, fastest, take_turns
 
 from babyllama_ds import files
+from babyllama_ds.engine.compiling import what_compiling_lacks
 from babyllama_ds.environment import describe_environment
 from babyllama_ds.report.formatting import number, table
 
@@ -47,10 +48,18 @@ def main() -> None:
         result = grid.measure(logs, rounds=words.rounds)
         shown = grid.render(result)
     else:
-        result = measure(SIZES[words.sizes], logs, rounds=words.rounds, compiled=words.compiled)
+        sizes = SIZES[words.sizes]
+        result = measure(sizes, logs, rounds=words.rounds, compiled=_can_compile(words.compiled))
         shown = render(result)
     files.write_json(out, {**result, **_provenance()})
     print(f"\n{shown}\n\nwritten to {out}")
+
+
+def _can_compile(asked: bool) -> bool:
+    lacking = what_compiling_lacks(machine()[0])  # type: ignore[arg-type]
+    if asked and lacking:
+        print(f"no compiled rows: {lacking} here")
+    return asked and lacking is None
 
 
 def measure(sizes: Sizes, logs: Path, *, rounds: int, compiled: bool) -> dict[str, Any]:
@@ -76,7 +85,8 @@ def measure(sizes: Sizes, logs: Path, *, rounds: int, compiled: bool) -> dict[st
 
 
 def rows(sizes: Sizes, *, compiled: bool) -> dict[str, list[Side]]:
-    """Each row's variants, of which the fastest is measured; `compiled`: ours that way, too."""
+    """Each row's variants, of which the fastest is measured; `compiled`: ours that way, too, in
+    rows of their own, as long trainings have it and short ones do not."""
     device, units = machine()
     if device == "cuda":
         layouts = list(dict.fromkeys([(units, 1), (1, 1)]))
@@ -90,15 +100,17 @@ def rows(sizes: Sizes, *, compiled: bool) -> dict[str, list[Side]]:
     def side(kind: Any, ranks: int, threads: int, **more: Any) -> Side:
         return Side(kind, sizes, device, ranks, threads, **more)
 
-    def ours(ranks: int, threads: int, *, cache: bool) -> list[Side]:
-        choices = (False, True) if compiled else (False,)
-        return [side("ours", ranks, threads, cache=cache, compiled=each) for each in choices]
-
     result: dict[str, list[Side]] = {}
     for ranks, threads in layouts[:1] if small else layouts:
-        result[f"ours, {ranks} ranks"] = ours(ranks, threads, cache=False)
+        result[f"ours, {ranks} ranks"] = [side("ours", ranks, threads)]
     for ranks, threads in layouts[-1:] if small else layouts:
-        result[f"ours cached, {ranks} ranks"] = ours(ranks, threads, cache=True)
+        result[f"ours cached, {ranks} ranks"] = [side("ours", ranks, threads, cache=True)]
+    if compiled:
+        (ranks, threads), gaining = layouts[0], "student" if device == "cpu" else "all"
+        result["ours compiled"] = [side("ours", ranks, threads, compiled=gaining)]
+        result["ours cached compiled"] = [
+            side("ours", ranks, threads, cache=True, compiled="student")
+        ]
     result["plain process"] = [side("plain", *layouts[-1])]
     for precision in ("fp32", "autocast"):
         result[f"textbook {precision}"] = [
@@ -121,17 +133,23 @@ def _started(
 
 
 def keys(sides: Mapping[str, Running], rates: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The numbers that the project is held to."""
-    online, cached = _best(sides, "ours, "), _best(sides, "ours cached, ")
+    """The numbers that the project is held to: of the fastest rows, and of those not compiled."""
+    plainly = {row: side for row, side in sides.items() if side.side.compiled == "none"}
+    online, cached = _best(sides, cache=False), _best(sides, cache=True)
     fp32, autocast = sides["textbook fp32"], sides["textbook autocast"]
+    uncompiled = {
+        "tokens_per_s_ratio_uncompiled": _ratio(fp32, _best(plainly, cache=False)),
+        "cached_tokens_per_s_ratio_uncompiled": _ratio(fp32, _best(plainly, cache=True)),
+    }
     # Two ranks share the cores that the plain process has for itself; GPUs are not shared out.
-    two_ranks = online.side.device == "cpu"
+    two_ranks = fp32.side.device == "cpu"
     sharded = sides["ours, 2 ranks" if two_ranks else "ours, 1 ranks"]
     return {
         "tokens_per_s_ratio": _ratio(fp32, online),
         "tokens_per_s_ratio_autocast": _ratio(autocast, online),
         "cached_tokens_per_s_ratio": _ratio(fp32, cached),
         "cached_tokens_per_s_ratio_autocast": _ratio(autocast, cached),
+        **uncompiled,
         "mfu": _share(online, [rate["same_shapes"] for rate in rates]),
         "mfu_square": _share(online, [rate["square"] for rate in rates]),
         "zero2_overhead": 1 / _ratio(sides["plain process"], sharded) - 1,
@@ -150,9 +168,11 @@ def loss_keys(sizes: Sizes, rounds: int) -> dict[str, float]:
     return measured
 
 
-def _best(sides: Mapping[str, Running], row: str) -> Running:
-    found = [side for name, side in sides.items() if name.startswith(row)]
-    return min(found, key=lambda side: median(side.step_s))
+def _best(sides: Mapping[str, Running], *, cache: bool) -> Running:
+    ours = [each for each in sides.values() if each.side.kind == "ours"]
+    return min(
+        (each for each in ours if each.side.cache == cache), key=lambda each: median(each.step_s)
+    )
 
 
 def _ratio(slow: Running, fast: Running) -> float:
@@ -236,8 +256,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
         "--compiled",
-        action="store_true",
-        help="try our side under torch.compile too, as long runs have it (minutes to compile)",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure our side under torch.compile too, as long runs have it (minutes to compile)",
     )
     parser.add_argument("--grid", action="store_true", help="time a token against the sizes")
     parser.add_argument("--out", type=Path, help="default: runs/bench/bench.json, grid.json")

@@ -28,6 +28,7 @@ from scenario import Sizes, build, build_published, job, windows
 from torch import Tensor, nn
 
 from babyllama_ds import ranks
+from babyllama_ds.memory import keep_freed_memory
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.parts import split_causal_lm
 from babyllama_ds.spec.job import JobSpec, ModelSpec, TeacherSpec
@@ -138,10 +139,10 @@ def ours(side: dict[str, Any], sizes: Sizes) -> Built:
     )
     compiled = side["compiled"]
     engine = TrainingEngine(objective, training=training, config=config, device=device)
-    if compiled:
+    if compiled != "none":
         objective.compile_backbone()
     frozen = [
-        FrozenModel(model, device=device, dtype=torch.bfloat16, with_compiler=compiled)
+        FrozenModel(model, device=device, dtype=torch.bfloat16, with_compiler=compiled == "all")
         for model in teachers
     ]
     live = [Member(t.name, model, t.weight) for t, model in zip(spec.teachers, frozen, strict=True)]
@@ -246,6 +247,8 @@ def plain(side: dict[str, Any], sizes: Sizes) -> Built:
     from babyllama_ds.engine.training import adamw
 
     device = torch.device(side["device"])
+    if device.type == "cpu":
+        keep_freed_memory()  # as `distributed.start` does
     spec = job(sizes)
     objective, plan = _objective(spec, sizes, device), _plan(sizes, device)
     masters = copy.deepcopy(objective).to(device)

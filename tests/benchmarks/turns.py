@@ -45,8 +45,8 @@ class Side:
     precision: str = "bf16"
     attention: str = "auto"
     cache: bool = False
-    compiled: bool = False
-    """With `deepspeed.compile: all`."""
+    compiled: Literal["none", "student", "all"] = "none"
+    """As `deepspeed.compile` has it."""
 
     @property
     def variant(self) -> str:
@@ -54,8 +54,8 @@ class Side:
         words = [f"{self.ranks} × {self.threads}"]
         if self.attention != "auto":
             words.append(self.attention)
-        if self.compiled:
-            words.append("compiled")
+        if self.compiled != "none":
+            words.append(f"compiled: {self.compiled}")
         return ", ".join(words)
 
     @property

@@ -36,7 +36,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
         ("student", "cpu", 1, "student"),
         ("all", "cuda", 1, "all"),
         ("auto", "cpu", REPAID_AFTER_S - 1, "none"),
-        ("auto", "cpu", REPAID_AFTER_S, "all"),
+        ("auto", "cpu", REPAID_AFTER_S, "student"),
         ("auto", "cuda", REPAID_AFTER_S - 1, "none"),
         ("auto", "cuda", REPAID_AFTER_S, "all"),
     ],
