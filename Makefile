@@ -20,7 +20,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data bench bench-grid check format seeds lock clean
+.PHONY: help setup distill test test-data bench bench-grid check format seeds reference lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -61,6 +61,10 @@ format: setup  ## rewrite the code the way `check` wants it
 seeds: setup  ## run JOB with seeds 1 to 5 and print the table of gains
 	for seed in 1 2 3 4 5; do $(MAKE) --no-print-directory distill ARGS="seed=$$seed $(ARGS)" || exit; done
 	$(BIN)/babyllama-ds gains $(foreach s,1 2 3 4 5,$(RUNS)/$(basename $(notdir $(JOB)))-$s)
+
+reference: setup  ## write docs/jobs.md and the jobs' JSON schema anew
+	$(BIN)/babyllama-ds schema > launcher/jobs/job.schema.json
+	$(BIN)/babyllama-ds schema --reference > docs/jobs.md
 
 lock: setup  ## write the versions installed here to constraints.txt
 	$(BIN)/pip freeze --exclude-editable --exclude babyllama_ds --exclude triton | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt

@@ -163,7 +163,10 @@ def _parser() -> argparse.ArgumentParser:
     gains.set_defaults(command=lambda args: _gains(args.run_dirs))
 
     schema = commands.add_parser("schema", help="print the JSON schema of jobs")
-    schema.set_defaults(command=lambda _: _schema())
+    schema.add_argument(
+        "--reference", action="store_true", help="print docs/jobs.md instead, the same in words"
+    )
+    schema.set_defaults(command=lambda args: _schema(in_words=args.reference))
     return parser
 
 
@@ -228,12 +231,14 @@ def _gains(run_dirs: Sequence[Path]) -> None:
     print(render_gains(run_dirs), end="")
 
 
-def _schema() -> None:
+def _schema(*, in_words: bool) -> None:
     import json
 
+    from babyllama_ds.spec.reference import job_reference
     from babyllama_ds.spec.schema import job_schema
 
-    print(json.dumps(job_schema(), indent=2))
+    schema = job_schema()
+    print(job_reference(schema) if in_words else json.dumps(schema, indent=2))
 
 
 def _is_lead() -> bool:
