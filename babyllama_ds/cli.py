@@ -7,6 +7,7 @@ torch nor a device.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import traceback
@@ -162,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     gains.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run directories")
     gains.set_defaults(command=lambda args: _gains(args.run_dirs))
 
+    _add_generate(commands.add_parser("generate", help="let a model go on from a prompt"))
+
     schema = commands.add_parser("schema", help="print the JSON schema of jobs")
     schema.add_argument(
         "--reference", action="store_true", help="print docs/jobs.md instead, the same in words"
@@ -206,6 +209,36 @@ def _add_doctor(examiner: argparse.ArgumentParser) -> None:
     examiner.set_defaults(command=doctor)
 
 
+def _add_generate(speaker: argparse.ArgumentParser) -> None:
+    speaker.add_argument("model", metavar="MODEL", help="a model's directory, a run's, or a hub id")
+    speaker.add_argument("prompts", nargs="+", metavar="PROMPT", help="how its texts begin")
+    speaker.add_argument("--tokens", type=_positive, default=60, help="new tokens (default: 60)")
+    speaker.add_argument("--number", type=_positive, default=1, help="texts of each (default: 1)")
+    speaker.add_argument(
+        "--temperature", type=_share_or_more, default=0.8, help="0: the likeliest (default: 0.8)"
+    )
+    speaker.add_argument("--top-p", type=_share, default=0.95, help="default: 0.95")
+    speaker.add_argument("--seed", type=int, default=0, help="default: 0")
+    speaker.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    speaker.set_defaults(command=_generate)
+
+
+def _share_or_more(word: str) -> float:
+    """A number from 0 on, as argparse wants it."""
+    number = float(word)
+    if not 0 <= number < math.inf:
+        raise ValueError(word)
+    return number
+
+
+def _share(word: str) -> float:
+    """A number above 0 and up to 1, as argparse wants it."""
+    number = float(word)
+    if not 0 < number <= 1:
+        raise ValueError(word)
+    return number
+
+
 def _positive(word: str) -> int:
     """A whole number above 0, as argparse wants it: a `ValueError` is told as a usage error."""
     number = int(word)
@@ -229,6 +262,25 @@ def _gains(run_dirs: Sequence[Path]) -> None:
     from babyllama_ds.report.gains import render_gains
 
     print(render_gains(run_dirs), end="")
+
+
+def _generate(options: argparse.Namespace) -> None:
+    import torch
+
+    from babyllama_ds.engine.distributed import quiet_known_noise, resolve_device
+    from babyllama_ds.evaluation.generate import Sampling, generate
+
+    quiet_known_noise()
+    sampling = Sampling(
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        number=options.number,
+        seed=options.seed,
+    )
+    device = torch.device(resolve_device(options.device))
+    for text in generate(options.model, options.prompts, sampling, device=device):
+        print(text, flush=True)
 
 
 def _schema(*, in_words: bool) -> None:
