@@ -100,6 +100,7 @@ def test_run_directory_in_use(
         tmp_path / "runs",
         *(f"{first}.epochs=100000", f"{first}.max_steps=1000000"),
         *(f"{first}.evaluate_every_steps=1000", f"{first}.checkpoint_every_steps=null"),
+        "deepspeed.compile=none",  # so long a training would be compiled first
     )
     holder = start_launcher(*words)
     holder.wait_until(lambda: bool(metrics(run)), "a step")
