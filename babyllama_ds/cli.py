@@ -215,7 +215,7 @@ def _add_generate(speaker: argparse.ArgumentParser) -> None:
     speaker.add_argument("--tokens", type=_positive, default=60, help="new tokens (default: 60)")
     speaker.add_argument("--number", type=_positive, default=1, help="texts of each (default: 1)")
     speaker.add_argument(
-        "--temperature", type=_share_or_more, default=0.8, help="0: the likeliest (default: 0.8)"
+        "--temperature", type=_not_negative, default=0.8, help="0: the likeliest (default: 0.8)"
     )
     speaker.add_argument("--top-p", type=_share, default=0.95, help="default: 0.95")
     speaker.add_argument("--seed", type=int, default=0, help="default: 0")
@@ -223,7 +223,7 @@ def _add_generate(speaker: argparse.ArgumentParser) -> None:
     speaker.set_defaults(command=_generate)
 
 
-def _share_or_more(word: str) -> float:
+def _not_negative(word: str) -> float:
     """A number from 0 on, as argparse wants it."""
     number = float(word)
     if not 0 <= number < math.inf:

@@ -21,7 +21,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep what this process frees, for its next step to take again.
 
     glibc gives large blocks back to the system at once, and the next step gets them anew, page by
-    page and zeroed: a tenth of a small model's step on a CPU (docs/decisions/no-waste.md). C
+    page and zeroed: 5 to 10 % of a small model's step on a CPU (docs/decisions/no-waste.md). C
     libraries without `mallopt` stay as they are.
     """
     c_library = ctypes.CDLL(None)

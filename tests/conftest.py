@@ -28,7 +28,7 @@ from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
-LAUNCH_LIMIT_S = 300.0
+LAUNCH_LIMIT_S = 180.0
 
 STEPS = 24
 TRAINING: dict[str, Any] = {

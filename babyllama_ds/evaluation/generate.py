@@ -43,8 +43,16 @@ def generate(
 
     Raises:
         ModelError, DataError: no model or no tokenizer in the directory, or they do not belong
-            together; a prompt without a token, or too long for the model's positions.
+            together; a prompt without a token, or too long for the model's positions; several
+            continuations without sampling.
     """
+    if sampling.number > 1 and not sampling.temperature:
+        raise ModelError.of(
+            "--number",
+            got=f"{sampling.number} at temperature 0",
+            expected="1, for all would be the same",
+            hint="give a higher --temperature",
+        )
     directory = _model_in(path)
     tokenizer = load_tokenizer(directory, where=WHERE)
     model: Any = load_model(directory, attention="sdpa", where=WHERE).to(device).eval()
@@ -57,7 +65,7 @@ def generate(
             ids_1S,
             attention_mask=torch.ones_like(ids_1S),
             max_new_tokens=sampling.tokens,
-            num_return_sequences=sampling.number if sampling.temperature else 1,
+            num_return_sequences=sampling.number,
             pad_token_id=tokenizer.pad_token_id or 0,
             **({"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}),
         )

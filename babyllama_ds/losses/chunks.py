@@ -72,22 +72,28 @@ class Voter:
         """The first teacher's states: the dtype and the device of all."""
         return self.teachers[0].hidden_ND
 
-    def logits_into(self, buffer_CV: Tensor, rows: slice, unused_C1: Tensor) -> Tensor:
+    def logits_into(
+        self, buffer_CV: Tensor, rows: slice, unused_C1: Tensor | None = None
+    ) -> Tensor:
         """Logits of these positions, written into the buffer; unused ones as of states of 0."""
         states_CD = torch.cat([teacher.hidden_ND[rows] for teacher in self.teachers], dim=1)
-        return logits_into(buffer_CV, states_CD.masked_fill_(unused_C1, 0), self.head)
+        if unused_C1 is not None:
+            states_CD.masked_fill_(unused_C1, 0)
+        return logits_into(buffer_CV, states_CD, self.head)
 
 
-def can_be_summed(teachers: Sequence[TeacherStates]) -> bool:
-    """Whether one product gives the mean of their raw logits, as exactly as apart.
+def votes_are_summed(mean_of: str, weights: Sequence[float]) -> bool:
+    """Whether teachers of such votes are taken as one `Voter`, if their heads are plain.
 
     Equal votes only: others would have to be rounded into the states.
     """
-    return all(
-        teacher.weight == teachers[0].weight
-        and teacher.hidden_ND.dtype == teachers[0].hidden_ND.dtype
-        and not teacher.head.states_are_logits
-        for teacher in teachers
+    return mean_of == "logits" and len(weights) > 1 and len(set(weights)) == 1
+
+
+def can_be_summed(teachers: Sequence[TeacherStates]) -> bool:
+    """Whether one product makes the sum of their logits."""
+    return len({teacher.hidden_ND.dtype for teacher in teachers}) == 1 and not any(
+        teacher.head.states_are_logits for teacher in teachers
     )
 
 

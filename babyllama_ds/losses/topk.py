@@ -25,7 +25,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from babyllama_ds.losses.chunks import TeacherStates, Voter, can_be_summed, chunks
+from babyllama_ds.losses.chunks import (
+    TeacherStates,
+    Voter,
+    can_be_summed,
+    chunks,
+    votes_are_summed,
+)
 from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, joined, mix, tiles
 
 TOP_K_WORK = 2
@@ -72,7 +78,6 @@ def top_k_targets(
     hidden_ND = [voter.hidden_ND for voter in voters]
     num_positions, device = hidden_ND[0].shape[0], hidden_ND[0].device
     dtype = torch.promote_types(hidden_ND[0].dtype, torch.float32)
-    unused_N1 = torch.zeros(num_positions, 1, dtype=torch.bool, device=device)
     ids_NK = torch.empty(num_positions, k, dtype=torch.int32, device=device)
     log_probs_NK = torch.empty(num_positions, k, dtype=dtype, device=device)
     with torch.no_grad():
@@ -84,7 +89,7 @@ def top_k_targets(
             chunk_tokens=chunk_tokens,
         ):
             voters_CV = [
-                voter.logits_into(buffer, rows, unused_N1[rows])
+                voter.logits_into(buffer, rows)
                 for buffer, voter in zip(buffers.logits_CV, voters, strict=True)
             ]
             for part, work in tiles(len(voters_CV[0]), buffers.work_RV):
@@ -119,7 +124,8 @@ def voters_of(
     teachers: Sequence[TeacherStates], mixture: Mixture, vocab_size: int
 ) -> tuple[list[Voter], Mixture]:
     """Whose logits are formed, and how p is made of them: one for all teachers where that does."""
-    if mixture.mean_of == "logits" and len(teachers) > 1 and can_be_summed(teachers):
+    weights = [teacher.weight for teacher in teachers]
+    if votes_are_summed(mixture.mean_of, weights) and can_be_summed(teachers):
         summed = replace(mixture, shares=mixture.shares[:1])
         return [Voter.of(teachers, vocab_size)], summed
     return [Voter.of([teacher], vocab_size) for teacher in teachers], mixture

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from babyllama_ds.errors import JobError
+from babyllama_ds.losses.chunks import votes_are_summed
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.sizes import ModelSizes
 from babyllama_ds.plan.activations import MicroBatchShape
@@ -221,7 +222,8 @@ class _Planner:
             vocab_size=self.corpus.vocab_size,
             chunk_tokens=loss.chunk_tokens if stage.distilled else None,
             teachers=[HeldTeacher(sizes=t.sizes, live=loss.cache == "none") for t in teachers],
-            summed=len(teachers) > 1 and self._votes_are_summed(),
+            summed=bool(teachers)
+            and votes_are_summed(loss.mean_of, [each.weight for each in self.job.teachers]),
             work_spaces=self._work_spaces() if stage.distilled else 1,
             cache_bytes=in_memory if on_cpu else cached.get("device", 0),
             host_cache_bytes=0 if on_cpu else in_memory,
@@ -229,11 +231,6 @@ class _Planner:
             evaluation_tokens=self.job.evaluation.batch_tokens,
             deepspeed=config,
         )
-
-    def _votes_are_summed(self) -> bool:
-        """As `losses.topk.voters_of` has it, for plain heads."""
-        equal = len({teacher.weight for teacher in self.job.teachers}) == 1
-        return self.job.distillation.mean_of == "logits" and equal
 
     def _work_spaces(self) -> int:
         return 2 if self.job.distillation.cache == "topk" else 3

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def _can_compile(asked: bool) -> bool:
-    lacking = what_compiling_lacks(machine()[0])  # type: ignore[arg-type]
+    lacking = what_compiling_lacks(machine()[0])
     if asked and lacking:
         print(f"no compiled rows: {lacking} here")
     return asked and lacking is None

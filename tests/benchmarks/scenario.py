@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from babyllama_ds.corpus.windows import TrainWindows
+from babyllama_ds.engine.distributed import Device
 from babyllama_ds.models.build import build_model
 from babyllama_ds.spec.job import JobSpec, ModelSpec
 from babyllama_ds.training.meter import work_of
@@ -153,7 +154,7 @@ def windows(sizes: Sizes) -> TrainWindows:
     return TrainWindows(tokens, length=sizes.length, offsets="fixed", seed=0)  # type: ignore[arg-type]
 
 
-def machine() -> tuple[str, int]:
+def machine() -> tuple[Device, int]:
     """(device, units that work is shared out to: CUDA devices, or the cores we may use)."""
     import torch
 

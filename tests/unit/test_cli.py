@@ -200,6 +200,8 @@ def test_version_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert "student" in schema["properties"]
+    assert cli.main(["schema", "--reference"]) == 0
+    assert capsys.readouterr().out == (ROOT / "docs" / "jobs.md").read_text(encoding="utf-8")
 
 
 # -- run -------------------------------------------------------------------------------------------

@@ -19,10 +19,11 @@ from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.fingerprints import weight_hashes
 from babyllama_ds.spec.job import DistillationSpec
 
-FORMAT = 2
+FORMAT = 3
 """Raised when records or shards are laid out in another way, or teachers computed in another.
 
 2: the modules of `models.fused` round otherwise than those of transformers.
+3: the logits of teachers with equal votes are rounded summed, not apart (`losses.chunks.Voter`).
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 from babyllama_ds.engine.compiling import REPAID_AFTER_S, choose_compiled, what_compiling_lacks
 from babyllama_ds.errors import MachineError
 
+Pretend = Callable[..., None]
+
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:
+def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Pretend:
     """Say whether there are compilers of C++ and C, and Triton."""
 
     def say(*, compiler: bool, triton: bool = True, c_compiler: str | None = "gcc") -> None:
@@ -57,14 +60,14 @@ def test_rules(asked: str, device: str, products_s: float, expected: str) -> Non
     ],
 )
 def test_auto_does_without_what_is_not_there(
-    compiler: bool, triton: bool, c_compiler: str | None, lacking: str, pretend: object
+    compiler: bool, triton: bool, c_compiler: str | None, lacking: str, pretend: Pretend
 ) -> None:
-    pretend(compiler=compiler, triton=triton, c_compiler=c_compiler)  # type: ignore[operator]
+    pretend(compiler=compiler, triton=triton, c_compiler=c_compiler)
     assert choose_compiled("auto", device="cuda", products_s=1e6) == ("none", f"{lacking} here")
 
 
-def test_by_name_without_a_compiler_is_an_error(pretend: object) -> None:
-    pretend(compiler=False)  # type: ignore[operator]
+def test_by_name_without_a_compiler_is_an_error(pretend: Pretend) -> None:
+    pretend(compiler=False)
     with pytest.raises(MachineError) as caught:
         choose_compiled("student", device="cpu", products_s=10)
     (problem,) = caught.value.problems
@@ -73,19 +76,19 @@ def test_by_name_without_a_compiler_is_an_error(pretend: object) -> None:
     assert "g++" in (problem.hint or "")
 
 
-def test_only_triton_needs_a_compiler_of_c(pretend: object) -> None:
-    pretend(compiler=True, c_compiler=None)  # type: ignore[operator]
+def test_only_triton_needs_a_compiler_of_c(pretend: Pretend) -> None:
+    pretend(compiler=True, c_compiler=None)
     assert what_compiling_lacks("cpu") is None
     assert what_compiling_lacks("cuda") == "no C compiler"
-    pretend(compiler=True, c_compiler="clang")  # type: ignore[operator]
+    pretend(compiler=True, c_compiler="clang")
     assert what_compiling_lacks("cuda") is None
 
 
 @pytest.mark.parametrize(("variable", "name"), [("CXX", "g++"), ("CC", "gcc")])
 def test_a_compiler_may_be_named_with_flags(
-    variable: str, name: str, pretend: object, monkeypatch: pytest.MonkeyPatch
+    variable: str, name: str, pretend: Pretend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(compiler=True)  # type: ignore[operator]
+    pretend(compiler=True)
     monkeypatch.setenv(variable, f"{name} -O2 '-DX=a b'")
     assert what_compiling_lacks("cuda") is None
     monkeypatch.setenv(variable, "no-such-compiler -O2")
@@ -93,9 +96,9 @@ def test_a_compiler_may_be_named_with_flags(
 
 
 def test_a_compiler_named_by_cxx_must_be_there(
-    pretend: object, monkeypatch: pytest.MonkeyPatch
+    pretend: Pretend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(compiler=True)  # type: ignore[operator]
+    pretend(compiler=True)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(MachineError):
         choose_compiled("all", device="cpu", products_s=10)

@@ -79,6 +79,11 @@ def test_a_prompt_that_leaves_no_room_is_refused(model_dir: Path) -> None:
     assert "--tokens" in (problem.hint or "")
 
 
+def test_several_texts_without_sampling_are_refused(model_dir: Path) -> None:
+    with pytest.raises(ModelError, match="--number: got 2 at temperature 0, expected 1"):
+        list(generate(str(model_dir), ["the"], replace(GREEDY, number=2), device=CPU))
+
+
 def test_an_empty_prompt_is_refused(model_dir: Path) -> None:
     with pytest.raises(ModelError, match="no tokens"):
         list(generate(str(model_dir), [""], GREEDY, device=CPU))
