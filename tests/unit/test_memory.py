@@ -79,7 +79,7 @@ def step() -> None:
 
 if sys.argv[1] == "kept":
     memory.keep_freed_memory()
-for _ in range(6):
+for _ in range(30):
     step()  # until blocks of these sizes have found their places
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
