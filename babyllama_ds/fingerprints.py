@@ -5,25 +5,27 @@ Never in a fingerprint: rank count, micro-batch, logging, paths, device.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 from babyllama_ds import files
 from babyllama_ds.errors import ModelError
-from babyllama_ds.spec.job import (
-    DistillationSpec,
-    JobSpec,
-    ModelSpec,
-    PretrainedModel,
-    TeacherSpec,
-    TrainingSpec,
-    WindowsSpec,
-)
+from babyllama_ds.spec.base import Spec
+from babyllama_ds.spec.corpus import WindowsSpec
+from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.spec.job import JobSpec, TeacherSpec
+from babyllama_ds.spec.models import ModelSpec, PretrainedModel
+from babyllama_ds.spec.training import TrainingSpec
 
 METHOD = 3
 """Raised when a change of the code changes what the same job gives."""
 
 HOW_IT_RUNS = {"micro_batch", "log_every_steps", "profile_steps", "checkpoint_every_steps"}
+
+NEUTRAL: dict[type[Spec], dict[str, Any]] = {}
+"""Options that came after METHOD was last raised, with the (JSON) value at which nothing is changed
+by them: there they are left out, so that what was made before still stands."""
 
 
 def trained_fingerprint(
@@ -40,9 +42,9 @@ def trained_fingerprint(
         {
             "method": METHOD,
             "model": _model(model),
-            "training": training.model_dump(mode="json", exclude=HOW_IT_RUNS),
+            "training": _plain(training, exclude=HOW_IT_RUNS),
             "tokens": tokens_key,
-            "windows": windows.model_dump(mode="json"),
+            "windows": _plain(windows),
             "seed": seed,
             "precision": precision,
         }
@@ -69,9 +71,7 @@ def _loss(spec: DistillationSpec) -> dict[str, Any]:
     The `hidden` cache is left out, as the micro-batch is: it gives what the live teachers give, or
     what they would give in another micro-batch.
     """
-    plain: dict[str, Any] = spec.model_dump(
-        mode="json", exclude={"chunk_tokens", "cache", "cache_tier", "cache_top_k"}
-    )
+    plain = _plain(spec, exclude={"chunk_tokens", "cache", "cache_tier", "cache_top_k"})
     return plain | ({"top_k": spec.cache_top_k} if spec.cache == "topk" else {})
 
 
@@ -95,9 +95,7 @@ def evaluation_fingerprint(
             "weights": weight_hashes(model_dir),
             "tokens": tokens_key,
             "length": job.windows.length,
-            "evaluation": job.evaluation.model_dump(
-                mode="json", exclude={"batch_tokens", "minimal_pairs"}
-            ),
+            "evaluation": _plain(job.evaluation, exclude={"batch_tokens", "minimal_pairs"}),
             "pairs": [
                 [
                     name,
@@ -125,8 +123,15 @@ def weight_hashes(model_dir: Path) -> dict[str, str]:
     return {path.name: files.sha256_file(path) for path in sorted(model_dir.glob("*.safetensors"))}
 
 
+def _plain(spec: Spec, *, exclude: Set[str] = frozenset()) -> dict[str, Any]:
+    """The values of a part that change a result."""
+    neutral = NEUTRAL.get(type(spec), {})
+    plain: dict[str, Any] = spec.model_dump(mode="json", exclude=set(exclude))
+    return {key: v for key, v in plain.items() if key not in neutral or v != neutral[key]}
+
+
 def _model(spec: ModelSpec) -> dict[str, Any]:
-    plain: dict[str, Any] = spec.model_dump(mode="json", exclude={"attention"})
+    plain = _plain(spec, exclude={"attention"})
     if isinstance(spec, PretrainedModel):
         plain["path"] = _pretrained_content(spec.path)
     return plain

@@ -31,7 +31,8 @@ from babyllama_ds.corpus.tokenizer import (
     train_tokenizer,
 )
 from babyllama_ds.files import hash_json
-from babyllama_ds.spec.job import FilesCorpus, JobSpec, LoadedTokenizer, NurseryCorpus
+from babyllama_ds.spec.corpus import FilesCorpus, LoadedTokenizer, NurseryCorpus
+from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.store import Store
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from babyllama_ds.corpus.cleaning import CLEANING_VERSION, Cleaning, clean
 from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.files import hash_json
-from babyllama_ds.spec.job import FilesCorpus, HeldOutFiles
+from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles
 
 Split = Literal["train", "dev"]
 

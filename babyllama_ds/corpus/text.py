@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-from babyllama_ds.spec.job import FilesCorpus, HeldOutFiles
+from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles
 
 
 def nursery_files(directory: Path) -> FilesCorpus:

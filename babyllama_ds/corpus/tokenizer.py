@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from babyllama_ds.errors import DataError
 from babyllama_ds.files import cannot_write, hash_json, read_json, write_json
-from babyllama_ds.spec.job import TrainedTokenizer
+from babyllama_ds.spec.corpus import TrainedTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

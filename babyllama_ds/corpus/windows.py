@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.errors import DataError
-from babyllama_ds.spec.job import Offsets, Phases
+from babyllama_ds.spec.corpus import Offsets, Phases
 
 Indices = npt.NDArray[np.int64]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.spec.training import TrainingSpec
 
 
 def learning_rate(training: TrainingSpec, step: int, total_steps: int) -> float:

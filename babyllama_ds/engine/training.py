@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.spec.training import TrainingSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 COLLECTIVES = (

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import import_utils
 
 from babyllama_ds.errors import MachineError
-from babyllama_ds.spec.job import Attention
+from babyllama_ds.spec.models import Attention
 
 Device = Literal["cpu", "cuda"]
 

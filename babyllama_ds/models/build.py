@@ -23,7 +23,7 @@ from transformers import (
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.fused import fuse
-from babyllama_ds.spec.job import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
+from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
 
 def build_model(

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import count_parameters, model_config
-from babyllama_ds.spec.job import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
+from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import build_model, check_positions
 from babyllama_ds.models.parts import HeadKind, check_plain_head
 from babyllama_ds.pipeline.parts import Parts, training_key
-from babyllama_ds.spec.job import PretrainedModel
+from babyllama_ds.spec.models import PretrainedModel
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
 from babyllama_ds.training.batches import check_warmup
 

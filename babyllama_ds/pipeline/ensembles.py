@@ -11,7 +11,8 @@ from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.models.build import count_parameters, load_model
 from babyllama_ds.pipeline.parts import Parts
-from babyllama_ds.spec.job import TeacherSpec, TrainingSpec
+from babyllama_ds.spec.job import TeacherSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache.opening import Surroundings

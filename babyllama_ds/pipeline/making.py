@@ -21,7 +21,8 @@ from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.settling import Settling
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
-from babyllama_ds.spec.job import ModelSpec, TrainingSpec
+from babyllama_ds.spec.models import ModelSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.ensemble import Ensemble

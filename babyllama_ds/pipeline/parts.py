@@ -22,7 +22,9 @@ from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.minimal_pairs import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.spec import deepspeed
-from babyllama_ds.spec.job import JobSpec, ModelSpec, TrainingSpec
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.spec.models import ModelSpec
+from babyllama_ds.spec.training import TrainingSpec
 
 
 class Parts:

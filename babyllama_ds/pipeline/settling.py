@@ -19,7 +19,7 @@ from babyllama_ds.pipeline.ensembles import live_ensemble
 from babyllama_ds.pipeline.parts import Parts, training_key
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
-from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.micro_batch import find_micro_batch
 from babyllama_ds.training.objective import Objective
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.matmul_rate import MatmulRates, measure_matmul_rates
 from babyllama_ds.pipeline.parts import Parts
-from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.batches import total_steps
 from babyllama_ds.training.meter import Meter, Work, work_of
 

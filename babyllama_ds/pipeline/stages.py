@@ -34,7 +34,9 @@ from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.report.card import render_model_card
 from babyllama_ds.report.write import write_report
 from babyllama_ds.rundir import RunDirectory
-from babyllama_ds.spec.job import JobSpec, ModelSpec, TeacherSpec, TrainingSpec
+from babyllama_ds.spec.job import JobSpec, TeacherSpec
+from babyllama_ds.spec.models import ModelSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store, link_entry
 

@@ -20,14 +20,14 @@ from babyllama_ds.corpus.sources import find_files
 from babyllama_ds.corpus.tokenizer import load_tokenizer
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.errors import DataError
-from babyllama_ds.spec.job import (
+from babyllama_ds.spec.corpus import (
     FilesCorpus,
     HeldOutFiles,
-    JobSpec,
     NurseryCorpus,
     TailOfEachFile,
     TrainedTokenizer,
 )
+from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.store import Store
 
 # Bytes of English text in a token of a byte-level BPE, by vocabulary size; measured on held-out

@@ -32,7 +32,9 @@ from babyllama_ds.plan.memory import (
 from babyllama_ds.plan.rates import Rate
 from babyllama_ds.plan.stages import PlannedStage, PlannedStages, plan_stages
 from babyllama_ds.spec.deepspeed import Precision, deepspeed_config, micro_batch, precision
-from babyllama_ds.spec.job import JobSpec, ModelSpec, TrainingSpec
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.spec.models import ModelSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.tiers import (
     TRAINED_BYTES_A_PARAMETER,
     Need,

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.models.sizes import ModelSizes, model_sizes
 from babyllama_ds.plan.corpus import PlannedCorpus, cut
-from babyllama_ds.spec.job import JobSpec, ModelSpec, TrainingSpec
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.spec.models import ModelSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.batches import check_warmup, steps_per_epoch, total_steps
 
 

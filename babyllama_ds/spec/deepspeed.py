@@ -18,18 +18,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from babyllama_ds.errors import JobError
+from babyllama_ds.spec.base import Mismatch, MismatchError, Spec
 from babyllama_ds.spec.document import Document, Place, read_document
 from babyllama_ds.spec.explain import explain
-from babyllama_ds.spec.job import (
-    DeepSpeedSpec,
-    JobSpec,
-    Mismatch,
-    MismatchError,
-    Spec,
-    TrainingSpec,
-)
+from babyllama_ds.spec.job import DeepSpeedSpec, JobSpec
 from babyllama_ds.spec.loading import read_text
 from babyllama_ds.spec.shipped import find_file
+from babyllama_ds.spec.training import TrainingSpec
 
 Device = Literal["cpu", "cuda"]
 Precision = Literal["bf16", "fp32"]

@@ -14,8 +14,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from babyllama_ds.spec.base import MismatchError
 from babyllama_ds.spec.document import Document, KeyPath, key_text, show
-from babyllama_ds.spec.job import MismatchError
 
 # What people who know transformers and DeepSpeed write, and what it is called here.
 OTHER_NAMES: Mapping[str, str] = {

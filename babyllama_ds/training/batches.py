@@ -21,7 +21,7 @@ from torch import Tensor
 
 from babyllama_ds.errors import JobError
 from babyllama_ds.losses.distillation import IGNORED_LABEL
-from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.spec.training import TrainingSpec
 
 
 class WindowSource(Protocol):

@@ -29,7 +29,8 @@ from babyllama_ds.errors import ModelError, Problem, TrainingError
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.models.build import count_parameters
-from babyllama_ds.spec.job import DistillationSpec, TrainingSpec
+from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest, stopped
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.teachers.watch import broken_windows, measures, warnings_of

@@ -16,7 +16,7 @@ from torch import nn
 
 from babyllama_ds.engine.matmul_rate import Products, step_products
 from babyllama_ds.models.sizes import ModelSizes, meta_model, model_sizes
-from babyllama_ds.spec.job import ModelSpec
+from babyllama_ds.spec.models import ModelSpec
 
 Cache = Literal["none", "hidden", "topk"]
 """What of the teachers is not computed in a step."""

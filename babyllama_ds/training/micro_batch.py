@@ -25,7 +25,7 @@ from babyllama_ds import ranks
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import available_host_bytes
-from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.tiers import ranks_of_this_machine
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import micro_batch

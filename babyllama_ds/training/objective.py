@@ -23,7 +23,7 @@ from babyllama_ds.losses.distillation import (
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.weights import loss_counts
 from babyllama_ds.models.parts import Backbone, split_causal_lm
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Targets
 from babyllama_ds.training.batches import Batch, MicroBatch
 

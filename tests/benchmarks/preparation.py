@@ -31,7 +31,7 @@ from babyllama_ds.corpus.shards import BATCH_BLOCKS, BLOCK_CHARS, cut_into_block
 from babyllama_ds.corpus.sources import iter_text, read_sources
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
 from babyllama_ds.report.formatting import number, table
-from babyllama_ds.spec.job import FilesCorpus, HeldOutFiles, TrainedTokenizer
+from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles, TrainedTokenizer
 
 VOCAB_SIZE = 8192
 LEARNT_LINES = 100_000

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine.distributed import Device
 from babyllama_ds.models.build import build_model
-from babyllama_ds.spec.job import JobSpec, ModelSpec
+from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.training.meter import work_of
 
 NUM_BATCHES = 8

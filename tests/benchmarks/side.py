@@ -31,7 +31,8 @@ from babyllama_ds import ranks
 from babyllama_ds.memory import keep_freed_memory
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.parts import split_causal_lm
-from babyllama_ds.spec.job import JobSpec, ModelSpec, TeacherSpec
+from babyllama_ds.spec.job import JobSpec, TeacherSpec
+from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.teachers.cache.hidden import RememberedMember
 from babyllama_ds.teachers.cache.layout import Layout, padded_bytes
 from babyllama_ds.teachers.cache.records import MemoryRecords

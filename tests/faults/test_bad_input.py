@@ -144,7 +144,7 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory, tiny_job: Callable[...
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from babyllama_ds.corpus.tokenizer import train_tokenizer
-    from babyllama_ds.spec.job import TrainedTokenizer
+    from babyllama_ds.spec.corpus import TrainedTokenizer
 
     folder = tmp_path_factory.mktemp("saved")
     text = tiny_job(folder / "job").parent / "town.train"
@@ -183,7 +183,7 @@ def test_teacher_with_another_vocabulary(
     job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
 ) -> None:
     from babyllama_ds.corpus.tokenizer import train_tokenizer
-    from babyllama_ds.spec.job import TrainedTokenizer
+    from babyllama_ds.spec.corpus import TrainedTokenizer
 
     stranger = tmp_path / "stranger"
     shutil.copytree(saved_model, stranger)

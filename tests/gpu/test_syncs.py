@@ -23,7 +23,9 @@ from babyllama_ds.engine import distributed
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.spec.deepspeed import deepspeed_config, read_config
-from babyllama_ds.spec.job import DeepSpeedSpec, DistillationSpec, TrainingSpec
+from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.spec.job import DeepSpeedSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
 from babyllama_ds.teachers.ensemble import Ensemble, Member

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer, vocabulary_hash
 from babyllama_ds.errors import DataError, ModelError, UserError
 from babyllama_ds.pipeline import run_job
-from babyllama_ds.spec.job import TrainedTokenizer
+from babyllama_ds.spec.corpus import TrainedTokenizer
 from babyllama_ds.spec.loading import load_job
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")

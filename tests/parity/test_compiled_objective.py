@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from babyllama_ds.losses.distillation import TeacherStates
 from babyllama_ds.losses.topk import top_k_targets
 from babyllama_ds.models.parts import split_causal_lm
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.training.batches import MicroBatch, micro_batch
 from babyllama_ds.training.objective import Counts, LossParts, Objective
 

@@ -42,7 +42,8 @@ from babyllama_ds.engine.proof.models import (
 )
 from babyllama_ds.losses.distillation import TeacherStates
 from babyllama_ds.losses.heads import Head
-from babyllama_ds.spec.job import DistillationSpec, Gpt2Model, LlamaModel
+from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.spec.models import Gpt2Model, LlamaModel
 from babyllama_ds.training.objective import Counts, Objective
 
 CPU = torch.device("cpu")

@@ -85,7 +85,7 @@ def tiny_model() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def training_spec() -> Callable[..., Any]:
     """A `TrainingSpec` with short defaults."""
-    from babyllama_ds.spec.job import TrainingSpec
+    from babyllama_ds.spec.training import TrainingSpec
 
     def make(**changes: Any) -> TrainingSpec:
         values = {"batch_windows": 4, "epochs": 1.0, "learning_rate": 1e-2, **changes}

@@ -26,18 +26,13 @@ from babyllama_ds.fingerprints import (
     trained_fingerprint,
     weight_hashes,
 )
-from babyllama_ds.spec.job import (
-    DistillationSpec,
-    EvaluationSpec,
-    Gpt2Model,
-    JobSpec,
-    LlamaModel,
-    PretrainedModel,
-    TeacherSpec,
-    TrainingSpec,
-    WindowsSpec,
-)
+from babyllama_ds.spec.corpus import WindowsSpec
+from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.spec.evaluation import EvaluationSpec
+from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.models import Gpt2Model, LlamaModel, PretrainedModel
+from babyllama_ds.spec.training import TrainingSpec
 
 LLAMA = LlamaModel(kind="llama", hidden_size=48, num_layers=2, num_heads=4, intermediate_size=40)
 GPT2 = Gpt2Model(kind="gpt2", hidden_size=48, num_layers=2, num_heads=4)

@@ -9,10 +9,12 @@ import pytest
 
 from babyllama_ds.errors import JobError
 from babyllama_ds.spec.deepspeed import accumulation_steps, deepspeed_config
-from babyllama_ds.spec.job import JobSpec, ModelSpec, PretrainedModel, TrainingSpec
+from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.spec.shipped import find_job, shipped_names
+from babyllama_ds.spec.training import TrainingSpec
 
 FOLDER = Path(__file__).parents[2] / "launcher" / "jobs"
 NAMES = shipped_names("jobs")

@@ -38,13 +38,9 @@ from babyllama_ds.engine.training import adamw
 from babyllama_ds.errors import DataError, JobError
 from babyllama_ds.losses.weights import effective_token_weights
 from babyllama_ds.models.build import count_parameters, model_config
+from babyllama_ds.spec.corpus import HeldOutFiles, TailOfEachFile, TrainedTokenizer
 from babyllama_ds.spec.deepspeed import accumulation_steps, micro_batch
-from babyllama_ds.spec.job import (
-    HeldOutFiles,
-    JobSpec,
-    TailOfEachFile,
-    TrainedTokenizer,
-)
+from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
 from babyllama_ds.store import Store

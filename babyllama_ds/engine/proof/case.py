@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.spec.training import TrainingSpec
 
 STEPS = 20
 MICRO_WINDOWS = 2

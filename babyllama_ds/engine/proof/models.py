@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.proof.case import LENGTH, VOCAB, Case
 from babyllama_ds.models.build import build_model
-from babyllama_ds.spec.job import Gpt2Model, LlamaModel
+from babyllama_ds.spec.models import Gpt2Model, LlamaModel
 
 # Weights far larger than a job's, so that two layers already bend gradients.
 LLAMA = LlamaModel(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from babyllama_ds.errors import JobError, ModelError
 from babyllama_ds.models.parts import HeadKind
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 
 
 def check_top_k(loss: DistillationSpec, vocab_size: int) -> None:

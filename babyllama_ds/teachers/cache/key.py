@@ -17,7 +17,7 @@ import torch
 from babyllama_ds import files
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.fingerprints import weight_hashes
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 
 FORMAT = 3
 """Raised when records or shards are laid out in another way, or teachers computed in another.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache.hidden import remember
 from babyllama_ds.teachers.cache.opening import Surroundings
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput

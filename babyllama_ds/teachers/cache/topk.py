@@ -26,7 +26,7 @@ from babyllama_ds.losses.distillation import IGNORED_LABEL, distillation_loss
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
 from babyllama_ds.models.parts import split_causal_lm
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache.build import Compute
 from babyllama_ds.teachers.cache.key import topk_key
 from babyllama_ds.teachers.cache.layout import Layout, padded_bytes

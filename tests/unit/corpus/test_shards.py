@@ -22,7 +22,7 @@ from babyllama_ds.corpus import shards as module
 from babyllama_ds.corpus.shards import DomainSpan, TokenShards, cut_into_blocks, write_shards
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
 from babyllama_ds.errors import DataError, RunError, Stopped
-from babyllama_ds.spec.job import TrainedTokenizer
+from babyllama_ds.spec.corpus import TrainedTokenizer
 
 LINES = [
     f"{who} said: 'the {thing} {verb}!'\n\n  And so\tit {verb}.\n"

@@ -21,7 +21,7 @@ from babyllama_ds.corpus.sources import (
     train_lines,
 )
 from babyllama_ds.errors import DataError, Stopped
-from babyllama_ds.spec.job import FilesCorpus, HeldOutFiles, TailOfEachFile
+from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles, TailOfEachFile
 
 
 def tail(fraction: float = 0.05) -> TailOfEachFile:

@@ -25,7 +25,7 @@ from babyllama_ds.corpus.tokenizer import (
     vocabulary_size,
 )
 from babyllama_ds.errors import DataError, Stopped
-from babyllama_ds.spec.job import TrainedTokenizer
+from babyllama_ds.spec.corpus import TrainedTokenizer
 
 LINES = [
     f"The {size} {animal} {verb} by the {place}, and we don't know why.\n"

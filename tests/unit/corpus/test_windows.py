@@ -11,7 +11,7 @@ import pytest
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.windows import DevWindows, TrainWindows
 from babyllama_ds.errors import DataError
-from babyllama_ds.spec.job import Offsets, Phases
+from babyllama_ds.spec.corpus import Offsets, Phases
 
 LENGTH = 5
 

@@ -25,7 +25,7 @@ from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder, Progress
 from babyllama_ds.engine.training import TrainingEngine, adamw
-from babyllama_ds.spec.job import TrainingSpec
+from babyllama_ds.spec.training import TrainingSpec
 
 BATCH, LENGTH, VOCAB = 8, 12, 61
 RATES = (3e-3, 1e-2, 5e-3, 2e-3)

@@ -14,7 +14,7 @@ from babyllama_ds import cli
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
 from babyllama_ds.errors import DataError, ModelError
 from babyllama_ds.evaluation.generate import Sampling, generate
-from babyllama_ds.spec.job import TrainedTokenizer
+from babyllama_ds.spec.corpus import TrainedTokenizer
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(tokens=12, temperature=0.0)

@@ -22,7 +22,7 @@ from babyllama_ds.models.build import (
     model_config,
 )
 from babyllama_ds.models.fused import PLAIN_ATTENTION
-from babyllama_ds.spec.job import Gpt2Model, LlamaModel, PretrainedModel
+from babyllama_ds.spec.models import Gpt2Model, LlamaModel, PretrainedModel
 
 MakeTokenizer = Callable[[int], Any]
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import count_parameters
 from babyllama_ds.models.sizes import model_sizes, sizes_of
-from babyllama_ds.spec.job import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
+from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
 VOCAB = 16_000
 

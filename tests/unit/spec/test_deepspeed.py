@@ -23,8 +23,9 @@ from babyllama_ds.spec.deepspeed import (
     precision,
     read_config,
 )
-from babyllama_ds.spec.job import DeepSpeedSpec, JobSpec, TrainingSpec
+from babyllama_ds.spec.job import DeepSpeedSpec, JobSpec
 from babyllama_ds.spec.shipped import shipped_names
+from babyllama_ds.spec.training import TrainingSpec
 
 GOOD: dict[str, Any] = {
     "zero_optimization": {"stage": 2},

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from babyllama_ds.spec.job import JobSpec, LlamaModel, derive_seed
+from babyllama_ds.spec.job import JobSpec, derive_seed
+from babyllama_ds.spec.models import LlamaModel
 
 
 def job(**changes: Any) -> JobSpec:

@@ -32,7 +32,8 @@ from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import Stopped, TrainingError
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.losses.heads import Head
-from babyllama_ds.spec.job import DistillationSpec, TrainingSpec
+from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training import loop, objective

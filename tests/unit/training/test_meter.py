@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from babyllama_ds.engine.matmul_rate import Products
 from babyllama_ds.models.sizes import model_sizes, sizes_of
-from babyllama_ds.spec.job import Gpt2Model, LlamaModel
+from babyllama_ds.spec.models import Gpt2Model, LlamaModel
 from babyllama_ds.training.meter import Meter, flops_per_token, work_of
 
 WINDOWS, LENGTH, VOCAB = 3, 8, 61

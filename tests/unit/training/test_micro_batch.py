@@ -11,7 +11,7 @@ import torch
 from babyllama_ds import ranks
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.errors import MachineError
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training import micro_batch as room
 from babyllama_ds.training.batches import Batch

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.engine.inference import FrozenModel
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import Batch, micro_batch
 from babyllama_ds.training.objective import Counts, Objective, engine_scale

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from babyllama_ds import ranks
 from babyllama_ds.engine.inference import FrozenModel
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import Batch, micro_batch
 from babyllama_ds.training.objective import Objective

@@ -16,7 +16,7 @@ from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.models.build import load_model
-from babyllama_ds.spec.job import Phases
+from babyllama_ds.spec.corpus import Phases
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache.opening import Surroundings

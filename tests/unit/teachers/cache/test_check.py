@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from babyllama_ds.errors import JobError, ModelError
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
 
 

@@ -15,7 +15,8 @@ import torch
 from babyllama_ds import files
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.windows import TrainWindows
-from babyllama_ds.spec.job import DistillationSpec, Offsets, Phases
+from babyllama_ds.spec.corpus import Offsets, Phases
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache import key as key_module
 from babyllama_ds.teachers.cache.key import topk_key
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput

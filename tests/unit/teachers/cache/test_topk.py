@@ -17,7 +17,7 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
 from babyllama_ds.models.build import load_model
-from babyllama_ds.spec.job import DistillationSpec
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache.opening import Surroundings
 from babyllama_ds.teachers.cache.remembered import remembered_ensemble
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput

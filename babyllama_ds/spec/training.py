@@ -1,0 +1,90 @@
+"""How a model of a job is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+from babyllama_ds.spec.base import Mismatch, Spec, consistent
+
+MicroBatch = Annotated[
+    Annotated[PositiveInt, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
+    Discriminator(lambda value: "word" if value == "auto" else "number"),
+]
+
+
+class TrainingSpec(Spec):
+    """How one model is trained. Training ends at the first of the limits given."""
+
+    batch_windows: PositiveInt
+    """Windows in one optimizer step, over all ranks and micro-batches."""
+    micro_batch: MicroBatch | None = None
+    """Windows in one forward pass of one rank; `auto`: the largest that fits in memory, tried out
+    before training; none: the rank's whole share of the batch. Accumulation steps are derived:
+    `batch_windows / (micro_batch * ranks)`."""
+    epochs: PositiveFloat
+    """Passes over the training windows; may be a fraction."""
+    max_steps: PositiveInt | None = None
+    """Limit on optimizer steps."""
+    max_tokens: PositiveInt | None = None
+    """Limit on tokens seen."""
+    learning_rate: PositiveFloat
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """Decay to zero after the warm-up."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up from zero."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of matrices and embeddings (norms and biases are not decayed)."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """AdamW's moment decay rates."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global gradient norm; none: no clipping."""
+    evaluate_every_steps: PositiveInt | None = None
+    """Optimizer steps between evaluations on development windows; none: once an epoch."""
+    evaluate_windows: PositiveInt | None = None
+    """Development windows (evenly spaced) in an evaluation during training; none: all."""
+    keep: Literal["best", "last"] = "best"
+    """The weights that leave: lowest development cross-entropy, or the last step's."""
+    checkpoint_every_steps: PositiveInt | None = None
+    """Optimizer steps between checkpoints; none: at every evaluation."""
+    log_every_steps: PositiveInt = 10
+    """Optimizer steps between logged lines."""
+    profile_steps: PositiveInt | None = None
+    """Optimizer steps, after the first one of a start, whose parts are timed and told (data,
+    teachers, student, loss, backward, optimizer, communication); none: none. On an accelerator
+    these steps are slower: each part waits for the device."""
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> TrainingSpec:
+        found = []
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            found.append(
+                Mismatch(("warmup_steps",), self.warmup_steps, f"< max_steps ({self.max_steps})")
+            )
+        if isinstance(self.micro_batch, int) and self.batch_windows % self.micro_batch:
+            fitting = [n for n in range(1, self.micro_batch) if self.batch_windows % n == 0]
+            found.append(
+                Mismatch(
+                    ("micro_batch",),
+                    self.micro_batch,
+                    f"a divisor of batch_windows ({self.batch_windows})",
+                    hint=f"the next smaller one is {fitting[-1]}",
+                )
+            )
+        return consistent(self, found)
