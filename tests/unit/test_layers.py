@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,6 +102,23 @@ def test_the_launchers_script_knows_the_command_line_alone() -> None:
 )
 def test_the_check_itself(room: str, source: str, found: int) -> None:
     assert len(list(violations(room, source))) == found
+
+
+def test_the_picture_of_the_house() -> None:
+    """Its rows are the rows, and every arrow is an import."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.partition("```mermaid\n")[2].partition("```")[0]
+    rows = re.findall(r"subgraph row(\d).*?\n(.*?)  end", picture, re.S)
+    assert {int(number): set(rooms.split()) for number, rooms in rows} == dict(enumerate(ROWS))
+    arrows = set(re.findall(r"(\w+) [=-]{2}> (\w+)", picture))
+    imports = {
+        (room_of(path), name.split(".")[1])
+        for path in MODULES
+        for _, name in imported(path.read_text(encoding="utf-8"))
+        if name.startswith("babyllama_ds.")
+    }
+    assert len(arrows) > 10
+    assert arrows <= imports
 
 
 CHECK_A_JOB = """

@@ -1,0 +1,225 @@
+"""What the documents tell people to type is typed: commands, Python, and parts of jobs.
+
+A command that takes minutes, or changes the machine, is asked for what can be asked: `make` whether
+the target is there, the job whether it is valid with these overrides, a script for its options.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.shipped import find_job
+
+pytestmark = pytest.mark.launch
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+LIMIT_S = 180
+NOT_TYPED = {
+    "export": "changes the shell",
+    "pip": "changes the environment",
+    "apt-get": "changes the machine",
+    "tensorboard": "serves until it is stopped",
+    "scp": "wants another machine",
+    "rsync": "wants another machine",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced part of a document."""
+
+    path: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(*languages: str) -> Iterator[Block]:
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
+            if found[1] in languages:
+                line = text.count("\n", 0, found.start()) + 1
+                yield Block(path, line, found[1], found[2])
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is typed after a `$`, and whether what follows is an error."""
+
+    where: str
+    words: tuple[str, ...]
+    fails: bool
+
+
+def commands() -> Iterator[Command]:
+    for block in blocks("console"):
+        joined = block.text.replace("\\\n", " ")
+        for typed, answer in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", joined, re.M):
+            words = tuple(shlex.split(typed, comments=True))
+            fails = re.search(r"^error:", answer, re.M) is not None
+            yield Command(str(block), words, fails)
+
+
+COMMANDS = list(dict.fromkeys(commands()))
+
+
+@pytest.fixture(scope="module")
+def home(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout after `make distill`: a finished run, and a job of the reader's own."""
+    folder = tmp_path_factory.mktemp("home")
+    for name in ("launcher", "ds_configs", "Makefile", "tests", "pyproject.toml"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(finished.runs, folder / "runs", symlinks=True)
+    (folder / "runs" / "tiny-1").rename(folder / "runs" / "nursery-1")
+    shutil.copy(finished.job, folder / "my.yaml")
+    data = folder / "data"
+    for part in ("train", "dev"):
+        (data / part).mkdir(parents=True)
+        shutil.copy(finished.folder / f"town.{part}", data / part / f"childes.{part}")
+    for benchmark in ("blimp_filtered", "supplement_filtered"):
+        (data / "eval" / benchmark).mkdir(parents=True)
+        pair = {"sentence_good": "mara paints a blue boat", "sentence_bad": "mara a paints boat"}
+        (data / "eval" / benchmark / "order.jsonl").write_text(json.dumps(pair) + "\n")
+    return folder
+
+
+def ask(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    data = str(folder / "data")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "BABYLM_DATA": data}
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.words)[:60])
+def test_a_command(command: Command, home: Path) -> None:
+    program, *words = command.words
+    typists: Mapping[str, Callable[[list[str], Path], subprocess.CompletedProcess[str]]] = {
+        "babyllama-ds": of_ours,
+        "deepspeed": of_the_launcher,
+        "make": of_make,
+        "python": of_a_script,
+    }
+    name = program.removeprefix(".venv/bin/")
+    if name in NOT_TYPED:
+        pytest.skip(NOT_TYPED[name])
+    assert name in typists, f"{command.where}: nobody knows how to try {program}"
+    done = typists[name](words, home)
+    told = f"{command.where}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert (done.returncode != 0) == command.fails, told
+
+
+def of_ours(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    """A usage line, with places to fill in, is asked for its options; all others are run."""
+    if any(re.fullmatch(r"\[?[A-Z_]+\]?", word) or word.startswith("[") for word in words):
+        done = ask([str(BIN / "babyllama-ds"), words[0], "--help"], home)
+        return knows_options(done, words)
+    if words[0] == "generate" and "--tokens" not in words:
+        words = [*words, "--tokens", "20"]  # the tiny model has 64 positions
+    return ask([str(BIN / "babyllama-ds"), *words], home)
+
+
+def of_the_launcher(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    script = words.index("launcher/run.py")
+    job, *overrides = [word for word in words[script + 1 :] if not word.startswith("--")]
+    return checked(job, [word for word in overrides if "=" in word], home)
+
+
+def of_make(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    done = ask(["make", "--dry-run", *words], ROOT)
+    given = dict(word.split("=", 1) for word in words if "=" in word)
+    if done.returncode or "distill" not in words:
+        return done
+    overrides = [word for word in shlex.split(given.get("ARGS", "")) if "=" in word]
+    return checked(given.get("JOB", "launcher/jobs/nursery.yaml"), overrides, home)
+
+
+def of_a_script(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    done = ask([sys.executable, words[0], "--help"], home)
+    return knows_options(done, words)
+
+
+def checked(job: str, overrides: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    return ask([str(BIN / "babyllama-ds"), "check", job, *overrides], home)
+
+
+def knows_options(
+    done: subprocess.CompletedProcess[str], words: list[str]
+) -> subprocess.CompletedProcess[str]:
+    named = set(re.findall(r"--[a-z-]+", " ".join(words)))
+    unknown = named - set(re.findall(r"--[a-z-]+", done.stdout))
+    assert not unknown, f"no such options: {unknown}"
+    return done
+
+
+# -- Python ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", list(blocks("python")), ids=str)
+def test_python(block: Block, home: Path) -> None:
+    done = ask([sys.executable, "-c", block.text], home)
+    assert done.returncode == 0, f"{block}\n{done.stderr}"
+    assert done.stdout.strip(), f"{block} shows nothing"
+
+
+# -- jobs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", list(blocks("yaml")), ids=str)
+def test_a_part_of_a_job(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole job is valid; so is a part, put into the nursery job in place of its own."""
+    monkeypatch.setenv("BABYLM_DATA", "/path/to/it")
+    part = yaml.safe_load(block.text)
+    nursery = yaml.safe_load(find_job("nursery").read_text(encoding="utf-8"))
+    whole = part if {"name", "corpus", "student"} <= part.keys() else merged(nursery, part)
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(whole), encoding="utf-8")
+    load_job(path, [])
+
+
+def merged(base: Any, part: Any) -> Any:
+    """`part` laid over `base`, key by key; what is of another kind is replaced whole."""
+    both = isinstance(base, dict) and isinstance(part, dict)
+    if not both or ("kind" in part and part["kind"] != base.get("kind")):
+        return part
+    return {**base, **{key: merged(base.get(key), value) for key, value in part.items()}}
+
+
+def test_the_documents_are_read() -> None:
+    assert len(COMMANDS) > 20
+    assert any(command.fails for command in COMMANDS), "a refusal is shown somewhere"
+    assert list(blocks("python"))
+    assert list(blocks("yaml"))
+
+
+def test_a_command_that_fails_is_seen(home: Path) -> None:
+    assert of_ours(["check", "nursery", "studnt.seed=1"], home).returncode == 2
+    assert of_make(["no-such-target"], home).returncode == 2
+    assert of_make(["distill", "ARGS=studnt.seed=1"], home).returncode == 2
+    with pytest.raises(AssertionError, match="no-such-option"):
+        of_a_script(["tests/benchmarks/loss.py", "--no-such-option"], home)
