@@ -70,6 +70,10 @@ class TextFile:
         """What it holds: text, or rows of which each is a document."""
         return cast(Form, form_of(self.path))
 
+    def read_as(self) -> list[str]:
+        """What decides its text beside its bytes: nothing, or of a table its form and column."""
+        return [] if self.column is None else [self.form, self.column]
+
 
 def read_file(
     path: Path, split: Split, column: str, check: Callable[[], None] | None = None
@@ -120,7 +124,7 @@ def unpacked(path: Path) -> Iterator[IO[bytes]]:
             with gzip.GzipFile(fileobj=raw, mode="rb") as stream:
                 yield cast(IO[bytes], stream)
         else:
-            with (lzma.LZMAFile(raw) if packing == "xz" else zstd.ZstdFile(raw)) as stream:
+            with lzma.LZMAFile(raw) if packing == "xz" else zstd.ZstdFile(raw) as stream:
                 yield cast(IO[bytes], stream)
 
 

@@ -10,7 +10,7 @@ import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 from babyllama_ds.corpus.streams import Split
 from babyllama_ds.errors import DataError, Problem
@@ -20,7 +20,7 @@ Packing = Literal["gz", "xz", "zst"]
 
 TEXT_SUFFIXES = (".txt", ".train", ".dev")
 FORMS: dict[str, Form] = {
-    **dict.fromkeys(TEXT_SUFFIXES, cast(Form, "text")),
+    **dict.fromkeys(TEXT_SUFFIXES, "text"),
     ".jsonl": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
@@ -67,7 +67,7 @@ def split_key(key: str, split: Split) -> str:
 def packing_of(path: Path) -> Packing | None:
     """How a file is packed, by its name."""
     suffix = path.suffix.lower().removeprefix(".")
-    return cast(Packing, suffix) if suffix in PACKINGS else None
+    return suffix if suffix in PACKINGS else None
 
 
 def form_of(path: Path) -> Form | None:

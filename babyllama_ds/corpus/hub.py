@@ -202,12 +202,14 @@ def _load(sources: HubSources, split: str) -> Any:
     from datasets import load_dataset
 
     spec = sources.spec
+    # Of a folder that changed, the library's cache may give what was there before.
+    is_folder = sources.commit is None
     return load_dataset(
         spec.path,
         name=spec.name,
         split=split,
         revision=sources.commit if _is_commit(sources.commit) else spec.revision,
-        streaming=spec.streaming,
+        streaming=spec.streaming or is_folder,
     )
 
 

@@ -184,9 +184,7 @@ def _shared(spec: MixCorpus, sources: Sequence[Sources], key: str) -> list[Probl
     return problems
 
 
-def _dry(
-    spec: MixCorpus, budgets: Sequence[int], found: Sequence[int], key: str
-) -> list[Problem]:
+def _dry(spec: MixCorpus, budgets: Sequence[int], found: Sequence[int], key: str) -> list[Problem]:
     """The sources that are shorter than what is to be taken of them."""
     problems = []
     for number, (source, budget, words) in enumerate(

@@ -83,11 +83,7 @@ class FileSources:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the cleaned text of both splits; paths do not."""
-        files = [
-            [file.domain, file.split, file.sha256]
-            + ([] if file.form == "text" else [file.form, file.column])
-            for file in self.files
-        ]
+        files = [[file.domain, file.split, file.sha256, *file.read_as()] for file in self.files]
         cleaning = [self.cleaning, CLEANING_VERSION]
         return hash_json({"files": files, "cleaning": cleaning, "tail": self.tail})
 

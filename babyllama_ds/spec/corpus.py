@@ -95,7 +95,7 @@ class HubCorpus(Spec):
     `path`."""
     streaming: bool = False
     """Read over the network in every pass, with no copy on the disk; else the split is downloaded
-    once into the library's cache."""
+    once into the library's cache. A local folder is read in place."""
     cleaning: Literal["babylm", "none"] = "none"
     """`babylm`: BabyLlama's rules for the domains that bear its names; `none`: text as it is."""
 

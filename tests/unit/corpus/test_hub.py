@@ -71,9 +71,7 @@ def texts(spec: HubCorpus, split: Any) -> list[tuple[str, list[str]]]:
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     return [
-        piece
-        for row in rows
-        for piece in [*(line + "\n" for line in row["text"].split("\n")), ""]
+        piece for row in rows for piece in [*(line + "\n" for line in row["text"].split("\n")), ""]
     ]
 
 
@@ -149,16 +147,25 @@ def test_the_fingerprint_follows_content(dataset: Path, tmp_path: Path) -> None:
     assert len(different | {original}) == 7
 
 
+def test_a_folder_that_changed_is_read_anew(dataset: Path) -> None:
+    """The library's cache, which knows a dataset by its name, would give the old rows."""
+    before = read_sources(corpus(dataset)).fingerprint()
+    write(dataset / "main" / "train.parquet", ROWS[:2])
+    assert texts(corpus(dataset), "train") == [("tales", lines(ROWS[:2]))]
+    assert read_sources(corpus(dataset)).fingerprint() != before
+
+
 @pytest.fixture
 def on_the_hub(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Any]]:
     """Let `datasets` find the folder under `nobody/tales` at a commit; what was asked for."""
+    real_load, real_find = datasets.load_dataset, datasets.load_dataset_builder
 
     def stand_in(commit: str) -> list[Any]:
         asked: list[Any] = []
 
         def find(path: str, **kwargs: Any) -> Any:
             asked.append((path, kwargs["revision"]))
-            builder = datasets.load_dataset_builder(str(dataset), name=kwargs["name"])
+            builder = real_find(str(dataset), name=kwargs["name"])
             builder.hash = commit
             return builder
 
@@ -166,15 +173,7 @@ def on_the_hub(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
             asked.append((path, kwargs.pop("revision")))
             return real_load(str(dataset), **kwargs)
 
-        real_load = datasets.load_dataset
-        real_find = datasets.load_dataset_builder
-        monkeypatch.setattr(
-            datasets,
-            "load_dataset_builder",
-            lambda path, **kwargs: (
-                find(path, **kwargs) if path == "nobody/tales" else real_find(path, **kwargs)
-            ),
-        )
+        monkeypatch.setattr(datasets, "load_dataset_builder", find)
         monkeypatch.setattr(datasets, "load_dataset", load)
         return asked
 
@@ -196,12 +195,14 @@ def test_the_commit_that_was_found_is_what_is_read_and_named(
 # -- what is refused -----------------------------------------------------------------------------
 
 
+def read_all(spec: HubCorpus) -> None:
+    texts(spec, "train")
+    texts(spec, "dev")
+
+
 def refused(spec: HubCorpus) -> tuple[str, str, str]:
     with pytest.raises(DataError) as caught:
-        sources = read_sources(spec)
-        for split in ("train", "dev"):
-            for _, stream in iter_text(sources, split):  # type: ignore[arg-type]
-                list(stream)
+        read_all(spec)
     (problem,) = caught.value.problems
     return problem.where, problem.got, problem.hint or ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def write(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
 
 def mixed(*sources: dict[str, Any], **keys: Any) -> MixCorpus:
-    return MixCorpus.model_validate({"kind": "mix", "sources": list(sources), **keys})
+    text = json.dumps({"kind": "mix", "sources": sources, **keys})
+    return MixCorpus.model_validate_json(text)
 
 
 def texts(spec: MixCorpus, split: Any = "train") -> Given:
@@ -134,9 +136,10 @@ def test_against_the_obvious_way(
     write: Any, tmp_path: Path, lines: list[list[int]], budget: int, repeat: bool
 ) -> None:
     """All text in a list, lines taken from it until there are words enough."""
-    trains = ["".join("w " * n + f"{i}{j}\n" for j, n in enumerate(each)) for i, each in enumerate(lines)]
-    for path in (tmp_path / "s").glob("*") if (tmp_path / "s").exists() else ():
-        path.unlink()
+    trains = [
+        "".join("w " * n + f"{i}{j}\n" for j, n in enumerate(each)) for i, each in enumerate(lines)
+    ]
+    shutil.rmtree(tmp_path / "s", ignore_errors=True)
     source = {"name": "s", "corpus": write("s", *trains), "words": budget, "repeat": repeat}
     supply = "".join(trains).splitlines(keepends=True)
     expected: list[str] = []

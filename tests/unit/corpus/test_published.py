@@ -123,7 +123,12 @@ def test_equal_to_the_whole_file_rule(domain: str, pieces: list[str]) -> None:
         ("bnc_spoken", "one  .\n\ntwo .\n", "one.two.\n", "one.\ntwo.\n"),
         ("qed", "WHAT lS THAT?\n so (ha) \n", "What is that?\nso (ha)", "What is that?\nso (ha)\n"),
         ("qed", "one\x0ctwo\n", "one\ntwo", "one\x0ctwo\n"),
-        ("childes", "CHI:\twhere  is it ?\n\nx", "CHI: where is it?\n\nx", "CHI: where is it?\n\nx\n"),
+        (
+            "childes",
+            "CHI:\twhere  is it ?\n\nx",
+            "CHI: where is it?\n\nx",
+            "CHI: where is it?\n\nx\n",
+        ),
         ("aochildes", "a ,\n", "a,\n", "a,\n"),
         ("cbt", "John 's boat .\n", "John's boat.\n", "John's boat.\n"),
         ("open_subtitles", "a\nSubtitles by b\nc\n", "a\nc\n", "a\nc\n"),

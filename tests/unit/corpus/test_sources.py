@@ -314,7 +314,7 @@ PACK: dict[str, Any] = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstd.co
 
 @pytest.mark.parametrize("packing", sorted(PACK))
 def test_a_packed_file_gives_the_text_that_is_in_it(tmp_path: Path, packing: str) -> None:
-    """Packed in two parts; the mark at its start shows that it is read as UTF-8 and no other way."""
+    """Packed in two parts; its first mark shows that it is read as UTF-8 and no other way."""
     content = (ODD_TEXT + "\n" + "x" * 3000 + "é\n") * 400
     plain = write(tmp_path / "plain" / "town.train", content)
     half = len(content.encode()) // 2
