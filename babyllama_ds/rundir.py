@@ -25,7 +25,7 @@ FREE_KEYS = re.compile(
     r"|deepspeed\.(device|config|compile)"
     r"|distillation\.(chunk_tokens|cache_tier)"
     r"|.*\.(micro_batch|log_every_steps|profile_steps|checkpoint_every_steps|attention)"
-    r"|corpus\.(train|split\.dev)(\..*)?"
+    r"|corpus\.(sources\.\d+\.corpus\.)?(train|split\.dev|path|column)(\..*)?"
     r"|(tokenizer|.*\.model)\.path"
 )
 

@@ -25,7 +25,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
-Cleaning = Literal["babylm", "none"]
+Cleaning = Literal["babylm", "published", "none"]
 CLEANING_VERSION = 1
 """Part of every fingerprint of text: raise it whenever any output of this module changes."""
 
@@ -36,10 +36,15 @@ Rule = Callable[[str], str | None]
 def clean(domain: str, lines: Iterator[str], cleaning: Cleaning = "babylm") -> Iterator[str]:
     """`lines` cleaned by the rule of `domain`; unknown domains are unchanged.
 
-    Lines may or may not end with a line break; all that leave do. `none` does just that.
+    Lines may or may not end with a line break; all that leave do. `none` does just that. Empty
+    strings, which mark the ends of documents, pass. (`published` has a module of its own.)
     """
+    assert cleaning != "published", "those rules are for whole files"
     rule = RULES.get(domain, _unchanged) if cleaning == "babylm" else _unchanged
     for line in lines:
+        if not line:
+            yield line
+            continue
         cleaned = rule(line.removesuffix("\n"))
         if cleaned is not None:
             yield cleaned + "\n"

@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds.corpus.nursery.write import NURSERY_VERSION, write_nursery
 from babyllama_ds.corpus.shards import TokenShards, write_shards
-from babyllama_ds.corpus.sources import Sources, iter_text, read_sources
+from babyllama_ds.corpus.sources import iter_text, read_sources
+from babyllama_ds.corpus.streams import Sources, only_lines
 from babyllama_ds.corpus.text import nursery_files
 from babyllama_ds.corpus.tokenizer import (
     load_tokenizer,
@@ -31,7 +32,7 @@ from babyllama_ds.corpus.tokenizer import (
     train_tokenizer,
 )
 from babyllama_ds.files import hash_json
-from babyllama_ds.spec.corpus import FilesCorpus, LoadedTokenizer, NurseryCorpus
+from babyllama_ds.spec.corpus import CorpusSpec, LoadedTokenizer, NurseryCorpus
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.store import Store
 
@@ -75,7 +76,8 @@ def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
         RunError: a disk that refuses.
     """
     text_dir = _nursery(job.corpus, job.stage_seed("corpus"), store)
-    spec = job.corpus if isinstance(job.corpus, FilesCorpus) else nursery_files(_some(text_dir))
+    corpus = job.corpus
+    spec = nursery_files(_some(text_dir)) if isinstance(corpus, NurseryCorpus) else corpus
     sources = read_sources(spec, check=check)
     tokenizer_key, tokenizer_dir = _tokenizer(job, sources, store, check)
     tokens_key = hash_json(
@@ -83,7 +85,7 @@ def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
     )
 
     def make(directory: Path) -> None:
-        log.info("tokens: encoding %.1f MB", sum(file.bytes for file in sources.files) / 1e6)
+        log.info("tokens: encoding %s", sources.size())
         texts = {"train": iter_text(sources, "train"), "dev": iter_text(sources, "dev")}
         write_shards(directory, texts, load_tokenizer(str(tokenizer_dir)), check=check)
 
@@ -108,7 +110,7 @@ def open_corpus(entries: CorpusEntries) -> Corpus:
     )
 
 
-def _nursery(corpus: NurseryCorpus | FilesCorpus, seed: int, store: Store) -> Path | None:
+def _nursery(corpus: CorpusSpec, seed: int, store: Store) -> Path | None:
     """The nursery's text; none for other corpora."""
     if not isinstance(corpus, NurseryCorpus):
         return None
@@ -147,7 +149,7 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
 
 def _lines(sources: Sources) -> Iterator[str]:
     for _, lines in iter_text(sources, "train"):
-        yield from lines
+        yield from only_lines(lines)
 
 
 def _some(path: Path | None) -> Path:

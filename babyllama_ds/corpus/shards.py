@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from babyllama_ds.corpus.streams import only_lines
 from babyllama_ds.corpus.tokenizer import vocabulary_size
 from babyllama_ds.errors import DataError, RunError
 from babyllama_ds.files import (
@@ -302,7 +303,7 @@ def _summary(shards: list[_Shard]) -> dict[str, Any]:
 def _blocks_of_split(texts: Texts, encoder: _Encoder) -> Iterator[_Block]:
     for domain, lines in texts:
         begins_file = True
-        for text in cut_into_blocks(lines, encoder.may_cut, BLOCK_CHARS):
+        for text in cut_into_blocks(only_lines(lines), encoder.may_cut, BLOCK_CHARS):
             yield _Block(text, domain, begins_file)
             begins_file = False
 

@@ -1,62 +1,79 @@
-"""Text files, checked once, then streamed.
+"""The text of a corpus, found, checked once, then streamed as often as it is needed.
 
-Enters: a `FilesCorpus`. Leaves: `Sources` (which files there are, what they hold, proved to be
-UTF-8) and, from `iter_text`, the cleaned lines of a split, file by file, in bounded memory.
-`tokenizer` and `shards` read them.
+Enters: a `FilesCorpus`, `HubCorpus` or `MixCorpus`. Leaves: `Sources` and, from `iter_text`, the
+cleaned lines of a split, text by text, in bounded memory. `tokenizer` and `shards` read them.
 
-A line ends at a line feed, a carriage return or both (Python's universal newlines, as in the
-published code) and at nothing else; a byte order mark at the start of a file is no text.
+    finding → checking (lines, rows) → cleaning    files, here
+    hub                                            a dataset of the Hugging Face hub
+    mixing                                         several of these, so much of each
 """
 
 from __future__ import annotations
 
-import codecs
-import glob
-import hashlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from itertools import islice
-from pathlib import Path
-from typing import Any, Literal
 
+from babyllama_ds.corpus.checking import DAMAGED, TextFile, read_file
 from babyllama_ds.corpus.cleaning import CLEANING_VERSION, Cleaning, clean
+from babyllama_ds.corpus.finding import find_files, split_key
+from babyllama_ds.corpus.hub import read_hub
+from babyllama_ds.corpus.lines import stream_lines
+from babyllama_ds.corpus.mixing import mix
+from babyllama_ds.corpus.published import RULES as PUBLISHED_RULES
+from babyllama_ds.corpus.published import clean_as_published
+from babyllama_ds.corpus.rows import read_rows
+from babyllama_ds.corpus.streams import (
+    Sources,
+    Split,
+    Texts,
+    document,
+    num_documents,
+    part_of_documents,
+    train_lines,
+    without_empty_documents,
+)
 from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.files import hash_json
-from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles
+from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles, HubCorpus, MixCorpus, TextSpec
 
-Split = Literal["train", "dev"]
+Check = Callable[[], None]
 
-SUFFIXES = (".txt", ".train", ".dev")
-_BLOCK_BYTES = 1 << 20
-_BLOCK_LINES = 1024
+
+def read_sources(spec: TextSpec, *, check: Check | None = None, key: str = "corpus") -> Sources:
+    """Find the text of `spec` and check it: files are read once, hub datasets opened.
+
+    `check` is called now and then and may raise to stop; `key` is the corpus's place in the job.
+    Raises `DataError`: text that is not there, cannot be read or is none; text in two places.
+    """
+    if isinstance(spec, HubCorpus):
+        return read_hub(spec, key=key, check=check)
+    if isinstance(spec, MixCorpus):
+        parts = [
+            read_sources(source.corpus, check=check, key=f"{key}.sources[{number}].corpus")
+            for number, source in enumerate(spec.sources)
+        ]
+        return mix(spec, parts, key=key, check=check)
+    return read_files(spec, check=check, key=key)
+
+
+def iter_text(sources: Sources, split: Split) -> Texts:
+    """(domain, cleaned lines) of each text that has a part in `split`, in order.
+
+    Every line ends with a line break, but maybe the last of a text whose cleaning is `published`;
+    an empty string marks the end of a document. A text is opened when its first line is asked for,
+    and at most a few megabytes of it are in memory. Raises `DataError` for a file that has changed
+    since `read_sources`.
+    """
+    return sources.texts(split)
+
+
+# -- files ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextFile:
-    """A text file as it was when it was read and found to be UTF-8."""
-
-    path: Path
-    domain: str
-    """The file name without its suffix."""
-    split: Split
-    """`train` for every file when development text is the tail of each (see `Sources.tail`)."""
-    sha256: str
-    """Of the file's bytes."""
-    bytes: int
-    """The file's size."""
-    lines: int
-    """Lines before cleaning."""
-    has_text: bool
-    """Whether there is anything but whitespace in it."""
-    modified_ns: int = field(compare=False)
-    """Modification time, to notice a file that changes under a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sources:
+class FileSources:
     """The files of a corpus, in the order in which they are read, and what is done to them."""
 
     files: tuple[TextFile, ...]
@@ -66,212 +83,64 @@ class Sources:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the cleaned text of both splits; paths do not."""
-        files = [[file.domain, file.split, file.sha256] for file in self.files]
+        files = [[file.domain, file.split, file.sha256, *file.read_as()] for file in self.files]
         cleaning = [self.cleaning, CLEANING_VERSION]
         return hash_json({"files": files, "cleaning": cleaning, "tail": self.tail})
 
+    def texts(self, split: Split) -> Texts:
+        """See `iter_text`."""
+        for file in self.files:
+            if self.tail is not None:
+                yield file.domain, _part(file, self.cleaning, self.tail, split)
+            elif file.split == split:
+                yield file.domain, _cleaned(file, self.cleaning)
 
-def read_sources(spec: FilesCorpus, *, check: Callable[[], None] | None = None) -> Sources:
-    """Find the files of `spec` and read each once: its hash, its lines, whether it is UTF-8.
+    def domains(self) -> set[str]:
+        """The files' names without their suffixes."""
+        return {file.domain for file in self.files}
 
-    `check` is called between blocks of bytes and may raise to stop. Raises `DataError` with all
-    problems of a kind at once: a pattern that matches nothing or what is not a text file; a file
-    that cannot be read or is not UTF-8; the same text in train and dev; a split without any text.
+    def contents(self) -> dict[str, str]:
+        """SHA-256 and path of each file with text."""
+        return {file.sha256: str(file.path) for file in self.files if file.has_text}
+
+    def size(self) -> str:
+        """Megabytes."""
+        return f"{sum(file.bytes for file in self.files) / 1e6:.1f} MB"
+
+
+def read_files(spec: FilesCorpus, *, check: Check | None = None, key: str) -> FileSources:
+    """Find the files of `spec` and read each once: its hash, its lines, whether it is text.
+
+    Raises `DataError` with all problems of a kind at once: a pattern that matches nothing or what
+    is not a text file; a file that cannot be read or is not UTF-8; the same text in train and dev;
+    a split without any text; a table that rules for whole files are to clean.
     """
     held_out = spec.split.dev if isinstance(spec.split, HeldOutFiles) else ()
-    found = find_files(spec.train, held_out)
+    found = find_files(spec.train, held_out, key=key)
     files: list[TextFile] = []
     problems: list[Problem] = []
     for split, path in found:
         try:
-            files.append(_read_file(path, split, check))
+            files.append(read_file(path, split, spec.column, check))
         except DataError as error:
             problems += error.problems
-    problems = problems or _shared_text(files) or _empty_splits(files)
+    problems = problems or [
+        *_shared_text(files, key),
+        *_empty_splits(files, key),
+        *(_tables_as_published(files, key) if spec.cleaning == "published" else []),
+    ]
     if problems:
         raise DataError.all_of(problems)
     tail = None if isinstance(spec.split, HeldOutFiles) else spec.split.fraction
-    return Sources(files=tuple(files), cleaning=spec.cleaning, tail=tail)
+    return FileSources(files=tuple(files), cleaning=spec.cleaning, tail=tail)
 
 
-def find_files(train: Sequence[str], dev: Sequence[str] = ()) -> list[tuple[Split, Path]]:
-    """The files that the patterns of a corpus name, pattern by pattern, each one's matches sorted.
-
-    `~` is the home directory; relative patterns start at the working directory; `**` crosses
-    folders. A file matched twice is taken once. Raises `DataError` with every problem.
-    """
-    found: dict[Path, tuple[Split, Path]] = {}
-    problems: list[Problem] = []
-    patterns: list[tuple[Split, str]] = [("train", pattern) for pattern in train]
-    patterns += [("dev", pattern) for pattern in dev]
-    for split, pattern in patterns:
-        paths = _expand(pattern)
-        if not paths:
-            problems.append(_nothing_matches(split, pattern))
-        for path in paths:
-            first_split, _ = found.setdefault(_identity(path), (split, path))
-            if first_split != split:
-                problems.append(_in_both_splits(path))
-            elif (got := _not_a_text_file(path)) is not None:
-                problems.append(_wrong_file(split, path, got))
-    if problems:
-        raise DataError.all_of(problems)
-    return list(found.values())
-
-
-def iter_text(sources: Sources, split: Split) -> Iterator[tuple[str, Iterator[str]]]:
-    """(domain, cleaned lines) of each file that has a part in `split`, in order.
-
-    Every line ends with a line break. A file is opened when its first line is asked for, and at
-    most a few megabytes of it are in memory. Raises `DataError` for a file that has changed since
-    `read_sources`.
-    """
-    for file in sources.files:
-        if sources.tail is not None:
-            yield file.domain, _part(file, sources.cleaning, sources.tail, split)
-        elif file.split == split:
-            yield file.domain, _cleaned(file, sources.cleaning)
-
-
-def train_lines(num_lines: int, tail: float) -> int:
-    """How many of a file's lines are train when its last `tail` is dev (BabyLlama-2's cut)."""
-    return round((1 - tail) * num_lines)
-
-
-# -- finding -------------------------------------------------------------------------------------
-
-
-def _expand(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if os.path.lexists(path):  # a name may hold glob characters
-        return [path]
-    matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob: no absolute patterns
-    return sorted(map(Path, matches))
-
-
-def _identity(path: Path) -> Path:
-    """What two names of one file have in common; a link that leads nowhere is itself."""
-    try:
-        return path.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: a loop of links, before Python 3.13
-        return path.absolute()
-
-
-def _not_a_text_file(path: Path) -> str | None:
-    if path.is_dir():
-        return "a directory"
-    if path.suffix.lower() not in SUFFIXES:
-        return f"a file called *{path.suffix}" if path.suffix else "a file without a suffix"
-    if path.exists() and not path.is_file():
-        return "something that is not a regular file"
-    return None
-
-
-def _key(split: Split) -> str:
-    return "corpus.train" if split == "train" else "corpus.split.dev"
-
-
-def _nothing_matches(split: Split, pattern: str) -> Problem:
-    return Problem(
-        where=_key(split),
-        got=f"{pattern!r}, which matches nothing from {Path.cwd()}",
-        expected="the path of a file, or a glob that matches one",
-        hint="relative paths start at the directory where the command runs",
-    )
-
-
-def _wrong_file(split: Split, path: Path, got: str) -> Problem:
-    return Problem(
-        where=_key(split),
-        got=f"{path}, {got}",
-        expected=f"text files ({' '.join(SUFFIXES)})",
-        hint=f"narrow the pattern, for instance to {path / '*.txt'}" if path.is_dir() else None,
-    )
-
-
-def _in_both_splits(path: Path) -> Problem:
-    return Problem(
-        where=_key("dev"),
-        got=f"{path}, which is also a training file",
-        expected="development text that no model is trained on",
-    )
-
-
-# -- reading once, as bytes ----------------------------------------------------------------------
-
-
-def _read_file(path: Path, split: Split, check: Callable[[], None] | None) -> TextFile:
-    digest, lines, has_text = hashlib.sha256(), _LineCounter(), False
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    size = 0
-    try:
-        modified_ns = path.stat().st_mtime_ns
-        with path.open("rb", buffering=0) as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                if check is not None:
-                    check()
-                digest.update(block)
-                lines.add(block)
-                text = _decode(decoder, block, size, path)
-                has_text = has_text or bool(text.lstrip("\ufeff").strip())
-                size += len(block)
-            _decode(decoder, b"", size, path)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    return TextFile(
-        path=path,
-        domain=path.stem,
-        split=split,
-        sha256=digest.hexdigest(),
-        bytes=size,
-        lines=lines.total(),
-        has_text=has_text,
-        modified_ns=modified_ns,
-    )
-
-
-def _decode(decoder: codecs.IncrementalDecoder, block: bytes, position: int, path: Path) -> str:
-    """`block`, which starts at byte `position`, as text; no block: the file ends here."""
-    held_back, _ = decoder.getstate()  # the start of a character that the last block cut in two
-    try:
-        return decoder.decode(block, final=not block)
-    except UnicodeDecodeError as error:
-        bad = error.object[error.start]
-        offset = position - len(held_back) + error.start
-        raise DataError.of(
-            path,
-            got=f"byte 0x{bad:02X} at offset {offset} ({error.reason})",
-            expected="UTF-8 text",
-            hint="convert it, for instance: iconv -f LATIN1 -t UTF-8 OLD > NEW (or -f UTF-16)",
-        ) from error
-
-
-class _LineCounter:
-    """Counts lines as universal newlines do, over blocks that may cut a `\\r\\n` in two."""
-
-    def __init__(self) -> None:
-        self._breaks = 0
-        self._last = b"\n"
-
-    def add(self, block: bytes) -> None:
-        self._breaks += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
-        self._breaks -= self._last == b"\r" and block.startswith(b"\n")
-        self._last = block[-1:]
-
-    def total(self) -> int:
-        return self._breaks + (self._last not in (b"\n", b"\r"))
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError.of(path, got=error.strerror or str(error), expected="a readable file")
-
-
-def _shared_text(files: list[TextFile]) -> list[Problem]:
+def _shared_text(files: list[TextFile], key: str) -> list[Problem]:
     """Held-out files that are copies of training files under another name."""
     trained = {file.sha256: file for file in files if file.split == "train"}
     return [
         Problem(
-            where=_key("dev"),
+            where=split_key(key, "dev"),
             got=f"{file.path}, which has the same content as {trained[file.sha256].path}",
             expected="development text that no model is trained on",
         )
@@ -280,83 +149,90 @@ def _shared_text(files: list[TextFile]) -> list[Problem]:
     ]
 
 
-def _empty_splits(files: list[TextFile]) -> list[Problem]:
+def _empty_splits(files: list[TextFile], key: str) -> list[Problem]:
     problems = []
     for split in dict.fromkeys(file.split for file in files):
         mine = [file for file in files if file.split == split]
         if not any(file.has_text for file in mine):
             got = f"{len(mine)} file(s) without any text, the first {mine[0].path}"
-            problems.append(Problem(where=_key(split), got=got, expected="some text"))
+            problems.append(Problem(where=split_key(key, split), got=got, expected="some text"))
     return problems
 
 
-# -- streaming -----------------------------------------------------------------------------------
+def _tables_as_published(files: list[TextFile], key: str) -> list[Problem]:
+    """The published rules erase where documents end, and the rows of a table are documents."""
+    return [
+        Problem(
+            where=f"{key}.cleaning",
+            got=f"'published' for {file.path}, a table of documents",
+            expected="text files: the published rules clean a file as one text",
+            hint="cleaning: babylm has the same rules, document by document",
+        )
+        for file in files
+        if file.form != "text" and file.domain in PUBLISHED_RULES
+    ]
+
+
+# -- streaming a file ----------------------------------------------------------------------------
 
 
 def _part(file: TextFile, cleaning: Cleaning, tail: float, split: Split) -> Iterator[str]:
     # BabyLlama-2 splits cleaned files, so the lines are counted after cleaning. It counts with
     # str.splitlines, which differs only where a text holds form feeds, U+2028 and the like.
-    cut = train_lines(_num_cleaned_lines(file, cleaning), tail)
+    cut = train_lines(_num_cleaned(file, cleaning), tail)
     lines = _cleaned(file, cleaning)
-    yield from islice(lines, cut) if split == "train" else islice(lines, cut, None)
+    if file.form != "text":
+        yield from part_of_documents(lines, cut, split)
+    else:
+        yield from islice(lines, cut) if split == "train" else islice(lines, cut, None)
 
 
 @cache
-def _num_cleaned_lines(file: TextFile, cleaning: Cleaning) -> int:
+def _num_cleaned(file: TextFile, cleaning: Cleaning) -> int:
+    """Lines that cleaning leaves; of a table its documents."""
     # A pass over the file; its content is part of the key.
-    return sum(1 for _ in _cleaned(file, cleaning))
+    lines = _cleaned(file, cleaning)
+    return sum(1 for _ in lines) if file.form == "text" else num_documents(lines)
 
 
 def _cleaned(file: TextFile, cleaning: Cleaning) -> Iterator[str]:
-    return clean(file.domain, _read_lines(file), cleaning)
+    if file.form != "text":
+        rows = (line for text in _read(file) for line in document(text))
+        return without_empty_documents(
+            clean(file.domain, rows, "none" if cleaning == "none" else "babylm")
+        )
+    if cleaning == "published":
+        return clean_as_published(file.domain, _read(file), file.path)
+    return clean(file.domain, _read(file), cleaning)
 
 
-def _read_lines(file: TextFile) -> Iterator[str]:
-    """The lines of a file, streamed by `datasets`, each with its line break if it has one.
-
-    `load_dataset("text", ...)` is a wrapper of the builder used here, and loses text or time in
-    four ways. It sends a request to the hub, also for local files. It takes a path for a pattern,
-    so that a folder called `a[1]` gives no rows and no error. It takes `::` in a path for a chain
-    of protocols. It unpacks a `.train` file that starts like an archive (`BZh…`, `Rar!…`). So the
-    builder gets a link with a harmless name. Its cache folder only ever holds an empty lock.
-    """
-    num_lines = 0
-    with tempfile.TemporaryDirectory(prefix="babyllama-ds-") as folder:
-        link = Path(folder, "text.txt")
-        link.symlink_to(file.path.resolve())
-        try:
-            # Arrow tables: a Python dictionary per line would take ten times as long.
-            for table in _stream(link).iter(batch_size=_BLOCK_LINES):
-                num_lines += len(table)
-                yield from table["text"].to_pylist()
-            changed = file.path.stat().st_mtime_ns != file.modified_ns
-        except (OSError, UnicodeDecodeError) as error:
-            raise _changed(file, f"a file that fails to be read ({error})") from error
-    if num_lines != file.lines:
-        raise _changed(file, f"{num_lines} lines")
+def _read(file: TextFile) -> Iterator[str]:
+    """The lines of a file, each with its line break if it has one; of a table its texts."""
+    num_read = 0
+    batches = (
+        stream_lines(file.path)
+        if file.column is None
+        else ([text] for text in read_rows(file.path, file.column))
+    )
+    try:
+        for batch in batches:
+            num_read += len(batch)
+            yield from batch
+            del batch  # before the next one is made: twice the memory costs time
+        changed = file.path.stat().st_mtime_ns != file.modified_ns
+    except (OSError, UnicodeDecodeError, *DAMAGED) as error:
+        raise _changed(file, f"a file that fails to be read ({error})") from error
+    if num_read != file.lines:
+        raise _changed(file, f"{num_read} lines")
     if changed:
         raise _changed(file, "a file that was written to since")
 
 
-def _stream(link: Path) -> Any:
-    """The `datasets.IterableDataset` of a text file's lines, in Arrow format."""
-    from datasets.packaged_modules.text.text import Text
-
-    builder = Text(
-        cache_dir=str(link.parent),
-        data_files=[str(link)],
-        encoding="utf-8-sig",  # drops a byte order mark
-        chunksize=_BLOCK_BYTES,
-        keep_linebreaks=True,
-        sample_by="line",
-    )
-    return builder.as_streaming_dataset(split="train").with_format("arrow")
-
-
 def _changed(file: TextFile, got: str) -> DataError:
+    what = "lines" if file.form == "text" else "rows"
     return DataError.of(
         file.path,
         got=got,
-        expected=f"the {file.lines} lines that were there when the stage began",
+        expected=f"the {file.lines} {what} that were there when the stage began",
         hint="start again, and leave the text alone while a run prepares it",
     )

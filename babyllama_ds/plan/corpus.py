@@ -14,17 +14,22 @@ from typing import Literal, cast
 
 import numpy as np
 
+from babyllama_ds.corpus.finding import find_files, form_of, packing_of
 from babyllama_ds.corpus.prepare import CorpusEntries, prepare_corpus
 from babyllama_ds.corpus.shards import TokenShards
-from babyllama_ds.corpus.sources import find_files
+from babyllama_ds.corpus.sources import read_sources
 from babyllama_ds.corpus.tokenizer import load_tokenizer
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.errors import DataError
 from babyllama_ds.spec.corpus import (
+    CorpusSpec,
     FilesCorpus,
     HeldOutFiles,
+    HubCorpus,
+    MixCorpus,
     NurseryCorpus,
     TailOfEachFile,
+    TextSpec,
     TrainedTokenizer,
 )
 from babyllama_ds.spec.job import JobSpec
@@ -137,10 +142,24 @@ def _prepared(job: JobSpec, runs: Path) -> TokenShards | None:
     if not (runs / "store" / "tokens").is_dir():
         return None
     try:
+        job = job.model_copy(update={"corpus": _streamed(job.corpus)})
         entries: CorpusEntries = prepare_corpus(job, _Finder(runs / "store"), lambda: None)
     except (_NotMadeError, DataError):  # a corpus that is not there may still be estimated
         return None
     return TokenShards.open(entries.tokens_dir)
+
+
+def _streamed(corpus: CorpusSpec) -> CorpusSpec:
+    """The same text, of which no hub dataset is downloaded to be known again."""
+    if isinstance(corpus, HubCorpus):
+        return corpus.model_copy(update={"streaming": True})
+    if isinstance(corpus, MixCorpus):
+        sources = tuple(
+            source.model_copy(update={"corpus": _streamed(source.corpus)})
+            for source in corpus.sources
+        )
+        return corpus.model_copy(update={"sources": sources})
+    return corpus
 
 
 # -- estimated -------------------------------------------------------------------------------------
@@ -156,42 +175,73 @@ def _estimate(job: JobSpec) -> PlannedCorpus:
             source="estimate",
             assumption=f"{NURSERY_TOKENS_A_WORD} tokens a word of the nursery",
         )
-    train_bytes, dev_bytes = _text_bytes(job.corpus)
+    train_bytes, dev_bytes, how = _text_bytes(job.corpus)
     ratio = bytes_a_token(vocab_size)
     return PlannedCorpus(
         train_tokens=round(train_bytes / ratio),
         dev_tokens=round(dev_bytes / ratio),
         vocab_size=vocab_size,
         source="estimate",
-        assumption=f"{ratio:.2f} bytes of text a token (English, vocabulary {vocab_size:,}), "
-        "nothing lost in cleaning",
+        assumption=f"{ratio:.2f} bytes of text a token (English, vocabulary {vocab_size:,}), {how}",
     )
 
 
-def _text_bytes(corpus: FilesCorpus) -> tuple[float, float]:
-    """Bytes of training and of development text, as the files stand."""
+def _text_bytes(corpus: TextSpec) -> tuple[float, float, str]:
+    """Bytes of training and of development text, and what they are: plain text files as they
+    stand; of compressed files, tables and mixes, which have to be read, the cleaned text.
+    """
+    if hub := _hub_dataset(corpus):
+        raise _not_known(f"{hub}, a hub dataset, whose size is known when it is loaded")
+    try:
+        if isinstance(corpus, FilesCorpus) and (sizes := _plain_sizes(corpus)) is not None:
+            return *sizes, "nothing lost in cleaning"
+        sources = read_sources(corpus)
+        train, dev = (
+            sum(len(line.encode()) for _, lines in sources.texts(split) for line in lines)
+            for split in ("train", "dev")
+        )
+    except (DataError, OSError) as error:
+        got = str(error.problems[0].got) if isinstance(error, DataError) else str(error)
+        raise _not_known(got) from error
+    return train, dev, "counted in the cleaned text"
+
+
+def _plain_sizes(corpus: FilesCorpus) -> tuple[float, float] | None:
+    """Of the files as they stand; none: they are not all plain text."""
     held_out = corpus.split.dev if isinstance(corpus.split, HeldOutFiles) else ()
     sizes = {"train": 0.0, "dev": 0.0}
-    try:
-        for split, path in find_files(corpus.train, held_out):
-            sizes[split] += path.stat().st_size
-    except (DataError, OSError) as error:
-        raise DataError.of(
-            "corpus",
-            got=str(error.problems[0].got) if isinstance(error, DataError) else str(error),
-            expected="the job's text, to estimate its tokens",
-            hint="give --tokens N, the tokens of the training text, to plan without it",
-        ) from error
+    for split, path in find_files(corpus.train, held_out):
+        if form_of(path) != "text" or packing_of(path):
+            return None
+        sizes[split] += path.stat().st_size
     if isinstance(corpus.split, TailOfEachFile):
         held_out_bytes = corpus.split.fraction * sizes["train"]
         return sizes["train"] - held_out_bytes, held_out_bytes
     return sizes["train"], sizes["dev"]
 
 
+def _hub_dataset(corpus: TextSpec) -> str | None:
+    """The first hub dataset in a corpus."""
+    if isinstance(corpus, MixCorpus):
+        found = (_hub_dataset(source.corpus) for source in corpus.sources)
+        return next(filter(None, found), None)
+    return corpus.path if isinstance(corpus, HubCorpus) else None
+
+
+def _not_known(got: str) -> DataError:
+    return DataError.of(
+        "corpus",
+        got=got,
+        expected="the job's text, to estimate its tokens",
+        hint="give --tokens N, the tokens of the training text, to plan without it",
+    )
+
+
 def _tail_tokens(job: JobSpec, train_tokens: int) -> int | None:
     """Development tokens that go with so many training tokens, where the job's split says so."""
-    if isinstance(job.corpus, FilesCorpus) and isinstance(job.corpus.split, TailOfEachFile):
-        fraction = job.corpus.split.fraction
+    corpus = job.corpus
+    if isinstance(corpus, FilesCorpus | HubCorpus) and isinstance(corpus.split, TailOfEachFile):
+        fraction = corpus.split.fraction
         return round(train_tokens * fraction / (1 - fraction))
     return None
 

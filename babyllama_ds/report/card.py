@@ -141,6 +141,8 @@ def _corpus(job: Mapping[str, Any]) -> str:
     text = {
         "nursery": "synthetic child-directed English from a small grammar",
         "files": "the text files that the job names",
+        "hub": "the hub dataset that the job names",
+        "mix": "a mix of the sources that the job names",
     }.get(kind, "text")
     return f"Text: {text}, in windows of {job['windows']['length']} tokens."
 

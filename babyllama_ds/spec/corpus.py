@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveInt, Tag, field_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
-from babyllama_ds.spec.base import Spec
+from babyllama_ds.spec.base import Mismatch, Name, Spec, consistent, repeated_names
 
 
 class NurseryCorpus(Spec):
@@ -29,8 +37,18 @@ class HeldOutFiles(Spec):
     """Paths or globs of the development text."""
 
 
+class HeldOutSplit(Spec):
+    """Development text is a split of its own."""
+
+    kind: Literal["held_out"]
+    dev: Annotated[str, Field(min_length=1)] = "validation"
+    """The split's name."""
+
+
 class TailOfEachFile(Spec):
-    """The last lines of every training file are held out (BabyLlama-2: the last 5 %)."""
+    """The last lines of every training file are held out (BabyLlama-2: the last 5 %).
+
+    Of a source of rows (tables, hub) the last rows, so that no document is cut in two."""
 
     kind: Literal["tail"]
     fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -38,18 +56,127 @@ class TailOfEachFile(Spec):
 
 
 class FilesCorpus(Spec):
-    """Plain text files; the file name's stem is the domain (`childes.train` -> `childes`)."""
+    """Text files or tables; the file name without its suffixes is the domain (`childes.train.gz`
+    -> `childes`)."""
 
     kind: Literal["files"]
     train: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Paths or globs (`.txt`, `.train`, `.dev`); matches are read in sorted order."""
+    """Paths or globs; matches are read in sorted order. Text (`.txt`, `.train`, `.dev`), one row a
+    document (`.jsonl`, `.json` with an object a line, `.csv`, `.parquet`), and all but parquet also
+    compressed (`.gz`, `.xz`, `.zst`)."""
     split: Annotated[HeldOutFiles | TailOfEachFile, Field(discriminator="kind")]
     """Where development text comes from."""
-    cleaning: Literal["babylm", "none"] = "babylm"
-    """`babylm`: BabyLlama's rules per domain, their known bugs fixed; `none`: text as it is."""
+    column: Annotated[str, Field(min_length=1)] = "text"
+    """The column (JSON: the key) that holds the text; text files have none."""
+    cleaning: Literal["babylm", "published", "none"] = "babylm"
+    """`babylm`: BabyLlama's rules per domain, their known bugs fixed; `published`: the same rules
+    to the letter, bugs included; `none`: text as it is."""
 
 
-CorpusSpec = Annotated[NurseryCorpus | FilesCorpus, Field(discriminator="kind")]
+class HubCorpus(Spec):
+    """A dataset of the Hugging Face hub; each row is a document."""
+
+    kind: Literal["hub"]
+    path: Annotated[str, Field(min_length=1)]
+    """The dataset's id (`owner/name`), or a local folder laid out like one."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """Its configuration (subset); none: its default."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """A commit, tag or branch; none: the newest. The commit found is part of the fingerprint."""
+    train: Annotated[str, Field(min_length=1)] = "train"
+    """The split that is trained on."""
+    split: Annotated[HeldOutSplit | TailOfEachFile, Field(discriminator="kind")]
+    """Where development text comes from."""
+    column: Annotated[str, Field(min_length=1)] = "text"
+    """The column that holds the text."""
+    domain_column: Annotated[str, Field(min_length=1)] | None = None
+    """The column whose value is the row's domain: rows are gathered by it, in the order in which
+    domains first appear. None: all rows are of one domain, called `name`, or the last part of
+    `path`."""
+    streaming: bool = False
+    """Read over the network in every pass, with no copy on the disk; else the split is downloaded
+    once into the library's cache. A local folder is read in place."""
+    cleaning: Literal["babylm", "none"] = "none"
+    """`babylm`: BabyLlama's rules for the domains that bear its names; `none`: text as it is."""
+
+    @model_validator(mode="after")
+    def _readable(self) -> HubCorpus:
+        found = []
+        if self.streaming and self.domain_column is not None:
+            hint = "rows are gathered by domain, which reads them once for each: leave one out"
+            found.append(Mismatch(("domain_column",), self.domain_column, "no streaming", hint))
+        if self.domain_column == self.column:
+            expected = f"another column than the text's ({self.column})"
+            found.append(Mismatch(("domain_column",), self.domain_column, expected))
+        if isinstance(self.split, HeldOutSplit) and self.split.dev == self.train:
+            hint = "`split: {kind: tail}` holds out the end of the training split"
+            expected = "a split that no model is trained on"
+            found.append(Mismatch(("split", "dev"), self.split.dev, expected, hint))
+        return consistent(self, found)
+
+
+class MixSource(Spec):
+    """One source of a mix."""
+
+    name: Name
+    """What it is called; the domain of a source that has one, and before the others' names
+    (`name/domain`) where it has several."""
+    corpus: Annotated[FilesCorpus | HubCorpus, Field(discriminator="kind")]
+    """Its text, with the split and the cleaning that are its own."""
+    weight: PositiveFloat | None = None
+    """Its share of the words of the mix, relative to the other sources' weights."""
+    words: PositiveInt | None = None
+    """Its budget: so many words from its start, up to the end of a line."""
+    repeat: bool = False
+    """Whether it begins again where it is shorter than its budget or its share; else that is an
+    error."""
+
+
+class MixCorpus(Spec):
+    """Several sources, one after another, each from its start and up to its share of the words.
+
+    Words are counted by whitespace, after cleaning. Only training text is measured out; the
+    development text is that of all sources, whole."""
+
+    kind: Literal["mix"]
+    sources: Annotated[tuple[MixSource, ...], Field(min_length=1)]
+    """What is mixed: all by `weight`, or all by `words`."""
+    words: PositiveInt | None = None
+    """Training words of a mix by weight; none: as many as the weights leave, so that the source
+    that is shortest for its share is taken whole."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> MixCorpus:
+        found = [
+            Mismatch(("sources", *each.key), each.got, each.expected, each.hint)
+            for each in repeated_names([source.name for source in self.sources])
+        ]
+        by_words = [source.words is not None for source in self.sources]
+        for i, source in enumerate(self.sources):
+            if (source.weight is None) == (source.words is None):
+                got = "neither" if source.words is None else "both"
+                expected = "either `weight` or `words`"
+                found.append(Mismatch(("sources", i, "weight"), got, expected))
+            elif any(by_words) and not all(by_words):
+                hint = "shares of what budgets leave have no meaning: give all one or the other"
+                key = "words" if by_words[i] else "weight"
+                expected = "all sources by `weight`, or all by `words`"
+                found.append(Mismatch(("sources", i, key), getattr(source, key), expected, hint))
+        if self.words is not None and any(by_words):
+            expected = "nothing: the sources' budgets say how many words there are"
+            found.append(Mismatch(("words",), self.words, expected))
+        if self.words is None and not any(by_words) and all(s.repeat for s in self.sources):
+            hint = "sources that all begin again have no end"
+            found.append(Mismatch(("words",), "nothing", "how many words the mix has", hint))
+        return consistent(self, found)
+
+
+TextSpec = FilesCorpus | HubCorpus | MixCorpus
+"""A corpus whose text is the user's."""
+
+CorpusSpec = Annotated[
+    NurseryCorpus | FilesCorpus | HubCorpus | MixCorpus, Field(discriminator="kind")
+]
 
 
 # -- tokenizer and windows ----------------------------------------------------------------------

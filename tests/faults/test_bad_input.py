@@ -6,6 +6,7 @@ ranks behave the same.
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Callable
@@ -109,6 +110,21 @@ def test_development_text_shorter_than_a_window(job: Path, tmp_path: Path, refus
     said = refuse(job)
     assert "corpus (dev)" in said
     assert nothing_trained(tmp_path)
+
+
+def test_a_compressed_file_cut_short(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    whole = gzip.compress((job.parent / "town.train").read_bytes())
+    (tmp_path / "town.train.gz").write_bytes(whole[:-40])
+    said = refuse(job, f"corpus.train=[{tmp_path}/town.train.gz]")
+    assert "town.train.gz: got a compressed file that is cut short" in said
+    assert not (tmp_path / "runs" / "store").exists()
+
+
+def test_a_table_without_the_column(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    (tmp_path / "a.jsonl").write_text('{"txt": "a row"}\n')
+    said = refuse(job, f"corpus.train=[{tmp_path}/a.jsonl]")
+    assert "a.jsonl:1: got no column 'text' (there are: txt)" in said
+    assert "hint: did you mean `txt`?" in said
 
 
 def test_vocabulary_larger_than_the_corpus_supports(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import lzma
 import re
 import signal
 import sys
@@ -10,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from babyllama_ds.corpus import shards
 from babyllama_ds.corpus.prepare import CorpusEntries, prepare_corpus
+from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.store import Store
 
@@ -111,3 +116,47 @@ def test_text_changed_meanwhile_is_another_corpus(
     assert content(entries.tokens_dir) == content(undisturbed.tokens_dir)
     assert "going on" not in caplog.text
     assert content(begun) == before
+
+
+@pytest.fixture
+def killed_mix(tmp_path: Path, tiny_job: Callable[..., Path], start: Callable[..., Any]) -> Path:
+    """The same of a mix of compressed JSON lines and compressed text."""
+    job = tiny_job(tmp_path)
+    lines = (tmp_path / "town.train").read_text().splitlines()
+    rows = [json.dumps({"text": "\n".join(lines[i : i + 3])}) for i in range(0, len(lines), 3)]
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(rows).encode()))
+    (tmp_path / "town.txt.xz").write_bytes(lzma.compress((tmp_path / "town.dev").read_bytes()))
+    held_out = {"kind": "tail", "fraction": 0.2}
+    sources = [
+        {"name": name, "corpus": {"kind": "files", "train": [str(path)], "split": held_out}}
+        for name, path in (("rows", tmp_path / "rows.jsonl.gz"), ("town", tmp_path / "town.txt.xz"))
+    ]
+    corpus = {"kind": "mix", "sources": [{**each, "weight": 1.0} for each in sources]}
+    corpus["sources"][1]["repeat"] = True  # type: ignore[index]
+    job.write_text(yaml.safe_dump({**yaml.safe_load(job.read_text()), "corpus": corpus}))
+    running = start([[sys.executable, "-c", PREPARE, job, tmp_path / "store"]])
+    running.wait_until(
+        lambda: any(
+            len(list(place.glob("train-*.json"))) >= 3 for place in building(tmp_path / "store")
+        ),
+        "three shards",
+    )
+    running.signal_all(signal.SIGKILL)
+    assert running.end().code == -signal.SIGKILL
+    return job
+
+
+def test_a_mix_of_compressed_tables_and_text_goes_on_as_well(
+    killed_mix: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (place,) = building(tmp_path / "store")
+    times = {path.name: path.stat().st_mtime_ns for path in place.glob("train-*.json")}
+    entries = prepare(killed_mix, tmp_path / "store")
+    undisturbed = prepare(killed_mix, tmp_path / "another store")
+    assert content(entries.tokens_dir) == content(undisturbed.tokens_dir)
+    for name, time_ns in times.items():
+        assert (entries.tokens_dir / name).stat().st_mtime_ns == time_ns, "made anew"
+    assert re.search(r"going on with what is there, \d+ shards", caplog.text)
+    spans = TokenShards.open(entries.tokens_dir).domains("train")
+    assert {span.domain for span in spans} == {"rows", "town"}
+    assert len(spans) > 2, "the town repeats"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import lzma
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +16,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from babyllama_ds.corpus import checking
 from babyllama_ds.corpus import sources as module
 from babyllama_ds.corpus.sources import (
-    Sources,
-    find_files,
+    FileSources,
     iter_text,
     read_sources,
     train_lines,
 )
 from babyllama_ds.errors import DataError, Stopped
 from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles, TailOfEachFile
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 
 def tail(fraction: float = 0.05) -> TailOfEachFile:
@@ -35,14 +44,14 @@ def held_out(*dev: object) -> HeldOutFiles:
 def corpus(
     *train: object,
     split: HeldOutFiles | TailOfEachFile | None = None,
-    cleaning: Literal["babylm", "none"] = "none",
+    cleaning: Literal["babylm", "published", "none"] = "none",
 ) -> FilesCorpus:
     return FilesCorpus(
         kind="files", train=tuple(map(str, train)), split=split or tail(), cleaning=cleaning
     )
 
 
-def texts(sources: Sources, split: Literal["train", "dev"]) -> list[tuple[str, str]]:
+def texts(sources: FileSources, split: Literal["train", "dev"]) -> list[tuple[str, str]]:
     return [(domain, "".join(lines)) for domain, lines in iter_text(sources, split)]
 
 
@@ -52,42 +61,7 @@ def write(path: Path, content: str | bytes = "some text\n") -> Path:
     return path
 
 
-# -- finding -------------------------------------------------------------------------------------
-
-
-def test_patterns_in_order_matches_sorted_each_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("c.txt", "a.train", "b.dev", "deep/er/d.txt"):
-        write(tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    found = find_files(["c.txt", "*.txt", "[ab].*", "**/*.txt"], [])
-    assert [str(path) for _, path in found] == ["c.txt", "a.train", "b.dev", "deep/er/d.txt"]
-    assert {split for split, _ in found} == {"train"}
-
-
-def test_a_name_may_hold_glob_characters(tmp_path: Path) -> None:
-    path = write(tmp_path / "[ab]*.txt")
-    assert find_files([str(path)]) == [("train", path)]
-
-
-def test_every_wrong_pattern_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write(tmp_path / "notes.md")
-    write(tmp_path / "bare")
-    (tmp_path / "folder").mkdir()
-    os.mkfifo(tmp_path / "pipe.txt")
-    with pytest.raises(DataError) as caught:
-        find_files(["no/*.train", "notes.md", "bare", "folder", "pipe.txt"], ["none.dev"])
-    lines = [(problem.where, problem.got) for problem in caught.value.problems]
-    assert lines == [
-        ("corpus.train", f"'no/*.train', which matches nothing from {tmp_path}"),
-        ("corpus.train", "notes.md, a file called *.md"),
-        ("corpus.train", "bare, a file without a suffix"),
-        ("corpus.train", "folder, a directory"),
-        ("corpus.train", "pipe.txt, something that is not a regular file"),
-        ("corpus.split.dev", f"'none.dev', which matches nothing from {tmp_path}"),
-    ]
+# -- what is refused -----------------------------------------------------------------------------
 
 
 def test_one_file_in_both_splits_is_refused(tmp_path: Path) -> None:
@@ -166,15 +140,15 @@ def test_offsets_and_lines_do_not_depend_on_blocks(
 ) -> None:
     content = b"".join(parts)
     path = write(tmp_path / "any.txt", content)
-    monkeypatch.setattr(module, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(checking, "_BLOCK_BYTES", block_bytes)
     try:
         content.decode()
     except UnicodeDecodeError as error:
         with pytest.raises(DataError, match=f"at offset {error.start} "):
-            module._read_file(path, "train", None)
+            checking.read_file(path, "train", "text")
     else:
         with path.open(encoding="utf-8") as stream:
-            assert module._read_file(path, "train", None).lines == len(list(stream))
+            assert checking.read_file(path, "train", "text").lines == len(list(stream))
 
 
 def test_check_can_stop_the_reading(tmp_path: Path) -> None:
@@ -331,3 +305,130 @@ def test_the_fingerprint_follows_the_cleaning_rules(
     before = sources.fingerprint()
     monkeypatch.setattr(module, "CLEANING_VERSION", module.CLEANING_VERSION + 1)
     assert sources.fingerprint() != before
+
+
+# -- packed files and tables ---------------------------------------------------------------------
+
+PACK: dict[str, Any] = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstd.compress}
+
+
+@pytest.mark.parametrize("packing", sorted(PACK))
+def test_a_packed_file_gives_the_text_that_is_in_it(tmp_path: Path, packing: str) -> None:
+    """Packed in two parts; its first mark shows that it is read as UTF-8 and no other way."""
+    content = (ODD_TEXT + "\n" + "x" * 3000 + "é\n") * 400
+    plain = write(tmp_path / "plain" / "town.train", content)
+    half = len(content.encode()) // 2
+    packed = write(
+        tmp_path / "packed" / f"town.train.{packing}",
+        PACK[packing](content.encode()[:half]) + PACK[packing](content.encode()[half:]),
+    )
+    one, other = (read_sources(corpus(path, split=tail(0.5))) for path in (plain, packed))
+    for split in ("train", "dev"):
+        assert texts(other, split) == texts(one, split)  # type: ignore[arg-type]
+    assert other.fingerprint() == one.fingerprint()
+
+
+def rows_file(path: Path, rows: list[str]) -> Path:
+    return write(path, "".join(json.dumps({"text": row}) + "\n" for row in rows))
+
+
+def test_each_row_is_a_document(tmp_path: Path) -> None:
+    rows = ["one\ntwo", "", "three\r\nfour\n", "\n", "last"]
+    path = rows_file(tmp_path / "a.jsonl", rows)
+    sources = read_sources(corpus(path, split=held_out(write(tmp_path / "b.dev"))))
+    ((domain, lines),) = iter_text(sources, "train")
+    assert domain == "a"
+    assert list(lines) == ["one\n", "two\n", "", "three\n", "four\n", "", "\n", "", "last\n", ""]
+    assert texts(sources, "dev") == [("b", "some text\n")]
+
+
+def test_cleaning_keeps_the_ends_of_documents(tmp_path: Path) -> None:
+    rows = ["Subtitles by nobody", "a\nsubtitle\nb", "c"]
+    path = rows_file(tmp_path / "open_subtitles.train.jsonl", rows)
+    dev = write(tmp_path / "b.dev")
+    sources = read_sources(corpus(path, split=held_out(dev), cleaning="babylm"))
+    ((_, lines),) = iter_text(sources, "train")
+    assert list(lines) == ["a\n", "b\n", "", "c\n", ""]
+
+
+def test_the_tail_of_a_table_is_whole_rows(tmp_path: Path) -> None:
+    rows = [f"a {i}\nb {i}" for i in range(10)]
+    sources = read_sources(corpus(rows_file(tmp_path / "a.jsonl", rows), split=tail(0.3)))
+    assert texts(sources, "train") == [("a", "".join(f"{row}\n" for row in rows[:7]))]
+    assert texts(sources, "dev") == [("a", "".join(f"{row}\n" for row in rows[7:]))]
+
+
+def test_a_table_by_its_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "id,body\n1,one\n2,two\n")
+    dev = held_out(write(tmp_path / "b.dev"))
+
+    def read(**keys: Any) -> FileSources:
+        spec = FilesCorpus(kind="files", train=(str(path),), split=dev, cleaning="none", **keys)
+        return read_sources(spec)  # type: ignore[return-value]
+
+    assert texts(read(column="body"), "train") == [("a", "one\ntwo\n")]
+    assert texts(read(column="id"), "train") == [("a", "1\n2\n")]
+    assert read(column="body").fingerprint() != read(column="id").fingerprint()
+    with pytest.raises(DataError, match=r"a\.csv:1: got no column 'text'"):
+        read()
+
+
+def test_a_table_without_text_is_refused(tmp_path: Path) -> None:
+    path = rows_file(tmp_path / "a.jsonl", ["", " \n"])
+    with pytest.raises(DataError, match=r"corpus\.train: got 1 file\(s\) without any text"):
+        read_sources(corpus(path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: rewrite(path, '{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n'),
+        lambda path: rewrite(path, '{"text": "eno"}\n{"text": "owt"}\n', modified_ns=0),
+        lambda path: path.unlink(),
+    ],
+)
+def test_a_table_that_changes_under_a_run_is_noticed(tmp_path: Path, change: Any) -> None:
+    path = rows_file(tmp_path / "a.jsonl", ["one", "two"])
+    sources = read_sources(corpus(path, split=held_out(write(tmp_path / "b.dev"))))
+    change(path)
+    with pytest.raises(DataError, match="rows that were there when the stage began"):
+        texts(sources, "train")
+
+
+def test_a_packed_copy_of_training_text_in_dev_is_refused(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.train", "text\n")
+    dev = write(tmp_path / "b.dev.xz", lzma.compress(b"text\n"))
+    with pytest.raises(DataError, match=r"b\.dev\.xz, which has the same content as .*a\.train"):
+        read_sources(corpus(train, split=held_out(dev)))
+
+
+# -- cleaning as published -----------------------------------------------------------------------
+
+
+def test_published_cleaning_glues_documents_and_files(tmp_path: Path) -> None:
+    """In sorted order; the published code reads files in that of the file system."""
+    write(tmp_path / "qed.train", "SO IT IS.\n")
+    write(tmp_path / "simple_wiki.train", "End.\n\nStart.\n")
+    dev = held_out(write(tmp_path / "x.dev"))
+    sources = read_sources(corpus(tmp_path / "*.train", split=dev, cleaning="published"))
+    assert texts(sources, "train") == [("qed", "So it is."), ("simple_wiki", "End.Start.\n")]
+    fixed = read_sources(corpus(tmp_path / "*.train", split=dev, cleaning="babylm"))
+    assert texts(fixed, "train") == [("qed", "So it is.\n"), ("simple_wiki", "End.\nStart.\n")]
+    assert sources.fingerprint() != fixed.fingerprint()
+
+
+def test_the_published_failure_names_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "qed.train", "a\n(LAUGHTER)\n")
+    dev = held_out(write(tmp_path / "x.dev"))
+    with pytest.raises(DataError, match=r"qed\.train:2: got '\(LAUGHTER\)'.*ZeroDivisionError"):
+        texts(read_sources(corpus(path, split=dev, cleaning="published")), "train")
+
+
+def test_a_table_cannot_be_cleaned_as_published(tmp_path: Path) -> None:
+    dev = held_out(write(tmp_path / "x.dev"))
+    path = rows_file(tmp_path / "qed.jsonl", ["a"])
+    with pytest.raises(DataError, match=r"corpus\.cleaning: got 'published' for .*qed\.jsonl"):
+        read_sources(corpus(path, split=dev, cleaning="published"))
+    other = rows_file(tmp_path / "diary.jsonl", ["a"])  # no rule, so nothing to apply
+    sources = read_sources(corpus(other, split=dev, cleaning="published"))
+    assert texts(sources, "train") == [("diary", "a\n")]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.errors import DataError, JobError
-from babyllama_ds.plan.corpus import bytes_a_token, plan_corpus
+from babyllama_ds.plan.corpus import PlannedCorpus, bytes_a_token, plan_corpus
 from babyllama_ds.plan.machines import CARDS, USABLE, UTILISATION, Machine
 from babyllama_ds.plan.planner import Plan, Question, plan_job
 from babyllama_ds.plan.rates import Rate
@@ -61,6 +64,72 @@ def test_given_tokens_need_no_text(nursery: Job, tmp_path: Path) -> None:
     split = "corpus={kind: files, train: ['/no/such/*.train'], split: {kind: tail, fraction: 0.2}}"
     planned = plan_corpus(nursery(split), runs=tmp_path, tokens=8_000)
     assert (planned.train_tokens, planned.dev_tokens, planned.source) == (8_000, 2_000, "--tokens")
+
+
+def test_what_has_to_be_read_is_counted(files_job: Job, tmp_path: Path) -> None:
+    """Compressed files, tables and mixes: the cleaned text, not the files' size."""
+    packed = tmp_path / "a.txt.gz"
+    packed.write_bytes(gzip.compress(b"x" * 9_999 + b"\n"))
+    rows = tmp_path / "b.jsonl"
+    rows.write_text("".join(f'{{"n": {i}, "text": "{"y" * 99}"}}\n' for i in range(100)))
+    dev = f"split: {{kind: held_out, dev: ['{tmp_path}/a.dev']}}"
+
+    def planned(corpus: str) -> PlannedCorpus:
+        job = files_job("tokenizer.vocab_size=800", f"corpus={corpus}")
+        return plan_corpus(job, runs=tmp_path, tokens=None)
+
+    for path in (packed, rows):
+        found = planned(f"{{kind: files, train: ['{path}'], {dev}}}")
+        assert (found.train_tokens, found.dev_tokens) == (round(10_000 / 2.21), round(2_000 / 2.21))
+        assert found.assumption.endswith("counted in the cleaned text")
+    tail = "split: {kind: tail, fraction: 0.5}"
+    found = planned(
+        "{kind: mix, sources: ["
+        f"{{name: one, corpus: {{kind: files, train: ['{rows}'], {tail}}}, words: 20}},"
+        f"{{name: two, corpus: {{kind: files, train: ['{packed}'], {dev}}}, words: 1}}]}}"
+    )
+    assert found.train_tokens == round((20 * 100 + 10_000) / 2.21)
+    assert found.dev_tokens == round((50 * 100 + 2_000) / 2.21)
+
+
+def test_a_hub_dataset_needs_tokens(files_job: Job, tmp_path: Path) -> None:
+    hub = "{kind: hub, path: nobody/tales, split: {kind: tail, fraction: 0.2}}"
+    mixed = f"{{kind: mix, sources: [{{name: a, corpus: {hub}, words: 5}}]}}"
+    for corpus in (hub, mixed):
+        with pytest.raises(DataError) as caught:
+            plan_corpus(files_job(f"corpus={corpus}"), runs=tmp_path, tokens=None)
+        assert str(caught.value) == (
+            "corpus: got nobody/tales, a hub dataset, whose size is known when it is loaded, "
+            "expected the job's text, to estimate its tokens\n"
+            "    hint: give --tokens N, the tokens of the training text, to plan without it"
+        )
+    planned = plan_corpus(files_job(f"corpus={hub}"), runs=tmp_path, tokens=8_000)
+    assert (planned.train_tokens, planned.dev_tokens) == (8_000, 2_000)
+    assert plan_corpus(files_job(f"corpus={mixed}"), runs=tmp_path, tokens=8).dev_tokens is None
+
+
+def test_a_prepared_hub_dataset_is_found_without_a_download(
+    files_job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tales"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        text = "".join(f'{{"text": "{split} {i} of a tale"}}\n' for i in range(400))
+        (folder / f"{split}.jsonl").write_text(text)
+    corpus = f"corpus={{kind: hub, path: '{folder}', split: {{kind: held_out}}}}"
+    job = files_job(corpus, "tokenizer.vocab_size=280")
+    opened = open_corpus(prepare_corpus(job, Store(tmp_path / "store"), lambda: None))
+    asked = []
+    real = datasets.load_dataset
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["streaming"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    planned = plan_corpus(job, runs=tmp_path, tokens=None)
+    assert (planned.source, planned.train_tokens) == ("store", opened.shards.num_tokens("train"))
+    assert set(asked) == {True}
 
 
 def test_missing_text_names_the_way_out(nursery: Job, tmp_path: Path) -> None:
