@@ -36,10 +36,14 @@ Rule = Callable[[str], str | None]
 def clean(domain: str, lines: Iterator[str], cleaning: Cleaning = "babylm") -> Iterator[str]:
     """`lines` cleaned by the rule of `domain`; unknown domains are unchanged.
 
-    Lines may or may not end with a line break; all that leave do. `none` does just that.
+    Lines may or may not end with a line break; all that leave do. `none` does just that. The marks
+    between documents (`documents`) pass as they are.
     """
     rule = RULES.get(domain, _unchanged) if cleaning == "babylm" else _unchanged
     for line in lines:
+        if not line:
+            yield line
+            continue
         cleaned = rule(line.removesuffix("\n"))
         if cleaned is not None:
             yield cleaned + "\n"

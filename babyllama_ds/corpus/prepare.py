@@ -14,11 +14,17 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from babyllama_ds.corpus.documents import (
+    DocumentTokens,
+    check_documents_found,
+    document_tokens,
+)
 from babyllama_ds.corpus.nursery.write import NURSERY_VERSION, write_nursery
 from babyllama_ds.corpus.shards import TokenShards, write_shards
 from babyllama_ds.corpus.sources import Sources, iter_text, read_sources
@@ -39,6 +45,8 @@ log = logging.getLogger(__name__)
 
 PREPARATION = 1
 """Raised when a change of the code gives other tokens for the same text."""
+DOCUMENTS = 1
+"""Raised when a change of the code gives other documents of the same text."""
 
 Check = Callable[[], None]
 """Called now and then during long work; raises to stop it."""
@@ -75,17 +83,28 @@ def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
         RunError: a disk that refuses.
     """
     text_dir = _nursery(job.corpus, job.stage_seed("corpus"), store)
-    spec = job.corpus if isinstance(job.corpus, FilesCorpus) else nursery_files(_some(text_dir))
+    if isinstance(job.corpus, FilesCorpus):
+        spec = job.corpus
+    else:
+        spec = nursery_files(_some(text_dir), job.corpus.documents)
     sources = read_sources(spec, check=check)
+    check_documents_found(iter_text(sources, "train"), sources.documents)
     tokenizer_key, tokenizer_dir = _tokenizer(job, sources, store, check)
     tokens_key = hash_json(
-        {"version": PREPARATION, "text": sources.fingerprint(), "tokenizer": tokenizer_key}
+        {
+            "version": PREPARATION,
+            "text": sources.fingerprint(),
+            "tokenizer": tokenizer_key,
+            **_documents(job),
+        }
     )
+    ends = _document_tokens(job, tokenizer_dir)
 
     def make(directory: Path) -> None:
         log.info("tokens: encoding %.1f MB", sum(file.bytes for file in sources.files) / 1e6)
         texts = {"train": iter_text(sources, "train"), "dev": iter_text(sources, "dev")}
-        write_shards(directory, texts, load_tokenizer(str(tokenizer_dir)), check=check)
+        tokenizer = load_tokenizer(str(tokenizer_dir))
+        write_shards(directory, texts, tokenizer, documents=ends, check=check)
 
     return CorpusEntries(
         tokenizer_dir=tokenizer_dir,
@@ -112,7 +131,8 @@ def _nursery(corpus: NurseryCorpus | FilesCorpus, seed: int, store: Store) -> Pa
     """The nursery's text; none for other corpora."""
     if not isinstance(corpus, NurseryCorpus):
         return None
-    key = hash_json({"nursery": NURSERY_VERSION, "seed": seed, **corpus.model_dump(mode="json")})
+    text = corpus.model_dump(mode="json", exclude={"documents"})  # which do not change it
+    key = hash_json({"nursery": NURSERY_VERSION, "seed": seed, **text})
 
     def make(directory: Path) -> None:
         log.info("nursery: writing %s words", f"{corpus.words:,}")
@@ -134,9 +154,8 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
         loaded = load_tokenizer(spec.path)
         key = tokenizer_fingerprint(loaded)
         return key, store.build("tokenizers", key, lambda folder: save_tokenizer(loaded, folder))
-    key = hash_json(
-        {"version": PREPARATION, "text": sources.fingerprint(), **spec.model_dump(mode="json")}
-    )
+    vocabulary = spec.model_dump(mode="json", exclude={"document_tokens"})
+    key = hash_json({"version": PREPARATION, "text": sources.fingerprint(), **vocabulary})
 
     def make(directory: Path) -> None:
         log.info("tokenizer: learning %d tokens", spec.vocab_size)
@@ -147,7 +166,22 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
 
 def _lines(sources: Sources) -> Iterator[str]:
     for _, lines in iter_text(sources, "train"):
-        yield from lines
+        yield from filter(None, lines)  # no marks of documents
+
+
+def _documents(job: JobSpec) -> dict[str, Any]:
+    """What the key of token shards says of documents: nothing where their boundaries are dropped,
+    as before there was a choice."""
+    if job.corpus.documents == "none":
+        return {}
+    return {"documents": [DOCUMENTS, job.corpus.documents, job.tokenizer.document_tokens]}
+
+
+def _document_tokens(job: JobSpec, tokenizer_dir: Path) -> DocumentTokens | None:
+    """The tokens at the ends of documents; none where boundaries are dropped."""
+    if job.corpus.documents == "none":
+        return None
+    return document_tokens(load_tokenizer(str(tokenizer_dir)), job.tokenizer.document_tokens)
 
 
 def _some(path: Path | None) -> Path:

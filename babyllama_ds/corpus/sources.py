@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from babyllama_ds.corpus.cleaning import CLEANING_VERSION, Cleaning, clean
+from babyllama_ds.corpus.documents import Documents, after_lines, first_lines, mark_documents
 from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.files import hash_json
 from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles
@@ -63,6 +64,8 @@ class Sources:
     cleaning: Cleaning
     tail: float | None
     """Share of each file's cleaned lines that is held out; none: dev files are given."""
+    documents: Documents = "none"
+    """Which marks of their ends stand among the lines; the text is the same with and without."""
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the cleaned text of both splits; paths do not."""
@@ -91,7 +94,9 @@ def read_sources(spec: FilesCorpus, *, check: Callable[[], None] | None = None) 
     if problems:
         raise DataError.all_of(problems)
     tail = None if isinstance(spec.split, HeldOutFiles) else spec.split.fraction
-    return Sources(files=tuple(files), cleaning=spec.cleaning, tail=tail)
+    return Sources(
+        files=tuple(files), cleaning=spec.cleaning, tail=tail, documents=spec.documents
+    )
 
 
 def find_files(train: Sequence[str], dev: Sequence[str] = ()) -> list[tuple[Split, Path]]:
@@ -122,15 +127,15 @@ def find_files(train: Sequence[str], dev: Sequence[str] = ()) -> list[tuple[Spli
 def iter_text(sources: Sources, split: Split) -> Iterator[tuple[str, Iterator[str]]]:
     """(domain, cleaned lines) of each file that has a part in `split`, in order.
 
-    Every line ends with a line break. A file is opened when its first line is asked for, and at
-    most a few megabytes of it are in memory. Raises `DataError` for a file that has changed since
-    `read_sources`.
+    Every line ends with a line break; an empty string marks the end of a document. A file is
+    opened when its first line is asked for, and at most a few megabytes of it are in memory. Raises
+    `DataError` for a file that has changed since `read_sources`.
     """
     for file in sources.files:
         if sources.tail is not None:
-            yield file.domain, _part(file, sources.cleaning, sources.tail, split)
+            yield file.domain, _part(file, sources, sources.tail, split)
         elif file.split == split:
-            yield file.domain, _cleaned(file, sources.cleaning)
+            yield file.domain, _cleaned(file, sources.cleaning, sources.documents)
 
 
 def train_lines(num_lines: int, tail: float) -> int:
@@ -293,22 +298,25 @@ def _empty_splits(files: list[TextFile]) -> list[Problem]:
 # -- streaming -----------------------------------------------------------------------------------
 
 
-def _part(file: TextFile, cleaning: Cleaning, tail: float, split: Split) -> Iterator[str]:
+def _part(file: TextFile, sources: Sources, tail: float, split: Split) -> Iterator[str]:
     # BabyLlama-2 splits cleaned files, so the lines are counted after cleaning. It counts with
     # str.splitlines, which differs only where a text holds form feeds, U+2028 and the like.
-    cut = train_lines(_num_cleaned_lines(file, cleaning), tail)
-    lines = _cleaned(file, cleaning)
-    yield from islice(lines, cut) if split == "train" else islice(lines, cut, None)
+    cut = train_lines(_num_cleaned_lines(file, sources.cleaning), tail)
+    lines = _cleaned(file, sources.cleaning, sources.documents)
+    if sources.documents in ("none", "files"):  # no marks: the same, much faster
+        yield from islice(lines, cut) if split == "train" else islice(lines, cut, None)
+    else:
+        yield from first_lines(lines, cut) if split == "train" else after_lines(lines, cut)
 
 
 @cache
 def _num_cleaned_lines(file: TextFile, cleaning: Cleaning) -> int:
     # A pass over the file; its content is part of the key.
-    return sum(1 for _ in _cleaned(file, cleaning))
+    return sum(1 for _ in _cleaned(file, cleaning, "none"))
 
 
-def _cleaned(file: TextFile, cleaning: Cleaning) -> Iterator[str]:
-    return clean(file.domain, _read_lines(file), cleaning)
+def _cleaned(file: TextFile, cleaning: Cleaning, documents: Documents) -> Iterator[str]:
+    return clean(file.domain, mark_documents(_read_lines(file), documents), cleaning)
 
 
 def _read_lines(file: TextFile) -> Iterator[str]:

@@ -19,6 +19,9 @@ class NurseryCorpus(Spec):
     """Words of held-out text, about."""
     pairs_per_task: PositiveInt = 100
     """Minimal pairs made for each grammatical phenomenon."""
+    documents: Literal["none", "lines"] = "none"
+    """Whether boundaries between scenes, of which each line is one, are kept: see
+    docs/documents.md."""
 
 
 class HeldOutFiles(Spec):
@@ -47,12 +50,19 @@ class FilesCorpus(Spec):
     """Where development text comes from."""
     cleaning: Literal["babylm", "none"] = "babylm"
     """`babylm`: BabyLlama's rules per domain, their known bugs fixed; `none`: text as it is."""
+    documents: Literal["none", "blank_lines", "lines", "files"] = "none"
+    """What is a document, so that its boundaries are kept: what blank lines or titles
+    (`= = = … = = =`) set apart, each line, or each file; `none` (published): boundaries are
+    dropped. The text stays the same; see docs/documents.md."""
 
 
 CorpusSpec = Annotated[NurseryCorpus | FilesCorpus, Field(discriminator="kind")]
 
 
 # -- tokenizer and windows ----------------------------------------------------------------------
+
+
+DocumentTokens = Literal["none", "begin", "end", "both"]
 
 
 class TrainedTokenizer(Spec):
@@ -63,6 +73,9 @@ class TrainedTokenizer(Spec):
     """Rows of the embedding: 3 special tokens, 256 bytes, merges."""
     min_frequency: PositiveInt = 2
     """Occurrences that a merge needs."""
+    document_tokens: DocumentTokens = "none"
+    """Special tokens at the ends of every document: `<s>` where it begins, `</s>` where it ends;
+    `none` (published): no special token is in the stream. Needs `corpus.documents`."""
 
 
 class LoadedTokenizer(Spec):
@@ -71,6 +84,10 @@ class LoadedTokenizer(Spec):
     kind: Literal["pretrained"]
     path: str
     """A Hugging Face tokenizer directory, a `tokenizer.json`, or a hub id."""
+    document_tokens: DocumentTokens = "none"
+    """Special tokens at the ends of every document: the tokenizer's `bos_token` where it begins,
+    its `eos_token` where it ends; `none` (published): no special token is in the stream. Needs
+    `corpus.documents`."""
 
 
 TokenizerSpec = Annotated[TrainedTokenizer | LoadedTokenizer, Field(discriminator="kind")]
@@ -98,6 +115,11 @@ class WindowsSpec(Spec):
     """`fixed`: window i starts at token `i * length` in every epoch; `random` (published): it is
     shifted by an offset in [0, length) drawn from (seed, epoch, i); `{phases: K}`: by one of K
     offsets, used in turn, the same for every seed."""
+    attention: Literal["window", "document"] = "window"
+    """What a position attends to: all earlier ones of its window (`window`, published), or those
+    of its own document alone, with positions counted anew and no label across the boundary
+    (`document`). Needs `corpus.documents`. Only under `distillation.soft_reduction: token` is a
+    batch's loss then that of its documents one by one: see docs/documents.md."""
 
     @field_validator("offsets")
     @classmethod
