@@ -86,9 +86,7 @@ def after_lines(lines: Iterable[str], number: int) -> Iterator[str]:
             number -= 1
 
 
-def check_documents_found(
-    texts: Iterable[tuple[str, Iterator[str]]], documents: Documents
-) -> None:
+def check_documents_found(texts: Iterable[tuple[str, Iterator[str]]], documents: Documents) -> None:
     """The training text has a boundary where blank lines were to give some.
 
     Reads until the first one. Raises `DataError` when no file is more than one document.

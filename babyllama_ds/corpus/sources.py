@@ -94,9 +94,7 @@ def read_sources(spec: FilesCorpus, *, check: Callable[[], None] | None = None) 
     if problems:
         raise DataError.all_of(problems)
     tail = None if isinstance(spec.split, HeldOutFiles) else spec.split.fraction
-    return Sources(
-        files=tuple(files), cleaning=spec.cleaning, tail=tail, documents=spec.documents
-    )
+    return Sources(files=tuple(files), cleaning=spec.cleaning, tail=tail, documents=spec.documents)
 
 
 def find_files(train: Sequence[str], dev: Sequence[str] = ()) -> list[tuple[Split, Path]]:

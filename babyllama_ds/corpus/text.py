@@ -13,9 +13,7 @@ from typing import Literal
 from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles
 
 
-def nursery_files(
-    directory: Path, documents: Literal["none", "lines"] = "none"
-) -> FilesCorpus:
+def nursery_files(directory: Path, documents: Literal["none", "lines"] = "none") -> FilesCorpus:
     """The corpus made of `directory`'s `train/*.train` and `dev/*.dev`, taken as they are."""
     root = glob.escape(str(directory))
     return FilesCorpus(

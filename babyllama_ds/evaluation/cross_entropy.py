@@ -90,7 +90,7 @@ def evaluate_cross_entropy(
             )
         )
     )
-    if tokens < 1:
+    if tokens < 1 and begins_of is not None:
         raise DataError.of(
             "development windows",
             got="documents of one token each, which leave none to predict",

@@ -29,7 +29,6 @@ class Likelihood(Protocol):
         """The NLL of each token that counts; `pieces`: of documents kept apart."""
 
 
-
 @contextmanager
 def likelihood_of(model: nn.Module, *, vocab_size: int) -> Iterator[Likelihood]:
     """The model's next-token likelihood, in eval mode and without gradients while open.

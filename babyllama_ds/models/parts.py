@@ -93,9 +93,7 @@ def check_plain_head(model: nn.Module, *, where: str) -> HeadKind:
     return probed.kind
 
 
-def _final_states(
-    model: nn.Module, input_ids_BS: Tensor, pieces: Pieces | None = None
-) -> Tensor:
+def _final_states(model: nn.Module, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
     inputs = model_inputs(model, input_ids_BS, pieces)
     states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state

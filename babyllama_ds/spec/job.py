@@ -130,9 +130,7 @@ class JobSpec(Spec):
     @field_validator("windows")
     @classmethod
     def _documents_are_known(cls, windows: WindowsSpec, info: ValidationInfo) -> WindowsSpec:
-        return consistent(
-            windows, _needs_documents("attention", windows.attention, "window", info)
-        )
+        return consistent(windows, _needs_documents("attention", windows.attention, "window", info))
 
     @field_validator("teachers")
     @classmethod

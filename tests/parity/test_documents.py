@@ -11,8 +11,9 @@ Shapes: B windows, S positions, N = B * S, V vocabulary, K teachers.
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers import modeling_flash_attention_utils as flash
 
 from babyllama_ds.engine.compiling import forget_compiled
@@ -44,6 +46,30 @@ SPECS = {
     ),
     "alone": None,
 }
+
+
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    ),
+    "gpt2": GPT2Config(
+        vocab_size=61, n_embd=24, n_layer=2, n_head=3, n_positions=64, initializer_range=0.2
+    ),
+}
+
+
+def random_model(kind: str, seed: int = 0) -> nn.Module:
+    """LLaMA: grouped queries, untied; GPT-2: tied."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))
 
 
 def tokens_and_begins() -> tuple[Tensor, np.ndarray]:
@@ -193,30 +219,28 @@ def with_kernel(model: nn.Module, kernel: str) -> nn.Module:
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager", "fused", "flash_attention_2"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_packed_documents_are_documents(
-    kind: str, kernel: str, name: str, tiny_model: Callable[..., Any]
-) -> None:
+def test_packed_documents_are_documents(kind: str, kernel: str, name: str) -> None:
     spec = SPECS[name]
     families = ("llama", "gpt2") if spec else ()
-    teachers = [with_kernel(tiny_model(each, seed=7), kernel) for each in families]
-    student = with_kernel(tiny_model(kind), kernel)
+    teachers = [with_kernel(random_model(each, seed=7), kernel) for each in families]
+    student = with_kernel(random_model(kind), kernel)
     loss = packed(Objective(student, vocab_size=VOCAB, distillation=spec), teachers)
 
-    alone = with_kernel(tiny_model(kind), "eager")
-    teachers_alone = [with_kernel(tiny_model(each, seed=7), "eager") for each in families]
+    alone = with_kernel(random_model(kind), "eager")
+    teachers_alone = [with_kernel(random_model(each, seed=7), "eager") for each in families]
     expected = one_by_one(alone, teachers_alone, spec)
     expected.backward()
-    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-7, atol=0)
     ours, theirs = (dict(model.named_parameters()) for model in (student, alone))
     for key, parameter in theirs.items():
         error = (ours[key].grad - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-12)
-        assert error < 1e-8, key
+        assert error < 1e-6, key
 
 
-def test_under_sequence_a_batch_is_not_its_documents(tiny_model: Callable[..., Any]) -> None:
+def test_under_sequence_a_batch_is_not_its_documents() -> None:
     """Its KL is divided by windows, whatever they hold: as `docs/documents.md` says."""
     spec = DistillationSpec(alpha=0.3, soft_reduction="sequence")
-    teacher, student = (with_kernel(tiny_model("llama", seed=s), "sdpa") for s in (7, 0))
+    teacher, student = (with_kernel(random_model("llama", seed=s), "sdpa") for s in (7, 0))
     objective = Objective(student, vocab_size=VOCAB, distillation=spec)
     batch = packed_batch()
     counts = objective.counts(batch, num_ranks=1, accumulation_steps=1)
@@ -235,11 +259,9 @@ def test_the_last_position_of_a_piece_predicts_nothing_and_still_learns_from_tea
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_development_text_is_scored_document_by_document(
-    kind: str, tiny_model: Callable[..., Any]
-) -> None:
+def test_development_text_is_scored_document_by_document(kind: str) -> None:
     tokens_BS, begins_BS = tokens_and_begins()
-    model = with_kernel(tiny_model(kind), "sdpa")
+    model = with_kernel(random_model(kind), "sdpa")
     lengths = np.arange(1, VOCAB + 1)
     score = evaluate_cross_entropy(
         model,
@@ -256,7 +278,7 @@ def test_development_text_is_scored_document_by_document(
         expected = one_by_one(model, [], None)
     assert score.num_tokens == len(labels)
     assert score.num_bytes == int(lengths[labels].sum())
-    assert score.cross_entropy == pytest.approx(expected.item(), rel=1e-10)
+    assert score.cross_entropy == pytest.approx(expected.item(), rel=1e-7)
 
 
 @pytest.fixture
@@ -267,13 +289,10 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
     forget_compiled()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_compiled_backbone_is_compiled_once_for_all_pieces(
-    kind: str, counter: CompileCounter, tiny_model: Callable[..., Any]
-) -> None:
+def test_a_compiled_backbone_is_compiled_once_for_all_pieces(counter: CompileCounter) -> None:
     """Masks are of one shape, whatever documents there are; without generating code."""
     plain, fast = (
-        Objective(with_kernel(tiny_model(kind), "sdpa"), vocab_size=VOCAB, distillation=None)
+        Objective(with_kernel(random_model("llama"), "sdpa"), vocab_size=VOCAB, distillation=None)
         for _ in range(2)
     )
     fast.compile_backbone()

@@ -282,8 +282,7 @@ def _compared(
 ) -> Tensor:
     """Σ KL of both, then <g, g'>, <g, g>, <g', g'> of their gradients g and g'."""
     (kl, grad), (topk_kl, topk_grad) = (
-        _kl_and_gradient(hidden_ND, head, targets, loss, vocab_size)
-        for targets in (exact, topk)
+        _kl_and_gradient(hidden_ND, head, targets, loss, vocab_size) for targets in (exact, topk)
     )
     products = [(grad * topk_grad).sum(), (grad * grad).sum(), (topk_grad * topk_grad).sum()]
     return torch.stack([kl, topk_kl, *products]).cpu()

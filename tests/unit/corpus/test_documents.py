@@ -116,9 +116,7 @@ def corpus(folder: Path, choice: Choice, cleaning: Any, *, tail: bool) -> FilesC
 @pytest.mark.parametrize("tail", [False, True])
 @pytest.mark.parametrize("cleaning", ["babylm", "none"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_the_text_stays_the_same(
-    tmp_path: Path, choice: Choice, cleaning: str, tail: bool
-) -> None:
+def test_the_text_stays_the_same(tmp_path: Path, choice: Choice, cleaning: str, tail: bool) -> None:
     """Line by line, in both splits: what is held out does not depend on documents either."""
 
     def texts(which: Choice, split: Any) -> list[tuple[str, list[str]]]:

@@ -124,7 +124,7 @@ def test_long_documents_are_really_cut_and_short_ones_joined(
     """Else the test above would show little."""
     monkeypatch.setattr(module, "BLOCK_CHARS", 60)
     encoder = module._Encoder(tokenizer, BOTH)
-    long = [line for document in DOCUMENTS[:4] for line in document]
+    long = [line for document in DOCUMENTS[:20] for line in document]
     lines = marked([["a\n"], ["b\n"], long, ["c\n"]])
     blocks = list(module._blocks_of_documents("any", lines, encoder))
     assert [piece.text for piece in blocks[0].pieces[:2]] == ["a\n", "b\n"]
@@ -134,9 +134,7 @@ def test_long_documents_are_really_cut_and_short_ones_joined(
     assert "".join(block.text for block in blocks) == "a\nb\n" + "".join(long) + "c\n"
 
 
-def test_a_file_ends_its_last_document(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_a_file_ends_its_last_document(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """With a mark or without, so that a file without any is one document."""
     texts = [("a", iter(["one\n", "", "two\n"])), ("b", iter(["three\n", "four\n"]))]
     write_shards(tmp_path, {"train": texts}, tokenizer, documents=BOTH)

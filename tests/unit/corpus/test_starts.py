@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def split_up(starts: list[int], bounds: list[int]) -> list[np.ndarray]:
     """The starts of each shard, counted from its first token."""
     return [
         np.array([at - low for at in starts if low <= at < high], ON_DISK)
-        for low, high in zip(bounds, bounds[1:], strict=False)
+        for low, high in pairwise(bounds)
     ]
 
 
@@ -64,7 +65,7 @@ def shards(split: str) -> TokenShards:
     bounds = BOUNDS[1]
     index: dict[str, Any] = {"vocab_size": NUM_TOKENS, "splits": {split: {}}}
     stream = np.arange(NUM_TOKENS, dtype="<u4")  # each token's id is its place
-    parts = [stream[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    parts = [stream[low:high] for low, high in pairwise(bounds)]
     return TokenShards(index, {split: parts}, {split: split_up(some_starts(3), bounds)})
 
 

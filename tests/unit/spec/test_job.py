@@ -98,9 +98,7 @@ def test_what_is_asked_of_documents_needs_their_boundaries() -> None:
     with pytest.raises(ValidationError) as caught:
         job(**asked)
     mismatches = [
-        mismatch
-        for error in caught.value.errors()
-        for mismatch in error["ctx"]["error"].mismatches
+        mismatch for error in caught.value.errors() for mismatch in error["ctx"]["error"].mismatches
     ]
     dropped = "since corpus.documents is none: boundaries are dropped"
     assert list(map(str, mismatches)) == [
