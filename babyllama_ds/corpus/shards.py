@@ -97,8 +97,8 @@ def write_shards(
     of the same text, and the others named in the log and made anew: the result is the same.
 
     `shards.json` gives for each split its tokens, the UTF-8 bytes and the words (by whitespace) of
-    the cleaned text, its files, its domains and, where kept, its documents. `check` is called between batches of blocks and
-    may raise to stop. Raises `RunError` when the disk refuses.
+    the cleaned text, its files, its domains and, where kept, its documents. `check` is called
+    between batches of blocks and may raise to stop. Raises `RunError` when the disk refuses.
     """
     size = vocabulary_size(tokenizer)
     dtype = "uint16" if size <= 1 << 16 else "uint32"
@@ -552,7 +552,7 @@ class TokenShards:
         self,
         index: dict[str, Any],
         arrays: dict[str, list[npt.NDArray[Any]]],
-        documents: Mapping[str, Sequence[npt.NDArray[np.uint32]]] = {},  # noqa: B006 - read only
+        documents: Mapping[str, Sequence[npt.NDArray[np.uint32]]] = {},  # read only
     ) -> None:
         self.vocab_size: int = index["vocab_size"]
         self._splits: dict[str, dict[str, Any]] = index["splits"]

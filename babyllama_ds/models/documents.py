@@ -1,4 +1,4 @@
-"""Windows of several documents: where these begin enters; what makes a model keep them apart leaves.
+"""Windows of several documents: where these begin enters; what keeps them apart in a model leaves.
 
 A piece is what one document has in one window. Attention within documents means that a model gives
 each position what it would give it if the piece were a sequence of its own: it attends to earlier
@@ -8,6 +8,10 @@ positions of its piece alone, and counts positions from the piece's beginning.
                      of the whole micro-batch; no mask exists, and nothing is computed across pieces
     others           positions that begin anew, from which transformers makes a causal mask of one
                      block a piece, [B, 1, S, S]
+
+transformers would look at the positions of every forward pass for sequences that begin anew, and
+wait for the device to know. It is told instead, by their type (`sequences_of`): positions of pieces
+are int32, all others int64.
 
 Shapes: B windows, S positions, N = B * S, P pieces of all windows.
 """
@@ -31,7 +35,7 @@ class Pieces:
     """The pieces that a micro-batch's windows are made of."""
 
     positions_BS: Tensor
-    """Each position's place in its piece, from 0 (int64)."""
+    """Each position's place in its piece, from 0 (int32, which says that they are pieces')."""
     bounds_P1: Tensor
     """Where each piece begins among all N positions, then N (int32)."""
     longest: int
@@ -47,9 +51,10 @@ class Pieces:
         assert begins_BS[:, 0].all(), "a window begins with a piece"
         steps_S = np.arange(begins_BS.shape[1])
         begun_BS = np.maximum.accumulate(np.where(begins_BS, steps_S, 0), axis=1)
+        positions_BS = (steps_S - begun_BS).astype(np.int32)
         bounds_P1 = np.append(np.flatnonzero(begins_BS), begins_BS.size).astype(np.int32)
         return cls(
-            positions_BS=send(torch.from_numpy(steps_S - begun_BS)),
+            positions_BS=send(torch.from_numpy(positions_BS)),
             bounds_P1=send(torch.from_numpy(bounds_P1)),
             longest=int(np.diff(bounds_P1).max()),
         )
@@ -58,6 +63,17 @@ class Pieces:
     def cuts_BT(self) -> Tensor:  # noqa: N802 - named by its shape
         """Whether a position and the next one, [B, S - 1] of them, are of two documents."""
         return self.positions_BS[:, 1:] == 0
+
+
+def sequences_of(position_ids_BS: Tensor) -> Tensor | None:
+    """Which sequence of its window each position is of, from 1; none: each window is one.
+
+    What transformers' `find_packed_sequence_indices` finds by looking at the positions: the engine
+    puts this in its place. Under torch.compile, too, it depends on no value.
+    """
+    if position_ids_BS.dtype != torch.int32:
+        return None
+    return (position_ids_BS == 0).cumsum(-1)
 
 
 def model_inputs(model: nn.Module, input_ids_BS: Tensor, pieces: Pieces | None) -> dict[str, Any]:

@@ -36,11 +36,6 @@ class MicroBatchShape:
     """Whether attention stays within documents: kernels but FlashAttention then need a mask."""
 
     @property
-    def positions(self) -> int:
-        """What positions are counted for: the same in each window, unless documents are apart."""
-        return self.tokens if self.documents else self.length
-
-    @property
     def masked(self) -> bool:
         """Whether a mask of S numbers for each of the N positions exists."""
         return self.documents and not varies_in_shape(self.kernel)
@@ -85,7 +80,8 @@ def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> int:
         + _attention(sizes, shape)
         + 4 * e * n * sizes.intermediate_size  # gate, silu(gate), up, their product
     )
-    cos_and_sin = 2 * e * shape.positions * sizes.head_size
+    counted = n if shape.documents else shape.length  # anew in each window, or once for all
+    cos_and_sin = 2 * e * counted * sizes.head_size
     return sizes.num_layers * layer + norm + cos_and_sin + _ID_BYTES * n
 
 
@@ -100,7 +96,12 @@ def _gpt2(sizes: ModelSizes, shape: MicroBatchShape) -> int:
         + 2 * e * n * sizes.intermediate_size  # before and after GELU
         + 2 * mask
     )
-    return sizes.num_layers * layer + norm + mask + _ID_BYTES * (n + shape.positions)
+    return sizes.num_layers * layer + norm + mask + _ID_BYTES * n + _positions(shape)
+
+
+def _positions(shape: MicroBatchShape) -> int:
+    """Places that a learned embedding is asked for: of each window in turn, or once for all."""
+    return 4 * shape.tokens if shape.documents else _ID_BYTES * shape.length
 
 
 def _attention(sizes: ModelSizes, shape: MicroBatchShape) -> int:

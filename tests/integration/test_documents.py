@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
 from babyllama_ds.corpus.shards import TokenShards
 
@@ -91,6 +95,26 @@ def test_what_is_scored_are_the_tokens_within_documents(ran: Any) -> None:
     for name in CASES:
         found = json.loads((ran.runs / name / "evaluation" / "student.json").read_text())
         assert (found["dev"]["tokens"], found["dev"]["windows"]) == (inside, num_windows)
+
+
+def test_the_score_is_that_of_documents_one_by_one(ran: Any) -> None:
+    """By transformers alone, from what was exported."""
+    shards = TokenShards.open(ran.runs / "two" / "tokens")
+    num_windows = shards.num_tokens("dev") // 32
+    stream_BS = torch.from_numpy(shards.read("dev", 0, 32 * num_windows)).view(-1, 32)
+    for name in ("student", "teachers/gpt2"):
+        model = AutoModelForCausalLM.from_pretrained(ran.runs / "two" / name).eval()
+        nll, count = 0.0, 0
+        for ids_S in stream_BS:
+            begins = [0, *(at for at in range(1, 32) if ids_S[at] == 1), 32]
+            for first, last in pairwise(begins):
+                piece_1S = ids_S[None, first:last]
+                with torch.no_grad():
+                    logits_SV = model(input_ids=piece_1S).logits[0, :-1]
+                nll += cross_entropy(logits_SV, piece_1S[0, 1:], reduction="sum").item()
+                count += last - first - 1
+        path = ran.runs / "two" / "evaluation" / f"{name.rpartition('/')[2]}.json"
+        assert json.loads(path.read_text())["dev"]["ce"] == pytest.approx(nll / count, rel=1e-5)
 
 
 def test_every_document_begins_and_ends_with_its_tokens(ran: Any) -> None:

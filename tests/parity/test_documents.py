@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, masking_utils
 from transformers import modeling_flash_attention_utils as flash
 
+from babyllama_ds.engine import distributed
 from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.losses.distillation import TeacherStates
@@ -215,7 +216,18 @@ def with_kernel(model: nn.Module, kernel: str) -> nn.Module:
     return model
 
 
-@pytest.mark.usefixtures("plain_flash")
+@pytest.fixture(params=["as it is", "as the engine leaves it"])
+def transformers_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers looks for sequences in the positions, or is told by the engine."""
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", LOOKING)
+    if request.param != "as it is":
+        distributed._skip_looks_at_windows()
+
+
+LOOKING = masking_utils.find_packed_sequence_indices
+
+
+@pytest.mark.usefixtures("plain_flash", "transformers_way")
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("kernel", ["sdpa", "eager", "fused", "flash_attention_2"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -289,6 +301,8 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
     forget_compiled()
 
 
+@pytest.mark.parametrize("transformers_way", ["as the engine leaves it"], indirect=True)
+@pytest.mark.usefixtures("transformers_way")
 def test_a_compiled_backbone_is_compiled_once_for_all_pieces(counter: CompileCounter) -> None:
     """Masks are of one shape, whatever documents there are; without generating code."""
     plain, fast = (

@@ -38,13 +38,13 @@ def documents(text: str, choice: Choice) -> list[str]:
         ("one\ntwo\n", ["one\ntwo\n"], ["one\n", "two\n"]),
         ("one\n\ntwo\n", ["one\n\n", "two\n"], ["one\n\n", "two\n"]),
         # Blank lines belong to what came before, or, before the first one, to what follows.
-        ("\n \none\n\n\t\ntwo\n\n", ["\n \none\n\n\t\n", "two\n\n"], ["\n \none\n\n\t\n", "two\n\n"]),
+        ("\n \none\n\n\t\ntwo\n\n", ["\n \none\n\n\t\n", "two\n\n"], None),
         ("one\ntwo", ["one\ntwo"], ["one\n", "two"]),  # without a last line break
         # A title heads its document, with or without blank lines around it.
         (
-            "end of one\n= = = Two = = =\ntext\n = = = 3 = = = \n\nmore\n\nfour\n",
-            ["end of one\n", "= = = Two = = =\ntext\n", " = = = 3 = = = \n\nmore\n\n", "four\n"],
-            ["end of one\n", "= = = Two = = =\n", "text\n", " = = = 3 = = = \n\n", "more\n\n", "four\n"],
+            "end of one\n= = = Two = = =\ntext\n = = = 3 = = = \n\nmore\n",
+            ["end of one\n", "= = = Two = = =\ntext\n", " = = = 3 = = = \n\nmore\n"],
+            ["end of one\n", "= = = Two = = =\n", "text\n", " = = = 3 = = = \n\n", "more\n"],
         ),
         ("= = = A = = =\n= = = B = = =\nx\n", ["= = = A = = =\n", "= = = B = = =\nx\n"], None),
         ("he said = = = no = = = to\nit\n", ["he said = = = no = = = to\nit\n"], None),

@@ -19,7 +19,13 @@ from transformers import (
 )
 
 from babyllama_ds.errors import ModelError
-from babyllama_ds.models.documents import Pieces, check_documents, model_inputs, takes_lengths
+from babyllama_ds.models.documents import (
+    Pieces,
+    check_documents,
+    model_inputs,
+    sequences_of,
+    takes_lengths,
+)
 from babyllama_ds.models.parts import split_causal_lm
 
 
@@ -32,7 +38,7 @@ def test_pieces_by_hand() -> None:
     pieces = Pieces.of(begins("|..|.", "|....", "|||.|"))
     assert pieces.positions_BS.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 0, 0, 1, 0]]
     assert pieces.bounds_P1.tolist() == [0, 3, 5, 10, 11, 12, 14, 15]
-    assert (pieces.positions_BS.dtype, pieces.bounds_P1.dtype) == (torch.int64, torch.int32)
+    assert (pieces.positions_BS.dtype, pieces.bounds_P1.dtype) == (torch.int32, torch.int32)
     assert pieces.longest == 5
     none, cut = False, True
     assert pieces.cuts_BT.tolist() == [
@@ -40,6 +46,14 @@ def test_pieces_by_hand() -> None:
         [none, none, none, none],
         [cut, cut, none, cut],
     ]
+
+
+def test_sequences_are_known_without_a_look() -> None:
+    positions_BS = Pieces.of(begins("|..|.", "|....", "|||.|")).positions_BS
+    found = sequences_of(positions_BS)
+    assert found is not None
+    assert found.tolist() == [[1, 1, 1, 2, 2], [1, 1, 1, 1, 1], [1, 2, 3, 3, 4]]
+    assert sequences_of(positions_BS.long()) is None  # as transformers counts by itself
 
 
 def test_they_are_sent_where_they_are_told() -> None:
