@@ -23,7 +23,7 @@ METHOD = 3
 
 HOW_IT_RUNS = {"micro_batch", "log_every_steps", "profile_steps", "checkpoint_every_steps"}
 
-NEUTRAL: dict[type[Spec], dict[str, Any]] = {}
+NEUTRAL: dict[type[Spec], dict[str, Any]] = {WindowsSpec: {"attention": "window"}}
 """Options that came after METHOD was last raised, with the (JSON) value at which nothing is changed
 by them: there they are left out, so that what was made before still stands."""
 
@@ -95,6 +95,7 @@ def evaluation_fingerprint(
             "weights": weight_hashes(model_dir),
             "tokens": tokens_key,
             "length": job.windows.length,
+            **_attention(job.windows),
             "evaluation": _plain(job.evaluation, exclude={"batch_tokens", "minimal_pairs"}),
             "pairs": [
                 [
@@ -109,6 +110,11 @@ def evaluation_fingerprint(
             ],
         }
     )
+
+
+def _attention(windows: WindowsSpec) -> dict[str, Any]:
+    """Of a measurement's windows nothing matters but their length and this."""
+    return {key: value for key, value in _plain(windows).items() if key == "attention"}
 
 
 def weight_hashes(model_dir: Path) -> dict[str, str]:

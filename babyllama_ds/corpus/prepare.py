@@ -14,11 +14,17 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from babyllama_ds.corpus.documents import (
+    DocumentTokens,
+    check_documents_found,
+    document_tokens,
+)
 from babyllama_ds.corpus.nursery.write import NURSERY_VERSION, write_nursery
 from babyllama_ds.corpus.shards import TokenShards, write_shards
 from babyllama_ds.corpus.sources import iter_text, read_sources
@@ -40,6 +46,8 @@ log = logging.getLogger(__name__)
 
 PREPARATION = 1
 """Raised when a change of the code gives other tokens for the same text."""
+DOCUMENTS = 1
+"""Raised when a change of the code gives other documents of the same text."""
 
 Check = Callable[[], None]
 """Called now and then during long work; raises to stop it."""
@@ -77,17 +85,27 @@ def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
     """
     text_dir = _nursery(job.corpus, job.stage_seed("corpus"), store)
     corpus = job.corpus
-    spec = nursery_files(_some(text_dir)) if isinstance(corpus, NurseryCorpus) else corpus
-    sources = read_sources(spec, check=check)
+    if isinstance(corpus, NurseryCorpus):
+        sources = read_sources(nursery_files(_some(text_dir), corpus.documents), check=check)
+    else:
+        sources = read_sources(corpus, check=check)
+    check_documents_found(iter_text(sources, "train"), corpus.documents)
     tokenizer_key, tokenizer_dir = _tokenizer(job, sources, store, check)
     tokens_key = hash_json(
-        {"version": PREPARATION, "text": sources.fingerprint(), "tokenizer": tokenizer_key}
+        {
+            "version": PREPARATION,
+            "text": sources.fingerprint(),
+            "tokenizer": tokenizer_key,
+            **_documents(job),
+        }
     )
+    ends = _document_tokens(job, tokenizer_dir)
 
     def make(directory: Path) -> None:
         log.info("tokens: encoding %s", sources.size())
         texts = {"train": iter_text(sources, "train"), "dev": iter_text(sources, "dev")}
-        write_shards(directory, texts, load_tokenizer(str(tokenizer_dir)), check=check)
+        tokenizer = load_tokenizer(str(tokenizer_dir))
+        write_shards(directory, texts, tokenizer, documents=ends, check=check)
 
     return CorpusEntries(
         tokenizer_dir=tokenizer_dir,
@@ -114,7 +132,8 @@ def _nursery(corpus: CorpusSpec, seed: int, store: Store) -> Path | None:
     """The nursery's text; none for other corpora."""
     if not isinstance(corpus, NurseryCorpus):
         return None
-    key = hash_json({"nursery": NURSERY_VERSION, "seed": seed, **corpus.model_dump(mode="json")})
+    text = corpus.model_dump(mode="json", exclude={"documents"})  # which do not change it
+    key = hash_json({"nursery": NURSERY_VERSION, "seed": seed, **text})
 
     def make(directory: Path) -> None:
         log.info("nursery: writing %s words", f"{corpus.words:,}")
@@ -136,9 +155,8 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
         loaded = load_tokenizer(spec.path)
         key = tokenizer_fingerprint(loaded)
         return key, store.build("tokenizers", key, lambda folder: save_tokenizer(loaded, folder))
-    key = hash_json(
-        {"version": PREPARATION, "text": sources.fingerprint(), **spec.model_dump(mode="json")}
-    )
+    vocabulary = spec.model_dump(mode="json", exclude={"document_tokens"})
+    key = hash_json({"version": PREPARATION, "text": sources.fingerprint(), **vocabulary})
 
     def make(directory: Path) -> None:
         log.info("tokenizer: learning %d tokens", spec.vocab_size)
@@ -150,6 +168,21 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
 def _lines(sources: Sources) -> Iterator[str]:
     for _, lines in iter_text(sources, "train"):
         yield from only_lines(lines)
+
+
+def _documents(job: JobSpec) -> dict[str, Any]:
+    """What the key of token shards says of documents: nothing where their boundaries are dropped,
+    as before there was a choice."""
+    if job.corpus.documents == "none":
+        return {}
+    return {"documents": [DOCUMENTS, job.corpus.documents, job.tokenizer.document_tokens]}
+
+
+def _document_tokens(job: JobSpec, tokenizer_dir: Path) -> DocumentTokens | None:
+    """The tokens at the ends of documents; none where boundaries are dropped."""
+    if job.corpus.documents == "none":
+        return None
+    return document_tokens(load_tokenizer(str(tokenizer_dir)), job.tokenizer.document_tokens)
 
 
 def _some(path: Path | None) -> Path:

@@ -8,6 +8,10 @@ published: no token between files, no special token anywhere. But the text is en
 many at a time, so that all cores work and a corpus larger than memory passes through. Text that
 looks like a special token (`<s>`) is encoded as the text it is.
 
+Where the boundaries of documents are kept, each document is encoded by itself instead, with the
+special tokens that were asked for at its ends, and beside a shard of tokens lie the places where
+its documents start (`starts`).
+
 A shard is the tokens of so many blocks, so where it begins depends on the text alone. Beside it
 lies what proves it whole, and of which text it is: whoever finds a directory that was begun reads
 the text again, which is quick, and encodes what is missing.
@@ -20,18 +24,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from babyllama_ds.corpus.streams import only_lines
+from babyllama_ds.corpus.documents import DocumentTokens, documents_of
+from babyllama_ds.corpus.starts import ON_DISK, DocumentStarts
 from babyllama_ds.corpus.tokenizer import vocabulary_size
 from babyllama_ds.errors import DataError, RunError
 from babyllama_ds.files import (
@@ -49,6 +54,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INDEX_NAME = "shards.json"
+STARTS_SUFFIX = ".starts"
+"""Of the file, beside a shard, that says where its documents start."""
 BLOCK_CHARS = 1 << 14
 """Characters encoded in one go, about; much longer ones leave the processor's caches."""
 BATCH_BLOCKS = 128
@@ -57,7 +64,7 @@ SHARD_BLOCKS = 8 * BATCH_BLOCKS
 """Blocks in a shard, so about 16 MiB of text: what a kill costs, and what is in memory."""
 
 Texts = Iterable[tuple[str, Iterator[str]]]
-"""(domain, lines) of each file of a split."""
+"""(domain, lines) of each file of a split; an empty line marks the end of a document."""
 Check = Callable[[], None]
 
 
@@ -78,20 +85,24 @@ def write_shards(
     texts_by_split: Mapping[str, Texts],
     tokenizer: PreTrainedTokenizerFast,
     *,
+    documents: DocumentTokens | None = None,
     check: Check = lambda: None,
 ) -> None:
     """Encode every split into `directory`, which is made when it is missing.
+
+    `documents` keeps the boundaries of documents and says which tokens stand at their ends; none
+    drops the boundaries.
 
     Shards that an earlier call with the same tokenizer left there are kept if they are whole and
     of the same text, and the others named in the log and made anew: the result is the same.
 
     `shards.json` gives for each split its tokens, the UTF-8 bytes and the words (by whitespace) of
-    the cleaned text, its files and its domains. `check` is called between batches of blocks and
-    may raise to stop. Raises `RunError` when the disk refuses.
+    the cleaned text, its files, its domains and, where kept, its documents. `check` is called
+    between batches of blocks and may raise to stop. Raises `RunError` when the disk refuses.
     """
     size = vocabulary_size(tokenizer)
     dtype = "uint16" if size <= 1 << 16 else "uint32"
-    encoder = _Encoder(tokenizer)
+    encoder = _Encoder(tokenizer, documents)
     splits = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -99,17 +110,41 @@ def write_shards(
             log.info("tokens: going on with what is there, %d shards", len(found))
         for split, texts in texts_by_split.items():
             writer = _SplitWriter(directory, split, dtype, encoder, check)
-            splits[split] = _summary(writer.write(texts))
+            splits[split] = _summary(writer.write(texts), with_documents=documents is not None)
     except OSError as error:
         raise cannot_write(directory, error) from error
     write_json(directory / INDEX_NAME, {"dtype": dtype, "vocab_size": size, "splits": splits})
 
 
+class _Piece(NamedTuple):
+    """Text that is encoded in one call."""
+
+    text: str
+    begins: bool
+    """Whether a file or, where boundaries are kept, a document begins here."""
+    ends: bool
+    """Whether a document ends here."""
+
+
 @dataclass(frozen=True)
 class _Block:
-    text: str
+    """About `BLOCK_CHARS` of a file: one piece or, where boundaries are kept, many."""
+
+    pieces: tuple[_Piece, ...]
     domain: str
     begins_file: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+
+class _Tokens(NamedTuple):
+    """What a block comes to."""
+
+    ids: list[int]
+    starts: list[int]
+    """Where among them documents start."""
 
 
 @dataclass(frozen=True)
@@ -124,21 +159,27 @@ class _Batch:
 class _Text:
     """What the text of a shard comes to."""
 
+    documents: DocumentTokens | None
     bytes: int = 0
     words: int = 0
     _digest: Any = field(default_factory=hashlib.sha256)
 
     def add(self, blocks: Iterable[_Block]) -> _Text:
         for block in blocks:
-            content = block.text.encode()
+            text = block.text
+            content = text.encode()
             self._digest.update(f"{block.domain}/{len(content)}/".encode())
             self._digest.update(content)
+            if self.documents is not None:
+                pieces = [(len(text), begins, ends) for text, begins, ends in block.pieces]
+                self._digest.update(f"{self.documents}/{pieces}/".encode())
             self.bytes += len(content)
-            self.words += len(block.text.split())  # blocks are cut at whitespace
+            self.words += len(text.split())  # blocks are cut at whitespace
         return self
 
     def sha256(self) -> str:
-        """Of the text, its domains, and how it is cut into blocks, none of which crosses files."""
+        """Of the text, its domains, and how it is cut into blocks, none of which crosses files;
+        and of its documents and their tokens, where boundaries are kept."""
         digest: str = self._digest.hexdigest()
         return digest
 
@@ -163,6 +204,10 @@ class _Shard:
     bytes: int
     words: int
     spans: list[_Span]
+    documents: int | None = None
+    """Documents that start here; none: boundaries are dropped, and nothing is said of them."""
+    starts_sha256: str | None = None
+    """Of the file of their starts."""
 
     @classmethod
     def read(cls, path: Path) -> _Shard | None:
@@ -177,8 +222,17 @@ class _Shard:
             return None
 
     def write(self, path: Path) -> None:
-        value = asdict(self)
+        value = {key: each for key, each in asdict(self).items() if each is not None}
         write_json(path, {**value, "proof": hash_json(value)})
+
+    def holds(self, path: Path) -> bool:
+        """Whether the tokens at `path`, and the starts of documents beside them, are these."""
+        if sha256_file(path) != self.sha256:
+            return False
+        starts = path.with_suffix(STARTS_SUFFIX)
+        return self.starts_sha256 is None or (
+            starts.exists() and sha256_file(starts) == self.starts_sha256
+        )
 
 
 class _SplitWriter:
@@ -193,12 +247,22 @@ class _SplitWriter:
 
     def write(self, texts: Texts) -> list[_Shard]:
         """All shards of the split, in order."""
-        batches = self._batches(_blocks_of_split(texts, self._encoder))
+        batches = self._batches(self._blocks(texts))
         with closing(self._encoder.encode(batches)) as encoded:
             for shard, group in groupby(encoded, key=lambda pair: pair[0].shard):
                 self._shards[shard] = self._write(shard, group)
         self._remove_others()
         return [self._shards[shard] for shard in range(len(self._shards))]
+
+    def _blocks(self, texts: Texts) -> Iterator[_Block]:
+        for domain, lines in texts:
+            if self._encoder.documents is None:
+                yield from _blocks_of_file(domain, lines, self._encoder)
+            else:
+                yield from _blocks_of_documents(domain, lines, self._encoder)
+
+    def _text(self) -> _Text:
+        return _Text(self._encoder.documents)
 
     def _batches(self, blocks: Iterator[_Block]) -> Iterator[_Batch]:
         """The text of the shards that do not stand."""
@@ -206,7 +270,7 @@ class _SplitWriter:
             of_shard = islice(blocks, SHARD_BLOCKS)
             if (found := self._whole(shard)) is not None:
                 read = list(of_shard)
-                if read and found.text_sha256 == _Text().add(read).sha256():
+                if read and found.text_sha256 == self._text().add(read).sha256():
                     self._shards[shard] = found
                     self._check()
                     continue
@@ -228,22 +292,26 @@ class _SplitWriter:
         found = _Shard.read(path.with_suffix(".json"))
         if found is None:
             self._say_anew(shard, "is unfinished or damaged (nothing proves it)")
-        elif sha256_file(path) != found.sha256:
+        elif not found.holds(path):
             self._say_anew(shard, "is damaged (its checksum does not hold)")
         else:
             return found
         return None
 
-    def _write(self, shard: int, group: Iterator[tuple[_Batch, list[list[int]]]]) -> _Shard:
-        text, parts, spans = _Text(), [], []
-        for batch, ids in group:
+    def _write(self, shard: int, group: Iterator[tuple[_Batch, list[_Tokens]]]) -> _Shard:
+        text, parts, starts, spans = self._text(), [], [], []
+        num_tokens = 0
+        for batch, tokens in group:
             text.add(batch.blocks)
-            for block, ids_of_block in zip(batch.blocks, ids, strict=True):
-                parts.append(np.array(ids_of_block, dtype=self._dtype))
-                spans.append(_Span(block.domain, block.begins_file, len(ids_of_block)))
+            for block, of_block in zip(batch.blocks, tokens, strict=True):
+                parts.append(np.array(of_block.ids, dtype=self._dtype))
+                starts.append(np.array(of_block.starts, dtype=ON_DISK) + ON_DISK.type(num_tokens))
+                spans.append(_Span(block.domain, block.begins_file, len(of_block.ids)))
+                num_tokens += len(of_block.ids)
             self._check()
         content = np.concatenate(parts).tobytes()
         path = self._path(shard)
+        documents = self._write_starts(path, np.concatenate(starts))
         made = _Shard(
             name=path.name,
             sha256=hashlib.sha256(content).hexdigest(),
@@ -252,10 +320,19 @@ class _SplitWriter:
             bytes=text.bytes,
             words=text.words,
             spans=_joined(spans),
+            **documents,
         )
         write_atomic(path, content)
         made.write(path.with_suffix(".json"))
         return made
+
+    def _write_starts(self, shard: Path, starts: npt.NDArray[np.uint32]) -> dict[str, Any]:
+        """What a shard says of its documents; nothing where boundaries are dropped."""
+        if self._encoder.documents is None:
+            return {}
+        content = starts.astype(ON_DISK).tobytes()
+        write_atomic(shard.with_suffix(STARTS_SUFFIX), content)
+        return {"documents": len(starts), "starts_sha256": hashlib.sha256(content).hexdigest()}
 
     def _remove_others(self) -> None:
         """What is left here of a longer text."""
@@ -282,30 +359,57 @@ def _joined(spans: Iterable[_Span]) -> list[_Span]:
     return joined
 
 
-def _summary(shards: list[_Shard]) -> dict[str, Any]:
+def _summary(shards: list[_Shard], *, with_documents: bool) -> dict[str, Any]:
     """A split, as the index has it."""
     domains, start = [], 0
     for span in _joined(span for shard in shards for span in shard.spans):
         domains.append({"domain": span.domain, "start": start, "stop": start + span.tokens})
         start += span.tokens
-    return {
+    summary = {
         "tokens": start,
         "bytes": sum(shard.bytes for shard in shards),
         "words": sum(shard.words for shard in shards),
         "files": [{"name": shard.name, "tokens": shard.tokens} for shard in shards],
         "domains": domains,
     }
+    return summary | (
+        {"documents": [shard.documents for shard in shards]} if with_documents else {}
+    )
 
 
 # -- blocks --------------------------------------------------------------------------------------
 
 
-def _blocks_of_split(texts: Texts, encoder: _Encoder) -> Iterator[_Block]:
-    for domain, lines in texts:
-        begins_file = True
-        for text in cut_into_blocks(only_lines(lines), encoder.may_cut, BLOCK_CHARS):
-            yield _Block(text, domain, begins_file)
-            begins_file = False
+def _blocks_of_file(domain: str, lines: Iterator[str], encoder: _Encoder) -> Iterator[_Block]:
+    """Blocks of one piece; marks of documents, being empty, vanish in the text."""
+    begins_file = True
+    for text in cut_into_blocks(lines, encoder.may_cut, BLOCK_CHARS):
+        yield _Block((_Piece(text, begins_file, ends=False),), domain, begins_file)
+        begins_file = False
+
+
+def _blocks_of_documents(domain: str, lines: Iterator[str], encoder: _Encoder) -> Iterator[_Block]:
+    """Blocks of whole documents, and of parts of long ones."""
+    pieces: list[_Piece] = []
+    size, begins_file = 0, True
+    for piece in _pieces_of_documents(lines, encoder):
+        pieces.append(piece)
+        size += len(piece.text)
+        if size >= BLOCK_CHARS:
+            yield _Block(tuple(pieces), domain, begins_file)
+            pieces, size, begins_file = [], 0, False
+    if pieces:
+        yield _Block(tuple(pieces), domain, begins_file)
+
+
+def _pieces_of_documents(lines: Iterator[str], encoder: _Encoder) -> Iterator[_Piece]:
+    for document in documents_of(lines):
+        texts = cut_into_blocks(document, encoder.may_cut, BLOCK_CHARS)
+        text, begins = next(texts, None), True
+        while text is not None:
+            following = next(texts, None)
+            yield _Piece(text, begins, ends=following is None)
+            text, begins = following, False
 
 
 def cut_into_blocks(
@@ -350,15 +454,18 @@ def _find_cut(text: str, start: int, may_cut: Callable[[str, str], bool]) -> int
 class _Encoder:
     """Encodes blocks of text as if each were in its place in its file.
 
-    A tokenizer may treat the start of a text specially (ours puts a space before it). So blocks
-    that continue a file are encoded behind an anchor, whose tokens are then dropped.
+    A tokenizer may treat the start of a text specially (ours puts a space before it). So pieces
+    that continue a file or document are encoded behind an anchor, whose tokens are then dropped.
     """
 
     _ANCHOR = "a"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, documents: DocumentTokens | None = None
+    ) -> None:
         from tokenizers import Tokenizer
 
+        self.documents = documents
         # A copy: the settings below are not the caller's.
         self._backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
@@ -380,8 +487,8 @@ class _Encoder:
 
     def encode(
         self, batches: Iterator[_Batch]
-    ) -> Generator[tuple[_Batch, list[list[int]]], None, None]:
-        """Each batch with the token ids of its blocks, in order.
+    ) -> Generator[tuple[_Batch, list[_Tokens]], None, None]:
+        """Each batch with the tokens of its blocks, in order.
 
         While a batch is encoded (outside Python's lock), the next one is read and the one before
         is written.
@@ -394,20 +501,41 @@ class _Encoder:
                     yield done.result()
                 batch = next(batches, None)
 
-    def _encode_batch(self, batch: _Batch) -> tuple[_Batch, list[list[int]]]:
+    def _encode_batch(self, batch: _Batch) -> tuple[_Batch, list[_Tokens]]:
         texts = [
-            block.text if block.begins_file else self._ANCHOR + block.text for block in batch.blocks
+            piece.text if piece.begins else self._ANCHOR + piece.text
+            for block in batch.blocks
+            for piece in block.pieces
         ]
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        num_anchor = len(self._anchor_ids)
+        encodings = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
         return batch, [
-            encoding.ids[0 if block.begins_file else num_anchor :]
-            for block, encoding in zip(batch.blocks, encodings, strict=True)
+            self._tokens(block.pieces, islice(encodings, len(block.pieces)))
+            for block in batch.blocks
         ]
+
+    def _tokens(self, pieces: Sequence[_Piece], encodings: Iterable[Any]) -> _Tokens:
+        tokens, num_anchor = _Tokens([], []), len(self._anchor_ids)
+        for piece, encoding in zip(pieces, encodings, strict=True):
+            ids = encoding.ids[0 if piece.begins else num_anchor :]
+            if self.documents is None:
+                return _Tokens(ids, [])  # the one piece of the block
+            if piece.begins and piece.ends and not ids:
+                continue  # a document without a token is none
+            if piece.begins:
+                tokens.starts.append(len(tokens.ids))
+                tokens.ids.extend(_given(self.documents.begin))
+            tokens.ids.extend(ids)
+            if piece.ends:
+                tokens.ids.extend(_given(self.documents.end))
+        return tokens
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+
+def _given(index: int | None) -> tuple[int, ...]:
+    return () if index is None else (index,)
 
 
 def _on_disk(dtype: str) -> np.dtype[Any]:
@@ -420,11 +548,19 @@ def _on_disk(dtype: str) -> np.dtype[Any]:
 class TokenShards:
     """The token streams of a directory that `write_shards` made, mapped into memory."""
 
-    def __init__(self, index: dict[str, Any], arrays: dict[str, list[npt.NDArray[Any]]]) -> None:
+    def __init__(
+        self,
+        index: dict[str, Any],
+        arrays: dict[str, list[npt.NDArray[Any]]],
+        documents: Mapping[str, Sequence[npt.NDArray[np.uint32]]] = {},  # read only
+    ) -> None:
         self.vocab_size: int = index["vocab_size"]
         self._splits: dict[str, dict[str, Any]] = index["splits"]
         self._arrays = arrays
         self._starts = {split: np.cumsum([0, *map(len, parts)]) for split, parts in arrays.items()}
+        self._documents = {
+            split: DocumentStarts(parts, self._starts[split]) for split, parts in documents.items()
+        }
 
     @classmethod
     def open(cls, directory: Path) -> TokenShards:
@@ -441,8 +577,16 @@ class TokenShards:
                 ]
                 for split, facts in index["splits"].items()
             }
-            return cls(index, arrays)
-        except (KeyError, TypeError, AttributeError) as error:
+            documents = {
+                split: [
+                    _map((directory / part["name"]).with_suffix(STARTS_SUFFIX), number, ON_DISK)
+                    for part, number in zip(facts["files"], facts["documents"], strict=True)
+                ]
+                for split, facts in index["splits"].items()
+                if "documents" in facts
+            }
+            return cls(index, arrays, documents)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise _damaged(path, f"JSON of another shape ({error!r})", "a shard index") from error
 
     def num_tokens(self, split: str) -> int:
@@ -460,6 +604,10 @@ class TokenShards:
     def domains(self, split: str) -> list[DomainSpan]:
         """Which tokens come from which domain: one span per file, in order, without gaps."""
         return [DomainSpan(**span) for span in self._splits[split]["domains"]]
+
+    def documents(self, split: str) -> DocumentStarts | None:
+        """Where a split's documents start; none: their boundaries are dropped."""
+        return self._documents.get(split)
 
     def read(self, split: str, start: int, length: int) -> npt.NDArray[np.int64]:
         """`length` ids from token `start` on."""

@@ -17,6 +17,7 @@ from itertools import islice
 
 from babyllama_ds.corpus.checking import DAMAGED, TextFile, read_file
 from babyllama_ds.corpus.cleaning import CLEANING_VERSION, Cleaning, clean
+from babyllama_ds.corpus.documents import Documents, after_lines, mark_documents
 from babyllama_ds.corpus.finding import find_files, split_key
 from babyllama_ds.corpus.hub import read_hub
 from babyllama_ds.corpus.lines import stream_lines
@@ -29,6 +30,7 @@ from babyllama_ds.corpus.streams import (
     Split,
     Texts,
     document,
+    first_lines,
     num_documents,
     part_of_documents,
     train_lines,
@@ -80,6 +82,8 @@ class FileSources:
     cleaning: Cleaning
     tail: float | None
     """Share of each file's cleaned lines that is held out; none: dev files are given."""
+    documents: Documents = "none"
+    """Which marks of their ends stand among the lines; the text is the same with and without."""
 
     def fingerprint(self) -> str:
         """SHA-256 of all that decides the cleaned text of both splits; paths do not."""
@@ -91,9 +95,9 @@ class FileSources:
         """See `iter_text`."""
         for file in self.files:
             if self.tail is not None:
-                yield file.domain, _part(file, self.cleaning, self.tail, split)
+                yield file.domain, _part(file, self, self.tail, split)
             elif file.split == split:
-                yield file.domain, _cleaned(file, self.cleaning)
+                yield file.domain, _cleaned(file, self.cleaning, self.documents)
 
     def domains(self) -> set[str]:
         """The files' names without their suffixes."""
@@ -128,11 +132,14 @@ def read_files(spec: FilesCorpus, *, check: Check | None = None, key: str) -> Fi
         *_shared_text(files, key),
         *_empty_splits(files, key),
         *(_tables_as_published(files, key) if spec.cleaning == "published" else []),
+        *_other_documents(files, spec.documents, key),
     ]
     if problems:
         raise DataError.all_of(problems)
     tail = None if isinstance(spec.split, HeldOutFiles) else spec.split.fraction
-    return FileSources(files=tuple(files), cleaning=spec.cleaning, tail=tail)
+    return FileSources(
+        files=tuple(files), cleaning=spec.cleaning, tail=tail, documents=spec.documents
+    )
 
 
 def _shared_text(files: list[TextFile], key: str) -> list[Problem]:
@@ -173,29 +180,47 @@ def _tables_as_published(files: list[TextFile], key: str) -> list[Problem]:
     ]
 
 
+def _other_documents(files: list[TextFile], documents: Documents, key: str) -> list[Problem]:
+    """The rows of a table are its documents; a text has no rows."""
+    if documents == "none":
+        return []
+    wrong = [file for file in files if (file.form == "text") == (documents == "rows")]
+    return [
+        Problem(
+            where=f"{key}.documents",
+            got=f"{documents!r} for {file.path}, a {'text' if file.form == 'text' else 'table'}",
+            expected="rows for tables; blank_lines, lines or files for text",
+            hint="one corpus has one kind of documents; `kind: mix` puts several together",
+        )
+        for file in wrong
+    ]
+
+
 # -- streaming a file ----------------------------------------------------------------------------
 
 
-def _part(file: TextFile, cleaning: Cleaning, tail: float, split: Split) -> Iterator[str]:
+def _part(file: TextFile, sources: FileSources, tail: float, split: Split) -> Iterator[str]:
     # BabyLlama-2 splits cleaned files, so the lines are counted after cleaning. It counts with
     # str.splitlines, which differs only where a text holds form feeds, U+2028 and the like.
-    cut = train_lines(_num_cleaned(file, cleaning), tail)
-    lines = _cleaned(file, cleaning)
+    cut = train_lines(_num_cleaned(file, sources.cleaning), tail)
+    lines = _cleaned(file, sources.cleaning, sources.documents)
     if file.form != "text":
         yield from part_of_documents(lines, cut, split)
-    else:
+    elif sources.documents in ("none", "files"):  # no marks: the same, much faster
         yield from islice(lines, cut) if split == "train" else islice(lines, cut, None)
+    else:
+        yield from first_lines(lines, cut) if split == "train" else after_lines(lines, cut)
 
 
 @cache
 def _num_cleaned(file: TextFile, cleaning: Cleaning) -> int:
     """Lines that cleaning leaves; of a table its documents."""
     # A pass over the file; its content is part of the key.
-    lines = _cleaned(file, cleaning)
+    lines = _cleaned(file, cleaning, "none")
     return sum(1 for _ in lines) if file.form == "text" else num_documents(lines)
 
 
-def _cleaned(file: TextFile, cleaning: Cleaning) -> Iterator[str]:
+def _cleaned(file: TextFile, cleaning: Cleaning, documents: Documents) -> Iterator[str]:
     if file.form != "text":
         rows = (line for text in _read(file) for line in document(text))
         return without_empty_documents(
@@ -203,7 +228,7 @@ def _cleaned(file: TextFile, cleaning: Cleaning) -> Iterator[str]:
         )
     if cleaning == "published":
         return clean_as_published(file.domain, _read(file), file.path)
-    return clean(file.domain, _read(file), cleaning)
+    return clean(file.domain, mark_documents(_read(file), documents), cleaning)
 
 
 def _read(file: TextFile) -> Iterator[str]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import glob
 from pathlib import Path
+from typing import Literal
 
 from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles
 
 
-def nursery_files(directory: Path) -> FilesCorpus:
+def nursery_files(directory: Path, documents: Literal["none", "lines"] = "none") -> FilesCorpus:
     """The corpus made of `directory`'s `train/*.train` and `dev/*.dev`, taken as they are."""
     root = glob.escape(str(directory))
     return FilesCorpus(
@@ -20,4 +21,5 @@ def nursery_files(directory: Path) -> FilesCorpus:
         train=(f"{root}/train/*.train",),
         split=HeldOutFiles(kind="held_out", dev=(f"{root}/dev/*.dev",)),
         cleaning="none",
+        documents=documents,
     )

@@ -7,6 +7,9 @@ not depend on ranks, micro-batches or what was asked for before.
 Randomness is a hash of counters, SplitMix64's output function (Steele, Lea and Flood, 2014): no
 state to keep, and, unlike a generator's stream, not subject to NumPy's version.
 
+Where attention stays within documents, a window also has its boundaries: at which of its positions
+the piece of a document begins.
+
 A cache of teachers knows a window by its number: with offsets that repeat, the same number is the
 same tokens, for every seed.
 
@@ -21,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from babyllama_ds.corpus.shards import TokenShards
+from babyllama_ds.corpus.starts import DocumentStarts
 from babyllama_ds.errors import DataError
 from babyllama_ds.spec.corpus import Offsets, Phases
 
@@ -44,15 +48,22 @@ class TrainWindows:
         length: int,
         offsets: Offsets,
         seed: int,
+        within_documents: bool = False,
     ) -> None:
         phases = offsets.phases if isinstance(offsets, Phases) else 1
         self.length = length
         self.num_phases = None if offsets == "random" else phases
         self._tokens, self._seed = tokens, seed
+        self._documents = _kept(tokens, "train") if within_documents else None
         spare = length if offsets == "random" else self._offset(phases - 1)  # for the offset
         self.num_windows = (tokens.num_tokens("train") - spare) // length
         if self.num_windows < 1:
             raise _too_short("train", tokens, length, needed=length + spare)
+
+    @property
+    def within_documents(self) -> bool:
+        """Whether a position belongs to its document, not to its window."""
+        return self._documents is not None
 
     @property
     def num_distinct(self) -> int | None:
@@ -84,14 +95,29 @@ class TrainWindows:
 
     def numbered(self, numbers: Indices) -> npt.NDArray[np.int64]:
         """The token ids of windows by number, of one phase or several: [N, L]."""
+        return self._tokens.gather("train", self._numbered_starts(numbers), self.length)
+
+    def numbered_begins(self, numbers: Indices) -> npt.NDArray[np.bool_] | None:
+        """As `begins`, of windows by number."""
+        if self._documents is None:
+            return None
+        return self._documents.begins(self._numbered_starts(numbers), self.length)
+
+    def _numbered_starts(self, numbers: Indices) -> Indices:
         assert self.num_phases is not None, "windows that never repeat have no use of a number"
         phases, indices = np.divmod(numbers, self.num_windows)
-        starts = indices * self.length + phases * self.length // self.num_phases
-        return self._tokens.gather("train", starts, self.length)
+        starts: Indices = indices * self.length + phases * self.length // self.num_phases
+        return starts
 
     def windows(self, epoch: int, indices: Indices) -> npt.NDArray[np.int64]:
         """The token ids of each window: [N, L]."""
         return self._tokens.gather("train", self.starts(epoch, indices), self.length)
+
+    def begins(self, epoch: int, indices: Indices) -> npt.NDArray[np.bool_] | None:
+        """Where in each window the piece of a document begins: [N, L]; none: windows are whole."""
+        if self._documents is None:
+            return None
+        return self._documents.begins(self.starts(epoch, indices), self.length)
 
     def window(self, epoch: int, index: int) -> npt.NDArray[np.int64]:
         """The token ids of one window: [L]."""
@@ -108,8 +134,16 @@ class DevWindows:
     keeps that many, evenly spaced. Raises `DataError` when there is no window.
     """
 
-    def __init__(self, tokens: TokenShards, length: int, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        tokens: TokenShards,
+        length: int,
+        limit: int | None = None,
+        *,
+        within_documents: bool = False,
+    ) -> None:
         self.length = length
+        self._documents = _kept(tokens, "dev") if within_documents else None
         available = tokens.num_tokens("dev") // length
         if available < 1:
             raise _too_short("dev", tokens, length, needed=length)
@@ -122,6 +156,18 @@ class DevWindows:
     def windows(self, indices: Indices) -> npt.NDArray[np.int64]:
         """The token ids of the windows `indices`, each in [0, num_windows): [N, L]."""
         return self._tokens.gather("dev", self._starts[indices], self.length)
+
+    def begins(self, indices: Indices) -> npt.NDArray[np.bool_] | None:
+        """Where in each window the piece of a document begins: [N, L]; none: windows are whole."""
+        if self._documents is None:
+            return None
+        return self._documents.begins(self._starts[indices], self.length)
+
+
+def _kept(tokens: TokenShards, split: str) -> DocumentStarts:
+    documents = tokens.documents(split)
+    assert documents is not None, "the spec refuses documents without boundaries"
+    return documents
 
 
 def _too_short(split: str, tokens: TokenShards, length: int, *, needed: int) -> DataError:

@@ -15,7 +15,7 @@ from typing import Literal, ParamSpec, TypeVar
 import torch
 
 from babyllama_ds.engine.distributed import Device
-from babyllama_ds.errors import MachineError
+from babyllama_ds.errors import JobError, MachineError
 
 Compiled = Literal["none", "student", "all"]
 """What torch.compile is given: nothing, the model in training, or the frozen teachers too."""
@@ -31,17 +31,34 @@ compiling the model in training takes most of a minute and saves a seventh of ea
 
 
 def choose_compiled(
-    asked: Literal["auto", "none", "student", "all"], *, device: Device, products_s: float
+    asked: Literal["auto", "none", "student", "all"],
+    *,
+    device: Device,
+    products_s: float,
+    shapes_vary: bool = False,
 ) -> tuple[Compiled, str]:
     """What is compiled in a training, and why, for the log.
 
     `products_s`: seconds that its matrix products take at the rate measured on this machine.
+    `shapes_vary`: a model's inputs have another shape in every micro-batch, so that it would be
+    compiled anew each time.
 
     Raises:
+        JobError: compiling is asked for by name and shapes vary.
         MachineError: compiling is asked for by name and no compiler is there.
     """
     if asked == "none":
         return "none", "the job says so"
+    if shapes_vary:
+        if asked != "auto":
+            raise JobError.of(
+                "deepspeed.compile",
+                got=asked,
+                expected="none, since FlashAttention is told the lengths of documents "
+                "(windows.attention=document), which are others in every micro-batch",
+                hint="set deepspeed.compile=none, or the models' attention to sdpa",
+            )
+        return "none", "the lengths of documents are others in every micro-batch"
     lacking = what_compiling_lacks(device)
     if asked != "auto":
         if lacking is not None:

@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from babyllama_ds import ranks
 from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import keep_freed_memory
+from babyllama_ds.models.documents import sequences_of
 
 log = logging.getLogger(__name__)
 
@@ -122,14 +123,16 @@ def _skip_shared_memory_op(deepspeed: object) -> None:
 
 
 def _skip_looks_at_windows() -> None:
-    """Tell transformers that no window is padded or holds several sequences: it need not look.
+    """Tell transformers which windows hold several sequences, and that none is padded: it need not
+    look.
 
     It would look in every forward pass of every model, and wait for the device to know: at the
     positions, and in GPT-2 at the tokens. (Under torch.compile it cannot look, and masks attention
-    as if there were several sequences.) Sentences that are padded, in evaluation, are padded on the
-    right, where no causal model sees it.
+    as if there were several sequences.) Documents that are kept apart are known by the type of
+    their positions. Sentences that are padded, in evaluation, are padded on the right, where no
+    causal model sees it.
     """
     from transformers import PreTrainedModel, masking_utils  # bring all of torch's compiler
 
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005
+    masking_utils.find_packed_sequence_indices = sequences_of
     PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_: None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.precision import float_buffers_kept
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import split_causal_lm
 
 
@@ -23,10 +24,10 @@ class HiddenStates(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
+    def forward(self, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
         """Final hidden states [B, S, D]."""
         backbone, _ = split_causal_lm(self.model)
-        return backbone(input_ids_BS)
+        return backbone(input_ids_BS, pieces)
 
 
 class FrozenModel:
@@ -50,7 +51,7 @@ class FrozenModel:
         with float_buffers_kept(model):
             self._engine = deepspeed.init_inference(HiddenStates(model), dtype=dtype)
         self._engine.eval()
-        self._states: Callable[[Tensor], Tensor] = self._engine
+        self._states: Callable[[Tensor, Pieces | None], Tensor] = self._engine
         self._model = model
         if with_compiler:
             self._states = compiled(self._engine)
@@ -61,9 +62,9 @@ class FrozenModel:
         return split_causal_lm(self._model)[1]
 
     @torch.inference_mode()
-    def hidden_states(self, input_ids_BS: Tensor) -> Tensor:
-        """Final hidden states [B, S, D], outside autograd."""
-        return self._states(input_ids_BS)
+    def hidden_states(self, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
+        """Final hidden states [B, S, D], outside autograd; `pieces`: of documents kept apart."""
+        return self._states(input_ids_BS, pieces)
 
     def destroy(self) -> None:
         """Free the engine and the weights.

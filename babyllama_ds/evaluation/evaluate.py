@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds import ranks
 from babyllama_ds.evaluation.cross_entropy import (
+    BeginsOf,
     DevScore,
     WindowsOf,
     bits_per_byte,
@@ -48,6 +49,8 @@ class DevWindows:
     """Windows in one forward pass of one rank."""
     byte_lengths: NDArray[Any] | None = None
     """Bytes that each token id stands for; none: bits per byte are not computed."""
+    begins_of: BeginsOf | None = None
+    """Where pieces of documents begin in them, which are kept apart; none: windows are whole."""
 
 
 def evaluate_model(
@@ -92,6 +95,7 @@ def evaluate_model(
             batch_windows=dev.batch_windows,
             vocab_size=vocab_size,
             byte_lengths=dev.byte_lengths,
+            begins_of=dev.begins_of,
             on_batch=on_batch,
         )
         result["dev"] = dev_as_json(score)

@@ -7,18 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from babyllama_ds.losses.distillation import cross_entropy_sum
+from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import split_causal_lm
 
 OnBatch = Callable[[int, int], None]
 """Called after each batch with (batches done, batches) of this rank: for progress, and to stop."""
 
-Likelihood = Callable[[Tensor, Tensor], Tensor]
-"""Token ids [B, S] and which next tokens count [B, S-1] to their NLL in nats, fp32 [N]."""
+
+class Likelihood(Protocol):
+    """Token ids [B, S] and which next tokens count [B, S-1] to their NLL in nats, fp32 [N]."""
+
+    def __call__(
+        self, tokens_BS: Tensor, counted_BT: Tensor, pieces: Pieces | None = None, /
+    ) -> Tensor:
+        """The NLL of each token that counts; `pieces`: of documents kept apart."""
 
 
 @contextmanager
@@ -31,9 +39,11 @@ def likelihood_of(model: nn.Module, *, vocab_size: int) -> Iterator[Likelihood]:
     modes = [(module, module.training) for module in model.modules()]
     backbone, head = split_causal_lm(model)
 
-    def likelihood(tokens_BS: Tensor, counted_BT: Tensor) -> Tensor:
+    def likelihood(
+        tokens_BS: Tensor, counted_BT: Tensor, pieces: Pieces | None = None, /
+    ) -> Tensor:
         # Only positions that count reach the head, so that padding costs no logits.
-        hidden_ND = backbone(tokens_BS)[:, :-1][counted_BT]
+        hidden_ND = backbone(tokens_BS, pieces)[:, :-1][counted_BT]
         labels_N = tokens_BS[:, 1:][counted_BT]
         nll_N: Tensor = cross_entropy_sum(
             hidden_ND, head, labels_N, vocab_size=vocab_size, chunk_tokens=None, per_token=True

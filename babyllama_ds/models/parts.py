@@ -1,6 +1,7 @@
 """A causal language model split in two: the backbone, and the head that losses apply.
 
-Enters: any transformers causal LM. Leaves: the backbone as a function of token ids, and the head.
+Enters: any transformers causal LM. Leaves: the backbone as a function of token ids (and of the
+documents in them, where these are kept apart), and the head.
 
     plain    logits = head(final hidden states), as in LLaMA and GPT-2: the losses form the logits
              themselves, chunk by chunk
@@ -16,9 +17,8 @@ Shapes: B windows, S positions, D width, V vocabulary.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,17 @@ from torch._compile import _disable_dynamo
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.models.documents import Pieces, model_inputs
 
 log = logging.getLogger(__name__)
 
-Backbone = Callable[[Tensor], Tensor]
-"""Token ids [B, S] to final hidden states [B, S, D]."""
+
+class Backbone(Protocol):
+    """Token ids [B, S] to final hidden states [B, S, D]."""
+
+    def __call__(self, input_ids_BS: Tensor, pieces: Pieces | None = None, /) -> Tensor:
+        """The states of every position; `pieces`: each sees its own document alone."""
+
 
 HeadKind = Literal["plain", "logits"]
 
@@ -54,10 +60,10 @@ def split_causal_lm(model: nn.Module) -> tuple[Backbone, Head]:
     if probed is not None and probed.kind == "logits":
         parameter = next(model.parameters())
         identity = Head.identity(probed.num_rows, parameter.dtype, parameter.device)
-        return lambda input_ids: _own_logits(model, input_ids), identity
+        return lambda input_ids, pieces=None: _own_logits(model, input_ids, pieces), identity
     weight: Tensor = head_module.weight  # type: ignore[assignment]
     head = Head(weight, getattr(head_module, "bias", None))
-    return lambda input_ids: _final_states(model, input_ids), head
+    return lambda input_ids, pieces=None: _final_states(model, input_ids, pieces), head
 
 
 def check_plain_head(model: nn.Module, *, where: str) -> HeadKind:
@@ -87,15 +93,17 @@ def check_plain_head(model: nn.Module, *, where: str) -> HeadKind:
     return probed.kind
 
 
-def _final_states(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
+def _final_states(model: nn.Module, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
-    states_BSD: Tensor = backbone(input_ids=input_ids_BS, use_cache=False).last_hidden_state
-    return states_BSD
+    inputs = model_inputs(model, input_ids_BS, pieces)
+    states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
+    return states if pieces is None else states.view(*input_ids_BS.shape, -1)
 
 
-def _own_logits(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
-    logits_BSV: Tensor = model(input_ids=input_ids_BS, use_cache=False).logits
-    return logits_BSV
+def _own_logits(model: nn.Module, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
+    inputs = model_inputs(model, input_ids_BS, pieces)
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits if pieces is None else logits.view(*input_ids_BS.shape, -1)
 
 
 # -- which kind ------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from babyllama_ds.corpus.tokenizer import differing_ids, load_tokenizer
 from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import build_model, check_positions
-from babyllama_ds.models.parts import HeadKind, check_plain_head
+from babyllama_ds.models.documents import check_documents, takes_lengths
+from babyllama_ds.models.parts import HeadKind, check_plain_head, split_causal_lm
 from babyllama_ds.pipeline.parts import Parts, training_key
 from babyllama_ds.spec.models import PretrainedModel
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
@@ -23,7 +24,12 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
         UserError: the first that fails.
     """
     job = parts.job
-    choose_compiled(job.deepspeed.compile, device=parts.device_kind, products_s=0)
+    choose_compiled(
+        job.deepspeed.compile,
+        device=parts.device_kind,
+        products_s=0,
+        shapes_vary=parts.shapes_vary(),
+    )
     _check_trainings(parts, corpus)
     parts.dev_windows(corpus, job.evaluation.dev_windows)
     parts.benchmarks(corpus)
@@ -52,7 +58,12 @@ def _check_loaded(parts: Parts, where: str, spec: PretrainedModel, corpus: Corpu
     attention = parts.attention(where, spec, training=False)
     model = build_model(spec, corpus.tokenizer, seed=0, attention=attention, where=where)
     check_positions(model, parts.job.windows.length, where=where)
-    return check_plain_head(model, where=where)
+    kind = check_plain_head(model, where=where)
+    if parts.within_documents:
+        # Flash kernels are for accelerators, and for bf16.
+        tried = model.to(parts.device, parts.dtype) if takes_lengths(model) else model
+        check_documents(tried, split_causal_lm(tried)[0], where=where)
+    return kind
 
 
 def _check_vocabulary(spec: PretrainedModel, corpus: Corpus, *, where: str) -> None:

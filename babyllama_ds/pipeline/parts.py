@@ -6,21 +6,24 @@ Nothing here trains or writes. `where` and `stage` name a stage as people see it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from babyllama_ds import ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.corpus.windows import DevWindows as DevText
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine import distributed
+from babyllama_ds.evaluation.cross_entropy import BeginsOf
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.minimal_pairs import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
+from babyllama_ds.models.documents import varies_in_shape
 from babyllama_ds.spec import deepspeed
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.models import ModelSpec
@@ -39,6 +42,11 @@ class Parts:
     def device_kind(self) -> distributed.Device:
         """The device without its number."""
         return "cuda" if self.device.type == "cuda" else "cpu"
+
+    @property
+    def within_documents(self) -> bool:
+        """Whether attention stays within documents."""
+        return self.job.windows.attention == "document"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,6 +76,17 @@ class Parts:
             where=f"{where}.model.attention",
         )
 
+    def shapes_vary(self) -> bool:
+        """Whether a model gets inputs of another shape in every micro-batch.
+
+        Raises:
+            MachineError: as `attention`.
+        """
+        return self.within_documents and any(
+            varies_in_shape(self.attention(where, model, training=training is not None))
+            for where, model, training in self.models()
+        )
+
     def deepspeed_config(self, stage: str, training: TrainingSpec) -> dict[str, Any]:
         """The dict that DeepSpeed gets. Raises `JobError`."""
         return deepspeed.deepspeed_config(
@@ -85,17 +104,29 @@ class Parts:
     def windows(self, corpus: Corpus, *, seed: int) -> TrainWindows:
         """The windows of the training text."""
         spec = self.job.windows
-        return TrainWindows(corpus.shards, length=spec.length, offsets=spec.offsets, seed=seed)
+        return TrainWindows(
+            corpus.shards,
+            length=spec.length,
+            offsets=spec.offsets,
+            seed=seed,
+            within_documents=self.within_documents,
+        )
 
     def dev_windows(self, corpus: Corpus, limit: int | None) -> DevWindows:
         """The first `limit` windows of the development text; none: all."""
-        text = DevText(corpus.shards, length=self.job.windows.length, limit=limit)
+        text = DevText(
+            corpus.shards,
+            length=self.job.windows.length,
+            limit=limit,
+            within_documents=self.within_documents,
+        )
         per_pass = self.job.evaluation.batch_tokens // self.job.windows.length
         return DevWindows(
             windows_of=lambda ids: text.windows(np.asarray(ids, dtype=np.int64)),
             num_windows=text.num_windows,
             batch_windows=max(1, per_pass),
             byte_lengths=corpus.byte_lengths,
+            begins_of=_begins_of(text) if self.within_documents else None,
         )
 
     def benchmarks(self, corpus: Corpus) -> dict[str, list[Task]]:
@@ -105,6 +136,15 @@ class Parts:
             folders["nursery"] = corpus.entries.pairs_dir
         limit = self.job.evaluation.max_pairs_per_task
         return {name: load_tasks(path, max_pairs=limit) for name, path in folders.items()}
+
+
+def _begins_of(text: DevText) -> BeginsOf:
+    def begins_of(ids: Sequence[int]) -> NDArray[np.bool_]:
+        begins_BS = text.begins(np.asarray(ids, dtype=np.int64))
+        assert begins_BS is not None, "documents are kept apart"
+        return begins_BS
+
+    return begins_of
 
 
 def training_key(stage: str) -> str:

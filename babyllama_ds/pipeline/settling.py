@@ -59,11 +59,13 @@ class Settling:
             training = training.model_copy(update={"micro_batch": windows})
         asked = self.parts.job.deepspeed.compile
         products_s = self.speed.products_s(stage, training, corpus)
+        shapes_vary = ranks.on_every_rank(self.parts.shapes_vary)
         compiled, why = ranks.on_every_rank(
             lambda: choose_compiled(
                 asked if asked != "auto" else known.get("compile", asked),
                 device=self.parts.device_kind,
                 products_s=products_s,
+                shapes_vary=shapes_vary,
             )
         )
         if asked == "auto":
@@ -98,6 +100,7 @@ class Settling:
                 length=parts.job.windows.length,
                 device=parts.device,
                 where=training_key(stage),
+                within_documents=parts.within_documents,
             )
         finally:
             if ensemble is not None:

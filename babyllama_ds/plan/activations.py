@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from babyllama_ds.models.documents import varies_in_shape
 from babyllama_ds.models.sizes import ModelSizes
 from babyllama_ds.spec.deepspeed import Device
 
@@ -31,6 +32,13 @@ class MicroBatchShape:
     element_bytes: int
     """Of parameters and activations: 2 in bf16, 4 in fp32."""
     device: Device
+    documents: bool = False
+    """Whether attention stays within documents: kernels but FlashAttention then need a mask."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask of S numbers for each of the N positions exists."""
+        return self.documents and not varies_in_shape(self.kernel)
 
     @property
     def tokens(self) -> int:
@@ -52,13 +60,15 @@ def working_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     """Bytes that come and go inside one layer: the larger of its two halves' intermediates.
 
     MLP: the product's gradient and those of its factors, 3eNF. Eager attention: the gradients of
-    scores and probabilities, 2e N·H·S.
+    scores and probabilities, 2e N·H·S. Attention within documents: their mask, (1 + e) N·S.
     """
     n, e = shape.tokens, shape.element_bytes
     mlp = 3 * e * n * sizes.intermediate_size
     scores = n * sizes.num_heads * shape.length
     eager = 2 * e * scores if _keeps_scores(sizes, shape) else 0
-    return max(mlp, eager)
+    # The mask of the micro-batch, as booleans and as numbers, which no layer keeps.
+    mask = (1 + e) * n * shape.length if shape.masked else 0
+    return max(mlp, eager) + mask
 
 
 def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> int:
@@ -70,7 +80,8 @@ def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> int:
         + _attention(sizes, shape)
         + 4 * e * n * sizes.intermediate_size  # gate, silu(gate), up, their product
     )
-    cos_and_sin = 2 * e * shape.length * sizes.head_size
+    counted = n if shape.documents else shape.length  # anew in each window, or once for all
+    cos_and_sin = 2 * e * counted * sizes.head_size
     return sizes.num_layers * layer + norm + cos_and_sin + _ID_BYTES * n
 
 
@@ -85,7 +96,12 @@ def _gpt2(sizes: ModelSizes, shape: MicroBatchShape) -> int:
         + 2 * e * n * sizes.intermediate_size  # before and after GELU
         + 2 * mask
     )
-    return sizes.num_layers * layer + norm + mask + _ID_BYTES * (n + shape.length)
+    return sizes.num_layers * layer + norm + mask + _ID_BYTES * n + _positions(shape)
+
+
+def _positions(shape: MicroBatchShape) -> int:
+    """Places that a learned embedding is asked for: of each window in turn, or once for all."""
+    return 4 * shape.tokens if shape.documents else _ID_BYTES * shape.length
 
 
 def _attention(sizes: ModelSizes, shape: MicroBatchShape) -> int:
@@ -94,6 +110,8 @@ def _attention(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     scores = n * sizes.num_heads * shape.length
     if not _keeps_scores(sizes, shape):
         log_sums = _FP32 * n * sizes.num_heads
+        if shape.masked:  # grouped keys and values are repeated, and each layer makes its own mask
+            return e * n * 4 * sizes.attention_size + e * n * shape.length + log_sums
         return e * n * (2 * sizes.attention_size + 2 * sizes.kv_size) + log_sums
     heads = 4 * e * n * sizes.attention_size  # grouped keys and values are repeated
     if shape.kernel != "eager":  # fused, with dropout, on a CPU: plain products in fp32

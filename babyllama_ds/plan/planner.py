@@ -209,6 +209,7 @@ class _Planner:
             kernel=self._kernel(stage.spec, where=f"{stage.name}.model.attention"),
             element_bytes=element_bytes(config),
             device=self.machine.device,
+            documents=self.job.windows.attention == "document",
         )
         loss = self.job.distillation
         teachers = self.work.teachers if stage.distilled and loss.cache != "topk" else ()

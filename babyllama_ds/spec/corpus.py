@@ -27,6 +27,9 @@ class NurseryCorpus(Spec):
     """Words of held-out text, about."""
     pairs_per_task: PositiveInt = 100
     """Minimal pairs made for each grammatical phenomenon."""
+    documents: Literal["none", "lines"] = "none"
+    """Whether boundaries between scenes, of which each line is one, are kept: see
+    docs/documents.md."""
 
 
 class HeldOutFiles(Spec):
@@ -71,6 +74,19 @@ class FilesCorpus(Spec):
     cleaning: Literal["babylm", "published", "none"] = "babylm"
     """`babylm`: BabyLlama's rules per domain, their known bugs fixed; `published`: the same rules
     to the letter, bugs included; `none`: text as it is."""
+    documents: Literal["none", "blank_lines", "lines", "files", "rows"] = "none"
+    """What is a document, so that its boundaries are kept: of text files what blank lines or titles
+    (`= = = … = = =`) set apart, each line, or each file; of tables each row; `none` (published):
+    boundaries are dropped. The text stays the same; see docs/documents.md."""
+
+    @model_validator(mode="after")
+    def _documents_survive(self) -> FilesCorpus:
+        found = []
+        if self.cleaning == "published" and self.documents not in ("none", "files"):
+            expected = "none or files, since the published rules erase boundaries within a file"
+            hint = "cleaning: babylm has the same rules and keeps them"
+            found.append(Mismatch(("documents",), self.documents, expected, hint))
+        return consistent(self, found)
 
 
 class HubCorpus(Spec):
@@ -98,6 +114,9 @@ class HubCorpus(Spec):
     once into the library's cache. A local folder is read in place."""
     cleaning: Literal["babylm", "none"] = "none"
     """`babylm`: BabyLlama's rules for the domains that bear its names; `none`: text as it is."""
+    documents: Literal["none", "rows"] = "none"
+    """Whether the boundaries between documents, of which each row is one, are kept; see
+    docs/documents.md."""
 
     @model_validator(mode="after")
     def _readable(self) -> HubCorpus:
@@ -145,6 +164,12 @@ class MixCorpus(Spec):
     """Training words of a mix by weight; none: as many as the weights leave, so that the source
     that is shortest for its share is taken whole."""
 
+    @property
+    def documents(self) -> str:
+        """What is a document in each source, or `none`: all keep their boundaries, or none does."""
+        kept = [source.corpus.documents for source in self.sources]
+        return "none" if "none" in kept else "/".join(kept)
+
     @model_validator(mode="after")
     def _measured(self) -> MixCorpus:
         found = [
@@ -162,6 +187,11 @@ class MixCorpus(Spec):
                 key = "words" if by_words[i] else "weight"
                 expected = "all sources by `weight`, or all by `words`"
                 found.append(Mismatch(("sources", i, key), getattr(source, key), expected, hint))
+        drop = [source.corpus.documents == "none" for source in self.sources]
+        if any(drop) and not all(drop):
+            expected = "documents in all sources, or `none` in all: they are one stream"
+            place = ("sources", drop.index(True), "corpus", "documents")
+            found.append(Mismatch(place, "none", expected))
         if self.words is not None and any(by_words):
             expected = "nothing: the sources' budgets say how many words there are"
             found.append(Mismatch(("words",), self.words, expected))
@@ -182,6 +212,9 @@ CorpusSpec = Annotated[
 # -- tokenizer and windows ----------------------------------------------------------------------
 
 
+DocumentTokens = Literal["none", "begin", "end", "both"]
+
+
 class TrainedTokenizer(Spec):
     """Byte-level BPE trained on the training text (NFKC; `<pad>` 0, `<s>` 1, `</s>` 2)."""
 
@@ -190,6 +223,9 @@ class TrainedTokenizer(Spec):
     """Rows of the embedding: 3 special tokens, 256 bytes, merges."""
     min_frequency: PositiveInt = 2
     """Occurrences that a merge needs."""
+    document_tokens: DocumentTokens = "none"
+    """Special tokens at the ends of every document: `<s>` where it begins, `</s>` where it ends;
+    `none` (published): no special token is in the stream. Needs `corpus.documents`."""
 
 
 class LoadedTokenizer(Spec):
@@ -198,6 +234,10 @@ class LoadedTokenizer(Spec):
     kind: Literal["pretrained"]
     path: str
     """A Hugging Face tokenizer directory, a `tokenizer.json`, or a hub id."""
+    document_tokens: DocumentTokens = "none"
+    """Special tokens at the ends of every document: the tokenizer's `bos_token` where it begins,
+    its `eos_token` where it ends; `none` (published): no special token is in the stream. Needs
+    `corpus.documents`."""
 
 
 TokenizerSpec = Annotated[TrainedTokenizer | LoadedTokenizer, Field(discriminator="kind")]
@@ -225,6 +265,11 @@ class WindowsSpec(Spec):
     """`fixed`: window i starts at token `i * length` in every epoch; `random` (published): it is
     shifted by an offset in [0, length) drawn from (seed, epoch, i); `{phases: K}`: by one of K
     offsets, used in turn, the same for every seed."""
+    attention: Literal["window", "document"] = "window"
+    """What a position attends to: all earlier ones of its window (`window`, published), or those
+    of its own document alone, with positions counted anew and no label across the boundary
+    (`document`). Needs `corpus.documents`. Only under `distillation.soft_reduction: token` is a
+    batch's loss then that of its documents one by one: see docs/documents.md."""
 
     @field_validator("offsets")
     @classmethod

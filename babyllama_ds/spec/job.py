@@ -119,6 +119,19 @@ class JobSpec(Spec):
 
     # Per field, not on the whole: each is then checked even where another part is wrong.
 
+    @field_validator("tokenizer")
+    @classmethod
+    def _document_tokens_have_a_place(
+        cls, tokenizer: TokenizerSpec, info: ValidationInfo
+    ) -> TokenizerSpec:
+        asked = tokenizer.document_tokens
+        return consistent(tokenizer, _needs_documents("document_tokens", asked, "none", info))
+
+    @field_validator("windows")
+    @classmethod
+    def _documents_are_known(cls, windows: WindowsSpec, info: ValidationInfo) -> WindowsSpec:
+        return consistent(windows, _needs_documents("attention", windows.attention, "window", info))
+
     @field_validator("teachers")
     @classmethod
     def _teachers_fit(
@@ -181,6 +194,15 @@ def derive_seed(seed: int, stage: str) -> int:
     """A 63-bit seed from the job's seed and a stage's name (SHA-256, the same everywhere)."""
     digest = hashlib.sha256(f"{seed}/{stage}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _needs_documents(key: str, got: str, without: str, info: ValidationInfo) -> list[Mismatch]:
+    """What is asked of documents where their boundaries are dropped."""
+    corpus: CorpusSpec | None = info.data.get("corpus")
+    if got == without or corpus is None or corpus.documents != "none":
+        return []
+    expected = f"{without}, since corpus.documents is none: boundaries are dropped"
+    return [Mismatch((key,), got, expected, "set corpus.documents to what a document is")]
 
 
 def _too_few_positions(

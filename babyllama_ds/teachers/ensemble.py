@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.losses.distillation import TeacherStates, TopKTargets
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.models.documents import Pieces
 
 Targets = Sequence[TeacherStates] | TopKTargets
 """What a student learns from, for `distillation_loss`."""
@@ -35,6 +36,10 @@ class Windows(Protocol):
     @property
     def windows_B(self) -> NDArray[np.int64]:  # noqa: N802
         """The windows' numbers among all that differ."""
+
+    @property
+    def pieces(self) -> Pieces | None:
+        """The documents in them, kept apart; none: windows are whole."""
 
     @property
     def next_windows_B(self) -> NDArray[np.int64]:  # noqa: N802
@@ -78,7 +83,7 @@ class Member:
 
     def states(self, windows: Windows) -> Tensor:
         """Final hidden states [B, S, D]; the windows' numbers are of no interest."""
-        return self.model.hidden_states(windows.input_ids_BS)
+        return self.model.hidden_states(windows.input_ids_BS, windows.pieces)
 
     def destroy(self) -> None:
         """Free the model."""

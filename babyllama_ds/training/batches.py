@@ -21,6 +21,7 @@ from torch import Tensor
 
 from babyllama_ds.errors import JobError
 from babyllama_ds.losses.distillation import IGNORED_LABEL
+from babyllama_ds.models.documents import Pieces
 from babyllama_ds.spec.training import TrainingSpec
 
 
@@ -44,6 +45,9 @@ class WindowSource(Protocol):
     def numbers(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """What these windows are called over all epochs: the same number, the same tokens."""
 
+    def begins(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Where pieces of documents begin in these windows [n, length]; none: windows are whole."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -56,6 +60,8 @@ class MicroBatch:
     """The windows' numbers over all epochs (on the CPU), for teachers that remember them."""
     next_windows_B: NDArray[np.int64]
     """Those of this rank's next forward pass, to be read ahead; empty after the last one."""
+    pieces: Pieces | None = None
+    """The documents in the windows, to be kept apart; none: windows are whole."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Batch:
     window_ids: NDArray[np.int64]
     length: int
     micro_batches: tuple[MicroBatch, ...]
+    num_cuts: int = 0
+    """Boundaries of documents kept apart, inside the windows of the global batch."""
 
     @property
     def num_windows(self) -> int:
@@ -74,8 +82,9 @@ class Batch:
 
     @property
     def num_labelled(self) -> int:
-        """Positions of the global batch with a label: all but each window's last."""
-        return self.num_windows * (self.length - 1)
+        """Positions of the global batch with a label: all but each window's last, and the last of
+        each piece of a document kept apart."""
+        return self.num_windows * (self.length - 1) - self.num_cuts
 
     @property
     def num_valid(self) -> int:
@@ -111,7 +120,13 @@ class BatchPlan:
             window_ids=ids,
             length=self._windows.length,
             micro_batches=tuple(self._micro_batches(step)),
+            num_cuts=self._num_cuts(epoch, ids),
         )
+
+    def _num_cuts(self, epoch: int, ids: NDArray[np.int64]) -> int:
+        """Every rank sees where documents start, so that nobody has to ask the others."""
+        begins_WS = self._windows.begins(epoch, ids)
+        return 0 if begins_WS is None else int(begins_WS[:, 1:].sum())
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
         epoch, rows = self._rows(step)
@@ -119,11 +134,13 @@ class BatchPlan:
         numbers.append(self._first_numbers(step + 1))
         for row, windows_B, next_windows_B in zip(rows, numbers, numbers[1:], strict=False):
             tokens_BS = self._windows.windows(epoch, _filled(row))
+            begins_BS = self._windows.begins(epoch, _filled(row))
             yield micro_batch(
                 self._sent(torch.from_numpy(tokens_BS)),
                 self._sent(torch.from_numpy(row >= 0)),
                 windows_B,
                 next_windows_B,
+                None if begins_BS is None else Pieces.of(begins_BS, self._sent),
             )
 
     def _sent(self, tensor: Tensor) -> Tensor:
@@ -167,14 +184,20 @@ def micro_batch(
     real_B: Tensor,
     windows_B: NDArray[np.int64] = _NO_WINDOWS,
     next_windows_B: NDArray[np.int64] = _NO_WINDOWS,
+    pieces: Pieces | None = None,
 ) -> MicroBatch:
-    """Labels (each position's next token, the last one's none) and validity of real windows."""
+    """Labels (each position's next token, the last one's none) and validity of real windows.
+
+    The last position of a piece has no label either; it is as valid as the others.
+    """
     labels_BS = torch.full_like(input_ids_BS, IGNORED_LABEL)
     labels_BS[:, :-1] = input_ids_BS[:, 1:]
+    if pieces is not None:
+        labels_BS[:, :-1].masked_fill_(pieces.cuts_BT, IGNORED_LABEL)
     labels_BS.masked_fill_(~real_B[:, None], IGNORED_LABEL)
     valid_BS = real_B[:, None].expand_as(input_ids_BS)
     return MicroBatch(
-        input_ids_BS, labels_BS.flatten(), valid_BS.flatten(), windows_B, next_windows_B
+        input_ids_BS, labels_BS.flatten(), valid_BS.flatten(), windows_B, next_windows_B, pieces
     )
 
 

@@ -399,6 +399,7 @@ class _Trainer:
                 device=self.around.device,
                 batch_windows=self.dev.batch_windows,
                 vocab_size=self.stage.vocab_size,
+                begins_of=self.dev.begins_of,
             )
         except ModelError as error:  # not finite: the last update overflowed the weights
             raise TrainingError.of(

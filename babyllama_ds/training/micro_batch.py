@@ -19,12 +19,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from babyllama_ds import ranks
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import available_host_bytes
+from babyllama_ds.models.documents import Pieces
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.tiers import ranks_of_this_machine
 from babyllama_ds.teachers.ensemble import Ensemble
@@ -61,10 +63,12 @@ def find_micro_batch(
     length: int,
     device: torch.device,
     where: str,
+    within_documents: bool = False,
 ) -> int:
     """The most windows of `length` tokens, a divisor of `share`, that fit on every rank.
 
-    A collective. `deepspeed` is the configuration of the stage with one accumulation step.
+    A collective. `deepspeed` is the configuration of the stage with one accumulation step;
+    `within_documents`: attention stays in documents, which may cost a mask.
 
     Raises:
         MachineError: not even one window fits.
@@ -75,7 +79,14 @@ def find_micro_batch(
         # What ZeRO keeps of the micro-batches before, beside this one's passes.
         held = sum(weight.numel() for weight in weights) // ranks.world_size()
         gradients = torch.zeros(held, dtype=torch.float32, device=device)
-        trial = _trial(objective, ensemble, weights, length=length, device=device)
+        trial = _trial(
+            objective,
+            ensemble,
+            weights,
+            length=length,
+            device=device,
+            within_documents=within_documents,
+        )
         # What is free is read when every rank of the machine has taken what it holds.
         ranks.barrier()
         room: Room = CardRoom(device) if device.type == "cuda" else HostRoom()
@@ -174,6 +185,7 @@ def _trial(
     *,
     length: int,
     device: torch.device,
+    within_documents: bool,
 ) -> Trial:
     watch = ensemble is not None and bool(ensemble.members)
 
@@ -181,6 +193,7 @@ def _trial(
         micro = micro_batch(
             torch.zeros(windows, length, dtype=torch.int64, device=device),
             torch.ones(windows, dtype=torch.bool, device=device),
+            pieces=_two_a_window(windows, length, device) if within_documents else None,
         )
         targets = ensemble.targets(micro) if ensemble else []
         parts = objective(micro, targets, Counts(ce=1, kl=1, scale=1.0), watch=watch)
@@ -188,3 +201,10 @@ def _trial(
         torch.autograd.grad(parts.loss, weights, allow_unused=True)
 
     return run
+
+
+def _two_a_window(windows: int, length: int, device: torch.device) -> Pieces:
+    """Two documents in every window, so that a mask is made where one is ever needed."""
+    begins_S = np.isin(np.arange(length), (0, length // 2))
+    begins_BS = np.tile(begins_S, (windows, 1))
+    return Pieces.of(begins_BS, lambda tensor: tensor.to(device))

@@ -22,6 +22,7 @@ from babyllama_ds.losses.distillation import (
 )
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.weights import loss_counts
+from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import Backbone, split_causal_lm
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Targets
@@ -80,7 +81,7 @@ class Objective(nn.Module):
         With `watch`, how student and teachers agree is measured beside it.
         """
         backbone, head = split_causal_lm(self.model)
-        hidden_ND = self._states(backbone, micro.input_ids_BS).flatten(0, 1)
+        hidden_ND = self._states(backbone, micro.input_ids_BS, micro.pieces).flatten(0, 1)
         if self.distillation is None:
             plain = cross_entropy_loss(
                 hidden_ND,
@@ -144,8 +145,8 @@ class Objective(nn.Module):
         return alpha * ce_sum / counts.ce + (1 - alpha) * soft
 
 
-def _states(backbone: Backbone, input_ids_BS: Tensor) -> Tensor:
-    return backbone(input_ids_BS)
+def _states(backbone: Backbone, input_ids_BS: Tensor, pieces: Pieces | None) -> Tensor:
+    return backbone(input_ids_BS, pieces)
 
 
 def _felt_by_the_gradient(loss: Tensor) -> Tensor:

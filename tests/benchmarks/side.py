@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from babyllama_ds import ranks
 from babyllama_ds.memory import keep_freed_memory
 from babyllama_ds.models.attention import resolve_attention
+from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import split_causal_lm
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
@@ -239,8 +240,8 @@ class PlainTeacher:
         return split_causal_lm(self._model)[1]
 
     @torch.inference_mode()
-    def hidden_states(self, input_ids_BS: Tensor) -> Tensor:
-        return split_causal_lm(self._model)[0](input_ids_BS)
+    def hidden_states(self, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
+        return split_causal_lm(self._model)[0](input_ids_BS, pieces)
 
 
 def plain(side: dict[str, Any], sizes: Sizes) -> Built:

@@ -136,6 +136,56 @@ def test_vocabulary_larger_than_the_corpus_supports(
     assert not list((tmp_path / "runs" / "store").rglob("tokenizer.json"))
 
 
+def test_documents_without_a_boundary(job: Path, tmp_path: Path, refuse: Refuse) -> None:
+    said = refuse(job, "corpus.documents=blank_lines")
+    assert "corpus.documents: got blank_lines, but no file of the training text has" in said
+    assert "hint: set corpus.documents=lines if each line is a document" in said
+    assert nothing_trained(tmp_path)
+
+
+def test_documents_asked_for_where_their_boundaries_are_dropped(
+    job: Path, tmp_path: Path, refuse: Refuse
+) -> None:
+    said = refuse(job, "windows.attention=document", "tokenizer.document_tokens=end")
+    assert "windows.attention: got document, expected window, since corpus.documents is" in said
+    assert "tokenizer.document_tokens: got end, expected none" in said  # told together
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_document_token_that_the_tokenizer_lacks(
+    job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
+) -> None:
+    stranger = tmp_path / "stranger"
+    shutil.copytree(saved_model, stranger)
+    path = stranger / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["bos_token"]
+    path.write_text(json.dumps(config))
+    tokenizer = f"tokenizer={{kind: pretrained, path: {stranger}, document_tokens: both}}"
+    said = refuse(job, "corpus.documents=lines", tokenizer)
+    assert "tokenizer.document_tokens: got both, with a tokenizer that has no bos_token" in said
+    assert "eos_token </s>" in said
+    assert nothing_trained(tmp_path / "runs")
+
+
+def test_a_teacher_that_cannot_keep_documents_apart(
+    job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
+) -> None:
+    """A Mamba reads on from one document into the next, whatever the positions say."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    reader = tmp_path / "reader"
+    shutil.copytree(saved_model, reader)
+    config = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(reader)
+    apart = ("corpus.documents=lines", "windows.attention=document")
+    tokenizer = f"tokenizer={{kind: pretrained, path: {reader}}}"
+    said = refuse(job, loaded(reader), tokenizer, *apart)
+    assert "teachers.elder.model: got a MambaForCausalLM" in said
+    assert "expected a model that keeps documents apart by their positions" in said
+    assert nothing_trained(tmp_path / "runs")
+
+
 # -- models ---------------------------------------------------------------------------------------
 
 

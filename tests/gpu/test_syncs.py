@@ -53,6 +53,7 @@ class Windows:
     def batch(self, epoch, k, n): return np.arange(k * n, (k + 1) * n)
     def windows(self, epoch, ids): return np.random.default_rng(0).integers(0, 64, (len(ids), 16))
     def numbers(self, epoch, ids): return ids
+    def begins(self, epoch, ids): return None
 
 plan = BatchPlan(Windows(), training, rank=0, num_ranks=1, micro_batch=2, device=device)
 

@@ -115,7 +115,7 @@ GPT2_MATTERS = {
     "tied_embeddings": False,
 }
 MODEL_FREE = {"attention": "eager"}
-WINDOWS_MATTER = {"length": 64, "offsets": "fixed"}
+WINDOWS_MATTER = {"length": 64, "offsets": "fixed", "attention": "document"}
 
 
 def test_the_tables_name_every_field() -> None:
@@ -255,7 +255,7 @@ EVALUATION_MATTERS = {"max_pairs_per_task": 3, "dev_windows": 4, "leading_space"
 
 JOB = """
 name: one
-corpus: {kind: nursery}
+corpus: {kind: nursery, documents: lines}
 tokenizer: {kind: bpe, vocab_size: 800}
 windows: {length: 64}
 teachers:
@@ -354,6 +354,7 @@ def evaluated(tmp_path: Path, job_of: Callable[..., JobSpec]) -> Callable[..., s
     [
         *(f"evaluation.{key}={json.dumps(value)}" for key, value in EVALUATION_MATTERS.items()),
         "windows.length=32",
+        "windows.attention=document",
     ],
 )
 def test_what_changes_a_measurement(override: str, evaluated: Callable[..., str]) -> None:

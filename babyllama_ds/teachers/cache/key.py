@@ -42,6 +42,8 @@ def hidden_key(
             "tokens": _training_tokens(tokens_dir),
             "length": windows.length,
             "phases": windows.num_phases,
+            # Where windows are whole, as keys were before there was a choice.
+            **({"attention within": "documents"} if windows.within_documents else {}),
             "weights": weight_hashes(teacher_dir),
             "config": files.sha256_file(teacher_dir / "config.json"),
             "dtype": str(dtype),

@@ -23,6 +23,7 @@ from babyllama_ds import ranks
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.errors import ModelError
+from babyllama_ds.models.documents import Pieces
 from babyllama_ds.teachers.cache.key import hidden_key
 
 
@@ -100,11 +101,20 @@ def states_of(
     Raises:
         ModelError: they are not finite.
     """
-    states_BSD = model.hidden_states(torch.from_numpy(windows.numbered(numbers)).to(device))
+    tokens_BS = torch.from_numpy(windows.numbered(numbers)).to(device)
+    states_BSD = model.hidden_states(tokens_BS, pieces_of(windows, numbers, device))
     finite_B = states_BSD.isfinite().flatten(1).all(1).cpu().numpy()
     if not finite_B.all():
         raise not_finite("hidden states", teacher, numbers[~finite_B])
     return states_BSD
+
+
+def pieces_of(
+    windows: TrainWindows, numbers: NDArray[np.int64], device: torch.device
+) -> Pieces | None:
+    """The documents in windows by number, kept apart; none: windows are whole."""
+    begins_BS = windows.numbered_begins(numbers)
+    return None if begins_BS is None else Pieces.of(begins_BS, lambda tensor: tensor.to(device))
 
 
 def not_finite(what: str, teacher: Teacher, numbers: NDArray[np.int64]) -> ModelError:

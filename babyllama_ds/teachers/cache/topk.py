@@ -32,7 +32,14 @@ from babyllama_ds.teachers.cache.key import topk_key
 from babyllama_ds.teachers.cache.layout import Layout, padded_bytes
 from babyllama_ds.teachers.cache.opening import Surroundings, Wanted, open_cache
 from babyllama_ds.teachers.cache.records import Records
-from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput, lent, not_finite, states_of
+from babyllama_ds.teachers.cache.sources import (
+    Teacher,
+    TeacherInput,
+    lent,
+    not_finite,
+    pieces_of,
+    states_of,
+)
 from babyllama_ds.teachers.ensemble import Ensemble, Windows
 from babyllama_ds.teachers.watch import broken_windows
 
@@ -222,8 +229,9 @@ def _measure_error(
         sums = torch.zeros(5, dtype=torch.float64)
         for i, part in enumerate(parts):
             of_part = [of_teacher[i] for of_teacher in exact]
-            tokens_BS = torch.from_numpy(seen.windows.numbered(part)).to(device)
-            sums += _compared(student, tokens_BS, of_part, remembered(part), loss, seen.vocab_size)
+            hidden_ND = _student_states(student, seen, part, device)
+            head = split_causal_lm(student)[1].detached()
+            sums += _compared(hidden_ND, head, of_part, remembered(part), loss, seen.vocab_size)
         return _error(sums.tolist(), number, number * seen.windows.length)
 
     return ranks.broadcast_object(ranks.on_every_rank(measure))
@@ -250,24 +258,31 @@ def _states_of_parts(
         )
 
 
+def _student_states(
+    student: nn.Module, seen: TeacherInput, part: NDArray[np.int64], device: torch.device
+) -> Tensor:
+    """The student's states [N, D] of windows by number, without dropout."""
+    backbone, _ = split_causal_lm(student)
+    tokens_BS = torch.from_numpy(seen.windows.numbered(part)).to(device)
+    was_training = student.training
+    student.eval()
+    with torch.no_grad():
+        hidden_ND = backbone(tokens_BS, pieces_of(seen.windows, part, device)).flatten(0, 1)
+    student.train(was_training)
+    return hidden_ND
+
+
 def _compared(
-    student: nn.Module,
-    tokens_BS: Tensor,
+    hidden_ND: Tensor,
+    head: Head,
     exact: Sequence[TeacherStates],
     topk: TopKTargets,
     loss: DistillationSpec,
     vocab_size: int,
 ) -> Tensor:
     """Σ KL of both, then <g, g'>, <g, g>, <g', g'> of their gradients g and g'."""
-    backbone, head = split_causal_lm(student)
-    was_training = student.training
-    student.eval()
-    with torch.no_grad():
-        hidden_ND = backbone(tokens_BS).flatten(0, 1)
-    student.train(was_training)
     (kl, grad), (topk_kl, topk_grad) = (
-        _kl_and_gradient(hidden_ND, head.detached(), targets, loss, vocab_size)
-        for targets in (exact, topk)
+        _kl_and_gradient(hidden_ND, head, targets, loss, vocab_size) for targets in (exact, topk)
     )
     products = [(grad * topk_grad).sum(), (grad * grad).sum(), (topk_grad * topk_grad).sum()]
     return torch.stack([kl, topk_kl, *products]).cpu()

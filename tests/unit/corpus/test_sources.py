@@ -432,3 +432,29 @@ def test_a_table_cannot_be_cleaned_as_published(tmp_path: Path) -> None:
     other = rows_file(tmp_path / "diary.jsonl", ["a"])  # no rule, so nothing to apply
     sources = read_sources(corpus(other, split=dev, cleaning="published"))
     assert texts(sources, "train") == [("diary", "a\n")]
+
+
+# -- documents of tables ---------------------------------------------------------------------------
+
+
+def test_rows_are_documents_of_a_table_only(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\ntwo"}\n{"text": "three"}\n')
+    (tmp_path / "b.txt").write_text("four\n\nfive\n")
+    (tmp_path / "dev.txt").write_text("six\n")
+
+    def refused(train: str, documents: str) -> str:
+        spec = FilesCorpus.model_validate(
+            {
+                "kind": "files",
+                "train": (str(tmp_path / train),),
+                "split": {"kind": "tail", "fraction": 0.5},
+                "documents": documents,
+            }
+        )
+        with pytest.raises(DataError) as caught:
+            read_sources(spec)
+        return str(caught.value)
+
+    assert "b.txt, a text" in refused("b.txt", "rows")
+    assert "a.jsonl, a table" in refused("a.jsonl", "lines")
+    assert "corpus.documents" in refused("a.jsonl", "blank_lines")

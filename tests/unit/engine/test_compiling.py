@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from babyllama_ds.engine.compiling import REPAID_AFTER_S, choose_compiled, what_compiling_lacks
-from babyllama_ds.errors import MachineError
+from babyllama_ds.errors import JobError, MachineError
 
 Pretend = Callable[..., None]
 
@@ -49,6 +49,22 @@ def test_rules(asked: str, device: str, products_s: float, expected: str) -> Non
     chosen, why = choose_compiled(asked, device=device, products_s=products_s)
     assert chosen == expected
     assert why
+
+
+@pytest.mark.usefixtures("pretend")
+def test_what_has_another_shape_each_time_is_not_compiled() -> None:
+    options = {"device": "cuda", "products_s": REPAID_AFTER_S, "shapes_vary": True}
+    chosen, why = choose_compiled("auto", **options)
+    assert chosen == "none"
+    assert why == "the lengths of documents are others in every micro-batch"
+    assert choose_compiled("none", **options)[0] == "none"
+    for asked in ("student", "all"):
+        with pytest.raises(JobError) as caught:
+            choose_compiled(asked, **options)
+        (problem,) = caught.value.problems
+        assert (problem.where, problem.got) == ("deepspeed.compile", asked)
+        assert "windows.attention=document" in problem.expected
+        assert "attention to sdpa" in (problem.hint or "")
 
 
 @pytest.mark.parametrize(

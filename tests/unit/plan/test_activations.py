@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from babyllama_ds.models.documents import Pieces, model_inputs
 from babyllama_ds.models.fused import fuse
 from babyllama_ds.models.sizes import sizes_of
 from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes
@@ -23,7 +25,9 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def saved_by_autograd(model: nn.Module, *, windows: int, length: int) -> int:
+def saved_by_autograd(
+    model: nn.Module, *, windows: int, length: int, pieces: Pieces | None = None
+) -> int:
     """Bytes of every storage that the backbone's forward pass saves, weights left out."""
     weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Tensor] = {}
@@ -34,7 +38,8 @@ def saved_by_autograd(model: nn.Module, *, windows: int, length: int) -> int:
 
     ids_BS = torch.randint(0, 61, (windows, length))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train().base_model(input_ids=ids_BS, use_cache=False)  # type: ignore[operator]
+        inputs = model_inputs(model, ids_BS, pieces)
+        model.train().base_model(**inputs, use_cache=False)  # type: ignore[operator]
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
 
 
@@ -54,4 +59,30 @@ def test_what_autograd_saves(
     )
     fuse(model)
     measured = saved_by_autograd(model, windows=3, length=17)
+    assert saved_bytes(sizes_of(model.config), shape) == measured
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize(("kind", "changes"), MODELS[:4])
+def test_what_autograd_saves_of_documents_kept_apart(
+    kind: str,
+    changes: dict[str, Any],
+    kernel: str,
+    precision: torch.dtype,
+    tiny_model: Callable[..., Any],
+) -> None:
+    model = tiny_model(kind, attn_implementation=kernel, **changes).to(precision)
+    shape = MicroBatchShape(
+        windows=3,
+        length=17,
+        kernel=kernel,
+        element_bytes=precision.itemsize,
+        device="cpu",
+        documents=True,
+    )
+    fuse(model)
+    begins_BS = np.isin(np.arange(3 * 17).reshape(3, 17), (0, 5, 17, 34, 50))
+    pieces = Pieces.of(begins_BS)
+    measured = saved_by_autograd(model, windows=3, length=17, pieces=pieces)
     assert saved_bytes(sizes_of(model.config), shape) == measured

@@ -90,6 +90,32 @@ def test_phases_that_no_epoch_reaches_are_refused() -> None:
     assert job(student=student, windows={"offsets": {"phases": 4}})  # without a cache it may be
 
 
+def test_what_is_asked_of_documents_needs_their_boundaries() -> None:
+    asked = {
+        "tokenizer": {"kind": "bpe", "document_tokens": "both"},
+        "windows": {"attention": "document"},
+    }
+    with pytest.raises(ValidationError) as caught:
+        job(**asked)
+    mismatches = [
+        mismatch for error in caught.value.errors() for mismatch in error["ctx"]["error"].mismatches
+    ]
+    dropped = "since corpus.documents is none: boundaries are dropped"
+    assert list(map(str, mismatches)) == [
+        f"document_tokens: got both, expected none, {dropped}",
+        f"attention: got document, expected window, {dropped}",
+    ]
+    assert {one.hint for one in mismatches} == {"set corpus.documents to what a document is"}
+    loaded = {"kind": "pretrained", "path": "x", "document_tokens": "end"}
+    with pytest.raises(ValidationError, match="document_tokens: got end, expected none"):
+        job(tokenizer=loaded)
+    kept = {"kind": "nursery", "documents": "lines"}
+    assert job(corpus=kept, **asked)
+    assert job(corpus=kept, windows=asked["windows"], tokenizer=loaded)
+    # Under `sequence` too: documented, and not refused.
+    assert job(corpus=kept, **asked, distillation={"soft_reduction": "sequence"})
+
+
 def test_mismatches_read_well_without_a_file() -> None:
     with pytest.raises(ValidationError, match=r"hidden_size: got 10, expected a multiple of num_"):
         LlamaModel(kind="llama", hidden_size=10, num_layers=1, num_heads=3, intermediate_size=4)

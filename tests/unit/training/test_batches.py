@@ -36,6 +36,9 @@ class NumberedWindows:
     def numbers(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         return 100 * epoch + indices
 
+    def begins(self, epoch: int, indices: NDArray[np.int64]) -> None:
+        """Windows are whole."""
+
     def windows(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         assert (indices >= 0).all()
         return 1000 * epoch + 10 * indices[:, None] + np.arange(LENGTH)
@@ -126,6 +129,46 @@ def test_counts_are_the_global_batchs_and_the_masks_agree(
         assert sum(int(micro.valid_N.sum()) for micro in micros) == num_windows * 5
         labelled = sum(int((micro.labels_N != IGNORED_LABEL).sum()) for micro in micros)
         assert labelled == num_windows * 4
+
+
+class WindowsOfDocuments(NumberedWindows):
+    """Of which some begin at other places in each window and epoch."""
+
+    def begins(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.bool_]:  # type: ignore[override]
+        drawn = [
+            np.random.default_rng([epoch, index]).random(LENGTH) < 0.4 for index in indices.tolist()
+        ]
+        begins_NL = np.array(drawn, dtype=np.bool_).reshape(-1, LENGTH)
+        begins_NL[:, 0] = True
+        return begins_NL
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), SPLITS)
+def test_what_is_labelled_is_known_to_every_rank_before_it_begins(
+    num_ranks: int, size: int, training_spec: Callable[..., Any]
+) -> None:
+    """Exactly, of the global batch, the same on any ranks, and other in other batches."""
+    windows = WindowsOfDocuments(13)  # batches of 8 and 5
+    counted = []
+    for step in range(4):
+        batches = [
+            plan.batch(step)
+            for plan in plans(windows, training_spec(batch_windows=8, epochs=2.0), num_ranks, size)
+        ]
+        micros = [micro for batch in batches for micro in batch.micro_batches]
+        labelled = sum(int((micro.labels_N != IGNORED_LABEL).sum()) for micro in micros)
+        assert {batch.num_labelled for batch in batches} == {labelled}
+        assert {batch.num_valid for batch in batches} == {batches[0].num_windows * LENGTH}
+        epoch, k = divmod(step, 2)
+        begins = windows.begins(epoch, windows.batch(epoch, k, 8))
+        assert labelled == (~begins[:, 1:]).sum()
+        counted.append(labelled)
+        for micro in micros:
+            assert micro.pieces is not None
+            firsts = micro.input_ids_BS[:, 0].tolist()
+            expected = windows.begins(epoch, np.array([first % 1000 // 10 for first in firsts]))
+            assert (micro.pieces.positions_BS == 0).tolist() == expected.tolist()
+    assert len(set(counted)) > 2
 
 
 def test_labels_are_the_next_tokens_and_padding_has_none() -> None:

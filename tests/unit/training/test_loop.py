@@ -59,6 +59,9 @@ class RandomWindows:
     def numbers(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         return indices
 
+    def begins(self, epoch: int, indices: NDArray[np.int64]) -> None:
+        """Windows are whole."""
+
     def windows(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.tokens[indices]
 

@@ -217,6 +217,27 @@ def test_less_memory_gives_smaller_micro_batches(
     assert search() == 8
 
 
+def test_documents_are_tried_with_their_mask(
+    search: Callable[..., int],
+    distilled: tuple[Objective, Ensemble, Callable[..., int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the first batch with a boundary would not fit."""
+    pretend_free(monkeypatch, 2**40)
+    peaks: list[int] = []
+    measure = room.peak_host_bytes
+
+    def measured(run: Callable[[], None]) -> int:
+        peaks.append(measure(run))
+        return peaks[-1]
+
+    monkeypatch.setattr(room, "peak_host_bytes", measured)
+    search()
+    search(within_documents=True)
+    whole, apart = peaks[4], peaks[9]  # of 16 windows
+    assert apart >= whole + 16 * LENGTH * LENGTH
+
+
 def test_free_memory_is_read_when_all_ranks_have_their_engines(
     search: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,9 +112,9 @@ class Counted:
         model = self._inner.load()
         hidden_states = model.hidden_states
 
-        def counted(input_ids_BS: torch.Tensor) -> torch.Tensor:
+        def counted(*inputs: Any) -> torch.Tensor:
             self.passes += 1
-            return hidden_states(input_ids_BS)
+            return hidden_states(*inputs)
 
         model.hidden_states = counted  # type: ignore[method-assign]
         return model

@@ -1,0 +1,83 @@
+"""The entries of the store: documents decide the tokens, and neither the text nor the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from babyllama_ds.corpus.prepare import CorpusEntries, open_corpus, prepare_corpus
+from babyllama_ds.corpus.sources import read_sources
+from babyllama_ds.errors import DataError
+from babyllama_ds.files import hash_json
+from babyllama_ds.spec.corpus import FilesCorpus
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.store import Store
+
+Prepare = Callable[..., CorpusEntries]
+NURSERY = "corpus={kind: nursery, words: 1000, dev_words: 300, pairs_per_task: 1"
+
+
+@pytest.fixture
+def prepare(tmp_path: Path, tiny_job: Callable[..., Path]) -> Prepare:
+    """The tiny job's corpus, with overrides; a line of text is a sentence."""
+    path = tiny_job(tmp_path / "job")
+
+    def run(*overrides: str) -> CorpusEntries:
+        job = load_job(path, overrides, environ={})
+        return prepare_corpus(job, Store(tmp_path / "store"), lambda: None)
+
+    return run
+
+
+def test_without_documents_the_keys_are_what_they_were(prepare: Prepare, tmp_path: Path) -> None:
+    """So that tokens, teachers and caches of earlier versions are found."""
+    entries = prepare()
+    corpus = load_job(tmp_path / "job" / "job.yaml", environ={}).corpus
+    assert isinstance(corpus, FilesCorpus)
+    text = read_sources(corpus).fingerprint()
+    bpe = {"kind": "bpe", "vocab_size": 300, "min_frequency": 2}
+    assert entries.tokenizer_key == hash_json({"version": 1, "text": text, **bpe})
+    assert entries.tokens_key == hash_json(
+        {"version": 1, "text": text, "tokenizer": entries.tokenizer_key}
+    )
+
+
+def test_documents_and_their_tokens_decide_the_shards_alone(prepare: Prepare) -> None:
+    entries = [
+        prepare(),
+        prepare("corpus.documents=lines"),
+        prepare("corpus.documents=files"),
+        prepare("corpus.documents=lines", "tokenizer.document_tokens=end"),
+        prepare("corpus.documents=lines", "tokenizer.document_tokens=both"),
+    ]
+    assert len({each.tokens_key for each in entries}) == 5
+    assert len({each.tokenizer_key for each in entries}) == 1
+
+
+def test_the_nurserys_scenes_are_documents(prepare: Prepare) -> None:
+    vocabulary = "tokenizer.vocab_size=280"
+    plain = prepare(f"{NURSERY}}}", vocabulary)
+    kept = prepare(f"{NURSERY}, documents: lines}}", vocabulary, "tokenizer.document_tokens=both")
+    assert plain.pairs_dir == kept.pairs_dir  # the text is the same
+    assert plain.tokens_key != kept.tokens_key
+    assert kept.pairs_dir is not None
+    shards = open_corpus(kept).shards
+    for split in ("train", "dev"):
+        scenes = (kept.pairs_dir.parent / split / f"nursery.{split}").read_text().splitlines()
+        documents = shards.documents(split)
+        assert documents is not None
+        assert documents.num_documents == len(scenes) > 3
+        ids = shards.read(split, 0, shards.num_tokens(split)).tolist()
+        assert ids.count(1) == ids.count(2) == len(scenes)
+        assert (ids[0], ids[-1]) == (1, 2)
+    assert open_corpus(plain).shards.documents("train") is None
+
+
+def test_boundaries_that_are_nowhere_are_refused_before_work_begins(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"corpus\.documents: got blank_lines, but no file"):
+        prepare("corpus.documents=blank_lines")
+    assert not list((tmp_path / "store").rglob("tokenizer.json"))
