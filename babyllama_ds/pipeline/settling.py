@@ -21,7 +21,7 @@ from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.micro_batch import find_micro_batch
-from babyllama_ds.training.objective import Objective
+from babyllama_ds.training.objective import objective_of
 
 log = logging.getLogger(__name__)
 
@@ -88,9 +88,17 @@ class Settling:
         parts = self.parts
         distillation = parts.job.distillation if teachers else None
         ensemble = live_ensemble(parts, teachers, compiled=False) if teachers else None
+        objective = objective_of(
+            model,
+            ensemble,
+            vocab_size=len(corpus.tokenizer),
+            training=training,
+            distillation=distillation,
+            seed=parts.job.stage_seed(stage),
+        )
         try:
             return find_micro_batch(
-                Objective(model, vocab_size=len(corpus.tokenizer), distillation=distillation),
+                objective,
                 ensemble,
                 training=training,
                 deepspeed=parts.deepspeed_config(stage, training),
@@ -100,6 +108,7 @@ class Settling:
                 where=training_key(stage),
             )
         finally:
+            objective.release()
             if ensemble is not None:
                 ensemble.destroy()
 
