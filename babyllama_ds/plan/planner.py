@@ -243,10 +243,12 @@ class _Planner:
 
     def _matched(self) -> Sequence[MatchedPair]:
         matching = self.job.distillation.hidden_matching
+        if matching is None:
+            return ()
         widths = {teacher.name: teacher.sizes.hidden_size for teacher in self.work.teachers}
         return [
             MatchedPair(teacher_width=widths[pair.teacher], loss=matching.loss)
-            for pair in (matching.layers if matching else ())
+            for pair in matching.layers
         ]
 
     def _filling(self) -> Sequence[Sequence[ModelSizes]]:

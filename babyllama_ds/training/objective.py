@@ -144,6 +144,7 @@ class Objective(nn.Module):
             assert not isinstance(teachers, TopKTargets), "no teachers are there to be watched"
             agreement = self._agreement(hidden_ND, head, micro, teachers)
         balance = counts.balance or self.balance(0.0)
+        assert balance is not None, "a distilled objective has one"
         distilled = distillation_loss(
             hidden_ND,
             head,
