@@ -122,7 +122,9 @@ def scheduled(value: float | AlphaSchedule | TemperatureSchedule, done: float) -
     """
     if not isinstance(value, AlphaSchedule | TemperatureSchedule):
         return value
-    way = min(1.0, done / value.over)
+    way = done / value.over
+    if way >= 1:
+        return value.end
     if value.shape == "cosine":
         way = (1 - math.cos(math.pi * way)) / 2
     return value.start + (value.end - value.start) * way

@@ -308,7 +308,7 @@ def test_the_divergence_that_is_trained_is_in_the_last_logged_step(run_dir: Path
     (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(distillation=distillation)))
     line = {"stage": "student", "step": 30, "loss": 9.0, "ce": 5.0, "reverse_kl": 0.125}
     with (run_dir / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps(line) + "\n")
+        stream.write("\n" + json.dumps(line) + "\n")
     page = render_markdown(collect_report(run_dir))
     assert "divergence (nats)" in page
     assert "0.1250" in page
