@@ -1,12 +1,12 @@
 """Objectives side by side: one job, several objectives and seeds; a table of means and spreads.
 
     python tests/benchmarks/objectives.py --seeds 1 2 3 [--job JOB] [--runs RUNS] [--max-tokens N]
-        [--objectives NAME ...] [--ranks N] [--only-table] [KEY=VALUE ...]
+        [--objectives NAME ...] [--ranks N] [--only-table] [--set KEY=VALUE ...]
 
 Every run goes through the real launcher into `RUNS/grid-OBJECTIVE-SEED`. The runs of a seed share
 tokens and teachers by the store, so that only the first one trains them. Started again with the
 same options it goes on: what is done is skipped by the runs' own stages. `--max-tokens` limits the
-training of teachers, student and control alike; the rest of the line overrides any key of the job.
+training of teachers, student and control alike; `--set` overrides any key of the job.
 The control is trained once for each seed, beside the first objective.
 """
 
@@ -183,8 +183,8 @@ def _options() -> argparse.Namespace:
         help=f"of: {', '.join(OBJECTIVES)}",
     )  # fmt: skip
     parser.add_argument("--only-table", action="store_true", help="run nothing")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_intermixed_args()
+    parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
     options.runs = options.runs.resolve()
     return options
 
