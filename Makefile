@@ -20,7 +20,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data bench bench-grid check format seeds reference lock clean
+.PHONY: help setup distill test test-data bench bench-grid grid-objectives check format seeds reference lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -48,6 +48,9 @@ bench: setup  ## our trainer against the textbook's, on a quiet machine: ARGS="-
 
 bench-grid: setup  ## time a token against vocabulary, teachers, window length and ranks
 	$(BIN)/python tests/benchmarks/bench.py --grid $(ARGS)
+
+grid-objectives: setup  ## run a job with several objectives and seeds: ARGS="--seeds 1 2 3 --max-tokens N"
+	$(BIN)/python tests/benchmarks/objectives.py --ranks $(NPROC) --runs $(RUNS) $(ARGS)
 
 check: setup  ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check .

@@ -23,7 +23,11 @@ METHOD = 3
 
 HOW_IT_RUNS = {"micro_batch", "log_every_steps", "profile_steps", "checkpoint_every_steps"}
 
-NEUTRAL: dict[type[Spec], dict[str, Any]] = {WindowsSpec: {"attention": "window"}}
+NEUTRAL: dict[type[Spec], dict[str, Any]] = {
+    WindowsSpec: {"attention": "window"},
+    TrainingSpec: {"z_loss": None, "unlabelled_tokens": []},
+    DistillationSpec: {"divergence": {"kind": "forward_kl"}, "hidden_matching": None},
+}
 """Options that came after METHOD was last raised, with the (JSON) value at which nothing is changed
 by them: there they are left out, so that what was made before still stands."""
 

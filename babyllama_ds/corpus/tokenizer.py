@@ -17,13 +17,14 @@ The trained tokenizer is the published one: byte-level BPE, NFKC, a leading spac
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from babyllama_ds.errors import DataError
+from babyllama_ds.errors import DataError, JobError, Problem
 from babyllama_ds.files import cannot_write, hash_json, read_json, write_json
 from babyllama_ds.spec.corpus import TrainedTokenizer
 
@@ -130,6 +131,37 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     for index, added in backend.get_added_tokens_decoder().items():
         meanings[index] = b"" if added.special else added.content.encode()
     return meanings
+
+
+def ids_of_tokens(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], *, where: str
+) -> list[int]:
+    """The ids of tokens, as the vocabulary writes them (byte-level: `Ġthe` for " the").
+
+    `where` is the key that lists them. Raises `JobError` with every one that there is not.
+    """
+    vocabulary = tokenizer.get_vocab()
+    problems = [
+        Problem(
+            where=f"{where}[{i}]",
+            got=repr(token),
+            expected="a token of the vocabulary, as it writes it",
+            hint=_close_token(token, vocabulary),
+        )
+        for i, token in enumerate(tokens)
+        if token not in vocabulary
+    ]
+    if problems:
+        raise JobError.all_of(problems)
+    return [vocabulary[token] for token in tokens]
+
+
+def _close_token(token: str, vocabulary: Mapping[str, int]) -> str | None:
+    spelt = token.replace(" ", "Ġ")
+    if spelt in vocabulary:
+        return f"did you mean `{spelt}`? A space is written Ġ"
+    close = difflib.get_close_matches(token, vocabulary, n=1)
+    return f"did you mean `{close[0]}`?" if close else None
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:

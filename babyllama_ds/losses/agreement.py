@@ -28,7 +28,7 @@ from torch._compile import _disable_dynamo
 
 from babyllama_ds.losses.distillation import IGNORED_LABEL, TeacherStates
 from babyllama_ds.losses.heads import Head, logits
-from babyllama_ds.losses.rows import MeanOf, Mixture, mix
+from babyllama_ds.losses.mixture import MeanOf, Mixture, mix
 from babyllama_ds.losses.topk import mixture_of
 
 _CPU_CHUNK_BYTES = 2 * 2**20

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -40,6 +40,8 @@ class TeacherStates:
     hidden_ND: Tensor
     head: Head
     weight: float = 1.0
+    layers_ND: Mapping[int, Tensor] = field(default_factory=dict)
+    """States of other layers, by number (`models.layers`), for their own term of the loss."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Cross-entropy and ensemble distillation from hidden states, without ever holding all logits.
 
     L = α · Σ CE(z, y) / n_ce + (1 − α) · T² · Σ KL( p ‖ softmax(z/T) ) / n_kl
+        + w · Σ (log Σ exp z)² / n_ce
 
     `mean_of: logits`         p = softmax( Σ w_k t_k / (T Σ w_k) )      (raw logits, as published)
     `mean_of: probabilities`  p = Σ w_k softmax(t_k / T) / Σ w_k
@@ -10,10 +11,14 @@ forward KL (teachers to student) over valid positions, each window's last includ
 gives n_ce and n_kl (`weights.loss_counts`). Published as BabyLlama (arXiv 2308.02019) and
 BabyLlama-2 (arXiv 2409.17312); their code takes the mean of raw logits and
 `KLDivLoss("batchmean")` on [B, S, V]. The T² is Hinton et al.'s (arXiv 1503.02531, section 2).
+Another divergence than the forward KL may be taken (`divergences.py`), with the same T² and n_kl.
+The last term, over labelled positions too, is the z-loss of PaLM (arXiv 2204.02311, section 5); its
+weight w is its own, 0 unless asked for, and α does not touch it.
 
 The gradient is made on the way, chunk by chunk over positions, from
 
     ∂CE/∂z = softmax(z) − onehot(y)          ∂(T² KL)/∂z = T · (softmax(z/T) − p)
+    ∂(log Z)²/∂z = 2 log Z · softmax(z)
 
 so that no [N, V] tensor of any model exists, forward or backward; backward only scales what
 forward made. Matrix products run in the model's dtype, everything between them (`rows.py`) in
@@ -41,8 +46,10 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from babyllama_ds.losses.chunks import TeacherStates, chunks, logits_into
+from babyllama_ds.losses.divergences import FORWARD_KL, Divergence
 from babyllama_ds.losses.heads import Head
-from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, num_work, row_losses
+from babyllama_ds.losses.mixture import MeanOf, Mixture
+from babyllama_ds.losses.rows import Factors, num_work, row_losses
 from babyllama_ds.losses.topk import (
     TOP_K_WORK,
     TopKTargets,
@@ -55,6 +62,7 @@ __all__ = [
     "IGNORED_LABEL",
     "CrossEntropyLoss",
     "DistillationLoss",
+    "Divergence",
     "TeacherStates",
     "TopKTargets",
     "cross_entropy_loss",
@@ -70,20 +78,25 @@ IGNORED_LABEL = -100
 class DistillationLoss:
     """`loss` has a graph; the sums, over this call's positions, are detached and unweighted.
 
-    `kl_sum` is without the factor T². All are fp32 (fp64 for fp64 models).
+    `kl_sum` is of the divergence that was asked for, without the factor T². All are fp32 (fp64 for
+    fp64 models).
     """
 
     loss: Tensor
     ce_sum: Tensor
     kl_sum: Tensor
+    z_sum: Tensor | None = None
+    """Σ (log Z)² over labelled positions; none without a z-loss."""
 
 
 @dataclass(frozen=True)
 class CrossEntropyLoss:
-    """`loss` has a graph; `ce_sum`, over this call's positions, is detached."""
+    """`loss` has a graph; the sums, over this call's positions, are detached."""
 
     loss: Tensor
     ce_sum: Tensor
+    z_sum: Tensor | None = None
+    """As that of `DistillationLoss`."""
 
 
 def distillation_loss(
@@ -101,6 +114,8 @@ def distillation_loss(
     vocab_size: int,
     scale: float = 1.0,
     chunk_tokens: int | None = None,
+    divergence: Divergence = FORWARD_KL,
+    z_loss: float = 0.0,
 ) -> DistillationLoss:
     """The loss of the module's formula times `scale`, with its gradient already made.
 
@@ -110,7 +125,8 @@ def distillation_loss(
     undoes what the engine divides by (ranks × accumulation steps). With `alpha` 1 the KL is still
     measured, with `alpha` 0 the CE. `chunk_tokens` bounds the positions whose logits exist at one
     time; None chooses. `teachers` are their states, or the k most likely tokens of their mixture
-    at this temperature (`topk.py`), into which `mean_of` has gone. Nothing of them is kept for
+    at this temperature (`topk.py`), into which `mean_of` has gone; these have no divergence but the
+    forward KL. `z_loss` is the weight of the z-loss. Nothing of them is kept for
     backward, so that their tensors may come from inference mode.
     """
     objective = _Objective(
@@ -124,6 +140,8 @@ def distillation_loss(
         ),
         ce_weight=alpha * scale / ce_count,
         kl_weight=(1 - alpha) * temperature**2 * scale / kl_count,
+        z_weight=z_loss * scale / ce_count,
+        divergence=divergence,
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
@@ -139,11 +157,16 @@ def cross_entropy_loss(
     vocab_size: int,
     scale: float = 1.0,
     chunk_tokens: int | None = None,
+    z_loss: float = 0.0,
 ) -> CrossEntropyLoss:
-    """Σ CE / `ce_count` · `scale`: the loss of training without teachers, by the same machinery."""
-    objective = _without_teachers(labels_N, scale / ce_count, vocab_size, chunk_tokens)
+    """Σ CE / `ce_count` · `scale`: the loss of training without teachers, by the same machinery.
+
+    `z_loss` is the weight of the z-loss.
+    """
+    weight = scale / ce_count
+    objective = _without_teachers(labels_N, weight, vocab_size, chunk_tokens, z_loss * weight)
     result = _loss(hidden_ND, head, objective)
-    return CrossEntropyLoss(result.loss, result.ce_sum)
+    return CrossEntropyLoss(result.loss, result.ce_sum, result.z_sum)
 
 
 def cross_entropy_sum(
@@ -173,22 +196,31 @@ class _Objective:
     valid_N: Tensor
     teachers: Sequence[TeacherStates] | TopKTargets
     mixture: Mixture
+    divergence: Divergence
     ce_weight: float
     kl_weight: float
+    z_weight: float
+    """0: there is no z-loss."""
     vocab_size: int
     chunk_tokens: int | None
 
 
 def _without_teachers(
-    labels_N: Tensor, ce_weight: float, vocab_size: int, chunk_tokens: int | None
+    labels_N: Tensor,
+    ce_weight: float,
+    vocab_size: int,
+    chunk_tokens: int | None,
+    z_weight: float = 0.0,
 ) -> _Objective:
     return _Objective(
         labels_N=labels_N,
         valid_N=torch.zeros_like(labels_N, dtype=torch.bool),
         teachers=(),
         mixture=Mixture(shares=(), temperature=1.0, mean_of="logits"),
+        divergence=FORWARD_KL,
         ce_weight=ce_weight,
         kl_weight=0.0,
+        z_weight=z_weight,
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
     )
@@ -203,7 +235,7 @@ class _Wanted(NamedTuple):
 
 
 class _GradientMadeInForward(torch.autograd.Function):
-    """(loss, Σ CE, Σ KL): forward makes the gradients of the loss, backward only scales them."""
+    """(loss, Σ CE, Σ KL, Σ (log Z)²): forward makes the loss's gradients, backward scales them."""
 
     @staticmethod
     def forward(
@@ -214,14 +246,19 @@ class _GradientMadeInForward(torch.autograd.Function):
         states_are_logits: bool,
         objective: _Objective,
         wanted: _Wanted,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         sums = _over_chunks(
             hidden_ND, Head(weight_PD, bias_P, states_are_logits), objective, wanted
         )
         ce_sum, kl_sum = sums.ce_N1.sum(), sums.kl_N1.sum()
-        ctx.mark_non_differentiable(ce_sum, kl_sum)
         ctx.save_for_backward(sums.grad_hidden_ND, sums.grad_weight_PD, sums.grad_bias_P)
-        return objective.ce_weight * ce_sum + objective.kl_weight * kl_sum, ce_sum, kl_sum
+        loss = objective.ce_weight * ce_sum + objective.kl_weight * kl_sum
+        if sums.log_z_N1 is None:
+            ctx.mark_non_differentiable(ce_sum, kl_sum)
+            return loss, ce_sum, kl_sum, None
+        z_sum = sums.log_z_N1.square().sum()
+        ctx.mark_non_differentiable(ce_sum, kl_sum, z_sum)
+        return loss + objective.z_weight * z_sum, ce_sum, kl_sum, z_sum
 
     @staticmethod
     @once_differentiable
@@ -248,10 +285,12 @@ def _loss(hidden_ND: Tensor, head: Head, objective: _Objective) -> DistillationL
 
 @dataclass
 class _Sums:
-    """CE and KL of each position, and the gradients of the weighted sum, None if not wanted."""
+    """CE, KL and log Z of each position; gradients of the weighted sum, None if not wanted."""
 
     ce_N1: Tensor
     kl_N1: Tensor
+    log_z_N1: Tensor | None
+    """0 where there is no label; none without a z-loss."""
     grad_hidden_ND: Tensor | None
     grad_weight_PD: Tensor | None
     grad_bias_P: Tensor | None
@@ -260,7 +299,7 @@ class _Sums:
 def _over_chunks(hidden_ND: Tensor, head: Head, objective: _Objective, wanted: _Wanted) -> _Sums:
     """Logits, losses and gradients of one chunk of positions after another."""
     _check_shapes(hidden_ND, head, objective)
-    sums = _zeros(hidden_ND, head, wanted)
+    sums = _zeros(hidden_ND, head, wanted, with_z=objective.z_weight != 0)
     dtype = sums.ce_N1.dtype
     labelled_N1 = (objective.labels_N != IGNORED_LABEL)[:, None]
     label_N1 = torch.where(labelled_N1, objective.labels_N[:, None], 0)
@@ -275,7 +314,7 @@ def _over_chunks(hidden_ND: Tensor, head: Head, objective: _Objective, wanted: _
     for rows, buffers in chunks(
         [hidden_ND, *(voter.hidden_ND for voter in voters)],
         vocab_size=objective.vocab_size,
-        num_work=_num_work(hidden_ND, objective.teachers, len(voters)),
+        num_work=_num_work(hidden_ND, objective, len(voters)),
         dtype=dtype,
         chunk_tokens=objective.chunk_tokens,
     ):
@@ -290,7 +329,9 @@ def _over_chunks(hidden_ND: Tensor, head: Head, objective: _Objective, wanted: _
         factors = Factors(
             ce_C1=labelled_N1[rows].to(dtype) * objective.ce_weight,
             kl_C1=valid_N1[rows].to(dtype) * (objective.kl_weight / mixture.temperature),
+            z_C1=labelled_N1[rows].to(dtype) * objective.z_weight if objective.z_weight else None,
         )
+        log_z_C1 = None if sums.log_z_N1 is None else sums.log_z_N1[rows]
         ce_C1, kl_C1 = _row_losses(
             student_CV,
             soft,
@@ -298,9 +339,13 @@ def _over_chunks(hidden_ND: Tensor, head: Head, objective: _Objective, wanted: _
             mixture,
             factors if any(wanted) else None,
             buffers.work_RV,
+            divergence=objective.divergence,
+            log_z_C1=log_z_C1,
         )
         sums.ce_N1[rows] = ce_C1.masked_fill(~labelled_N1[rows], 0)
         sums.kl_N1[rows] = kl_C1.masked_fill(~valid_N1[rows], 0)
+        if log_z_C1 is not None:
+            log_z_C1.masked_fill_(~labelled_N1[rows], 0)
         _add_gradients(sums, rows, student_CV, hidden_CD, head)
     return _in_dtypes_of(sums, head)
 
@@ -309,12 +354,10 @@ def _states(teachers: Sequence[TeacherStates] | TopKTargets) -> Sequence[Teacher
     return () if isinstance(teachers, TopKTargets) else teachers
 
 
-def _num_work(
-    hidden_ND: Tensor, teachers: Sequence[TeacherStates] | TopKTargets, num_voters: int
-) -> int:
-    if isinstance(teachers, TopKTargets):
+def _num_work(hidden_ND: Tensor, objective: _Objective, num_voters: int) -> int:
+    if isinstance(objective.teachers, TopKTargets):
         return TOP_K_WORK
-    return num_work(hidden_ND.dtype, hidden_ND.device, num_voters)
+    return num_work(hidden_ND.dtype, hidden_ND.device, num_voters, objective.divergence)
 
 
 def _row_losses(
@@ -324,10 +367,30 @@ def _row_losses(
     mixture: Mixture,
     factors: Factors | None,
     work: Sequence[Tensor],
+    *,
+    divergence: Divergence,
+    log_z_C1: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if isinstance(teachers, TopKTargets):
-        return top_k_row_losses(student_CV, teachers, label_C1, mixture.temperature, factors, work)
-    return row_losses(student_CV, teachers, label_C1, mixture, factors, work)
+        return top_k_row_losses(
+            student_CV,
+            teachers,
+            label_C1,
+            mixture.temperature,
+            factors,
+            work,
+            log_z_C1=log_z_C1,
+        )
+    return row_losses(
+        student_CV,
+        teachers,
+        label_C1,
+        mixture,
+        factors,
+        work,
+        divergence=divergence,
+        log_z_C1=log_z_C1,
+    )
 
 
 def _check_shapes(hidden_ND: Tensor, head: Head, objective: _Objective) -> None:
@@ -344,16 +407,18 @@ def _check_shapes(hidden_ND: Tensor, head: Head, objective: _Objective) -> None:
     if isinstance(objective.teachers, TopKTargets):
         assert objective.teachers.log_probs_NK.shape == objective.teachers.token_ids_NK.shape
         assert len(objective.teachers.token_ids_NK) == num_positions, "targets of other positions"
+        assert objective.divergence == FORWARD_KL, "the most likely tokens give no other divergence"
     assert objective.chunk_tokens is None or objective.chunk_tokens > 0, "an empty chunk"
 
 
-def _zeros(hidden_ND: Tensor, head: Head, wanted: _Wanted) -> _Sums:
+def _zeros(hidden_ND: Tensor, head: Head, wanted: _Wanted, *, with_z: bool) -> _Sums:
     """The sums before the first chunk, in fp32 or better, but for the gradient that is no sum."""
     num_positions = hidden_ND.shape[0]
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
     return _Sums(
         ce_N1=hidden_ND.new_zeros(num_positions, 1, dtype=dtype),
         kl_N1=hidden_ND.new_zeros(num_positions, 1, dtype=dtype),
+        log_z_N1=hidden_ND.new_zeros(num_positions, 1, dtype=dtype) if with_z else None,
         grad_hidden_ND=hidden_ND.new_empty(hidden_ND.shape) if wanted.hidden else None,
         grad_weight_PD=torch.zeros_like(head.weight_PD, dtype=dtype) if wanted.weight else None,
         grad_bias_P=torch.zeros_like(head.bias_P, dtype=dtype)

@@ -1,16 +1,17 @@
 """From logits to losses, row by row: the elementwise half of the loss.
 
-    CE = log Σ exp(z) − z_y                              ∂CE/∂z = softmax(z) − onehot(y)
+    CE = log Z − z_y,  Z = Σ exp(z)                      ∂CE/∂z = softmax(z) − onehot(y)
     KL = Σ p · (log p − z/T) + log Σ exp(z/T)            ∂KL/∂z = (softmax(z/T) − p) / T
+    z-loss = (log Z)²                                    ∂/∂z = 2 log Z · softmax(z)
 
-    `mean_of: logits`         p = softmax( Σ s_k t_k / T )
-    `mean_of: probabilities`  p = Σ s_k softmax( t_k / T )            shares s_k of sum 1
+with p the teachers' mixture (`mixture.py`). In the place of this KL another divergence between
+teachers and student may stand (`divergences.py`).
 
 Logits of the student and its teachers on a chunk of positions enter, in the models' dtypes; CE
-and KL of each position leave, and their gradient takes the place of the student's logits. Between
-the two everything has the dtype of the work spaces (fp32, or fp64 for fp64 models) and every row
-is taken less its maximum. Distributions stay unnormalised: each sum of exponentials goes into the
-factor of a later pass, since passes over [C, V] are what this costs.
+and divergence of each position leave, and their gradient takes the place of the student's logits.
+Between the two everything has the dtype of the work spaces (fp32, or fp64 for fp64 models) and
+every row is taken less its maximum. Distributions stay unnormalised: each sum of exponentials goes
+into the factor of a later pass, since passes over [C, V] are what this costs.
 
 Shapes: C positions of the chunk, V vocabulary, 1 a dimension kept for broadcasting.
 """
@@ -22,25 +23,20 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from babyllama_ds.losses.divergences import (
+    FORWARD_KL,
+    Divergence,
+    DivergenceKind,
+    divergence_rows,
+    num_spare,
+)
+from babyllama_ds.losses.mixture import Mixture, log_mix, mix
+
 log = logging.getLogger(__name__)
-
-MeanOf = Literal["logits", "probabilities"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mixture:
-    """How p is made of the teachers' logits."""
-
-    shares: tuple[float, ...]
-    """Each teacher's part of the mean; their sum is 1."""
-    temperature: float
-    """T, dividing the logits of teachers and student in the KL."""
-    mean_of: MeanOf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +45,22 @@ class Factors:
 
     ce_C1: Tensor
     kl_C1: Tensor
+    z_C1: Tensor | None = None
+    """What multiplies the z-loss; none: there is none."""
 
     def of(self, rows: slice) -> Factors:
         """Those of some positions."""
-        return Factors(ce_C1=self.ce_C1[rows], kl_C1=self.kl_C1[rows])
+        return Factors(
+            ce_C1=self.ce_C1[rows],
+            kl_C1=self.kl_C1[rows],
+            z_C1=None if self.z_C1 is None else self.z_C1[rows],
+        )
+
+    def hard_C1(self, *log_z_C1: Tensor) -> Tensor:  # noqa: N802 - named by its shape
+        """What multiplies softmax(z), for CE and z-loss; of log Z, its summands."""
+        if self.z_C1 is None:
+            return self.ce_C1
+        return self.ce_C1 + 2 * self.z_C1 * sum(log_z_C1)
 
 
 def row_losses(
@@ -62,18 +70,22 @@ def row_losses(
     mixture: Mixture,
     factors: Factors | None,
     work: Sequence[Tensor],
+    *,
+    divergence: Divergence = FORWARD_KL,
+    log_z_C1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(CE, KL) of each position, `[C, 1]` both; KL is 0 without teachers.
+    """(CE, divergence) of each position, `[C, 1]` both; the latter is 0 without teachers.
 
     With `factors`, the gradient overwrites `student_CV`. A position without a label takes any
     token for `label_C1`; dropping its CE is up to the caller. `work` holds `num_work` spaces,
-    overwritten, of any number of rows: as many positions are done at a time.
+    overwritten, of any number of rows: as many positions are done at a time. `log_z_C1`, where
+    given, becomes log Z.
     """
-    if takes_kernel(student_CV.dtype, student_CV.device, len(teachers_CV)):
+    if takes_kernel(student_CV.dtype, student_CV.device, len(teachers_CV), divergence):
         kernels = _kernels()
         assert kernels is not None
         losses: tuple[Tensor, Tensor] = kernels.row_losses(
-            student_CV, teachers_CV, label_C1, mixture, factors
+            student_CV, teachers_CV, label_C1, mixture, factors, log_z_C1=log_z_C1
         )
         return losses
     parts = [
@@ -82,27 +94,47 @@ def row_losses(
             [teacher_CV[rows] for teacher_CV in teachers_CV],
             label_C1[rows],
             mixture,
+            divergence,
             factors and factors.of(rows),
             spaces,
+            None if log_z_C1 is None else log_z_C1[rows],
         )
         for rows, spaces in tiles(len(student_CV), work)
     ]
     return joined(parts)
 
 
-def num_work(dtype: torch.dtype, device: torch.device, num_teachers: int) -> int:
+def num_work(
+    dtype: torch.dtype,
+    device: torch.device,
+    num_teachers: int,
+    divergence: Divergence = FORWARD_KL,
+) -> int:
     """How many work spaces `row_losses` asks for."""
-    if takes_kernel(dtype, device, num_teachers):
+    if takes_kernel(dtype, device, num_teachers, divergence):
         return 0
-    return 3 if num_teachers else 1
+    return work_of_divergence(divergence.kind) if num_teachers else 1
 
 
-def takes_kernel(dtype: torch.dtype, device: torch.device, num_teachers: int) -> bool:
+def work_of_divergence(kind: DivergenceKind) -> int:
+    """How many work spaces PyTorch's operators need, where there are teachers."""
+    return 3 if kind == "forward_kl" else 4 + num_spare(kind)
+
+
+def takes_kernel(
+    dtype: torch.dtype,
+    device: torch.device,
+    num_teachers: int,
+    divergence: Divergence = FORWARD_KL,
+) -> bool:
     """Whether student logits of this kind go through the Triton kernel.
 
-    Where CUDA comes without Triton, that is said once in the log.
+    Where CUDA comes without it, that is said once in the log.
     """
     if device.type != "cuda" or dtype == torch.float64:
+        return False
+    if num_teachers and divergence.kind != "forward_kl":
+        _say_without_kernel(f"there is no kernel for {divergence.kind}")
         return False
     kernels = _kernels()
     return kernels is not None and num_teachers <= kernels.MAX_TEACHERS
@@ -113,11 +145,16 @@ def _kernels() -> ModuleType | None:
     try:
         from babyllama_ds.losses import triton_rows
     except ImportError as error:
-        log.warning(
-            "the loss takes PyTorch's operators on CUDA, which is slower than its kernel: %s", error
-        )
+        _say_without_kernel(str(error))
         return None
     return triton_rows
+
+
+@functools.cache
+def _say_without_kernel(why: str) -> None:
+    log.warning(
+        "the loss takes PyTorch's operators on CUDA, which is slower than its kernel: %s", why
+    )
 
 
 def tiles(num_rows: int, work: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -129,7 +166,7 @@ def tiles(num_rows: int, work: Sequence[Tensor]) -> Iterator[tuple[slice, list[T
 
 
 def joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """(CE, KL) of all tiles' positions."""
+    """(CE, divergence) of all tiles' positions."""
     ces, kls = zip(*parts, strict=True)
     return torch.cat(ces), torch.cat(kls)
 
@@ -139,34 +176,44 @@ def _tile_losses(
     teachers_CV: Sequence[Tensor],
     label_C1: Tensor,
     mixture: Mixture,
+    divergence: Divergence,
     factors: Factors | None,
     work: Sequence[Tensor],
+    log_z_C1: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     x = work[0].copy_(student_CV)
-    x.sub_(x.amax(-1, keepdim=True))
+    max_C1 = x.amax(-1, keepdim=True)
+    x.sub_(max_C1)
     label_logit_C1 = x.gather(-1, label_C1)
     if not teachers_CV:
         sum_C1 = x.exp_().sum(-1, keepdim=True)
-        kl_C1 = torch.zeros_like(sum_C1)
+        log_sum_C1, soft_C1 = sum_C1.log(), torch.zeros_like(sum_C1)
         if factors:
-            x.mul_(factors.ce_C1 / sum_C1)
+            x.mul_(factors.hard_C1(max_C1, log_sum_C1) / sum_C1)
+    elif divergence.kind == "forward_kl":
+        log_sum_C1, soft_C1 = _forward_rows(x, max_C1, teachers_CV, mixture, factors, work[1:])
     else:
-        sum_C1, kl_C1 = _soft_rows(x, teachers_CV, mixture, factors, work[1], work[2])
+        log_sum_C1, soft_C1 = _other_rows(
+            x, max_C1, teachers_CV, mixture, divergence, factors, work[1:]
+        )
     if factors:
         x.scatter_add_(-1, label_C1, -factors.ce_C1)
         student_CV.copy_(x)
-    return sum_C1.log() - label_logit_C1, kl_C1
+    if log_z_C1 is not None:
+        torch.add(max_C1, log_sum_C1, out=log_z_C1)
+    return log_sum_C1 - label_logit_C1, soft_C1
 
 
-def _soft_rows(
+def _forward_rows(
     x: Tensor,
+    max_C1: Tensor,
     teachers_CV: Sequence[Tensor],
     mixture: Mixture,
     factors: Factors | None,
-    y: Tensor,
-    p: Tensor,
+    work: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Σ exp(x) and the KL; with `factors`, x becomes the gradient but for the label's part."""
+    """log Σ exp(x) and the KL; with `factors`, x becomes the gradient but for the label's part."""
+    y, p = work
     temperature = mixture.temperature
     p_sum_C1 = mix(teachers_CV, mixture, out=p, log_out=y)
     y.add_(x, alpha=-1 / temperature)  # log p − z/T but for constants of the row
@@ -179,42 +226,43 @@ def _soft_rows(
         q_sum_C1 = y.sum(-1, keepdim=True)
         exp_C1 = x.exp_().sum(-1, keepdim=True)
     kl_C1 += q_sum_C1.log()
+    log_sum_C1 = exp_C1.log()
 
     if factors and temperature == 1:
-        x.mul_((factors.ce_C1 + factors.kl_C1) / q_sum_C1)
+        x.mul_((factors.hard_C1(max_C1, log_sum_C1) + factors.kl_C1) / q_sum_C1)
     elif factors:
-        x.mul_(factors.ce_C1 / exp_C1).addcmul_(y, factors.kl_C1 / q_sum_C1)
+        hard_C1 = factors.hard_C1(max_C1, log_sum_C1)
+        x.mul_(hard_C1 / exp_C1).addcmul_(y, factors.kl_C1 / q_sum_C1)
     if factors:
         x.addcmul_(p, factors.kl_C1 / p_sum_C1, value=-1)
-    return exp_C1, kl_C1
+    return log_sum_C1, kl_C1
 
 
-def mix(teachers_CV: Sequence[Tensor], mixture: Mixture, *, out: Tensor, log_out: Tensor) -> Tensor:
-    """p times a number of each row, in `out`; its logarithm in `log_out`; the numbers, `[C, 1]`."""
-    by_kind = _mix_logits if mixture.mean_of == "logits" else _mix_probabilities
-    return by_kind(teachers_CV, mixture, out, log_out)
-
-
-def _mix_logits(
-    teachers_CV: Sequence[Tensor], mixture: Mixture, p: Tensor, log_p: Tensor
-) -> Tensor:
-    for k, (teacher, share) in enumerate(zip(teachers_CV, mixture.shares, strict=True)):
-        if k == 0:
-            log_p.copy_(teacher).mul_(share / mixture.temperature)
-        else:  # through p, for adding another dtype would allocate its converted copy
-            log_p.add_(p.copy_(teacher), alpha=share / mixture.temperature)
-    log_p.sub_(log_p.amax(-1, keepdim=True))
-    return torch.exp(log_p, out=p).sum(-1, keepdim=True)
-
-
-def _mix_probabilities(
-    teachers_CV: Sequence[Tensor], mixture: Mixture, p: Tensor, log_p: Tensor
-) -> Tensor:
-    p.zero_()
-    for teacher, share in zip(teachers_CV, mixture.shares, strict=True):
-        exp_t = log_p.copy_(teacher).mul_(1 / mixture.temperature)
-        exp_t.sub_(exp_t.amax(-1, keepdim=True)).exp_()
-        p.addcmul_(exp_t, share / exp_t.sum(-1, keepdim=True))
-    # Where p is 0, 0 · log(tiny) is the 0 that 0 · log 0 stands for.
-    torch.clamp(p, min=torch.finfo(p.dtype).tiny, out=log_p).log_()
-    return torch.ones_like(p[:, :1])
+def _other_rows(
+    x: Tensor,
+    max_C1: Tensor,
+    teachers_CV: Sequence[Tensor],
+    mixture: Mixture,
+    divergence: Divergence,
+    factors: Factors | None,
+    work: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """As `_forward_rows`, of the other divergences."""
+    log_p, log_q, q, *spare = work
+    temperature = mixture.temperature
+    log_mix(teachers_CV, mixture, out=log_p, spare=spare[0])
+    torch.mul(x, 1 / temperature, out=log_q)
+    q_sum_C1 = torch.exp(log_q, out=q).sum(-1, keepdim=True)
+    q.div_(q_sum_C1)
+    log_q.sub_(q_sum_C1.log())
+    soft_C1 = divergence_rows(divergence, log_p, log_q, q, spare)
+    if temperature == 1:
+        exp_C1 = q_sum_C1
+        x.copy_(q)
+    else:
+        exp_C1 = x.exp_().sum(-1, keepdim=True)
+        x.div_(exp_C1)
+    log_sum_C1 = exp_C1.log()
+    if factors:
+        x.mul_(factors.hard_C1(max_C1, log_sum_C1)).addcmul_(log_p, factors.kl_C1)
+    return log_sum_C1, soft_C1

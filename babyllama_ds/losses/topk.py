@@ -32,7 +32,8 @@ from babyllama_ds.losses.chunks import (
     chunks,
     votes_are_summed,
 )
-from babyllama_ds.losses.rows import Factors, MeanOf, Mixture, joined, mix, tiles
+from babyllama_ds.losses.mixture import MeanOf, Mixture, mix
+from babyllama_ds.losses.rows import Factors, joined, tiles
 
 TOP_K_WORK = 2
 """How many work spaces `top_k_row_losses` and the making of targets ask for."""
@@ -138,6 +139,8 @@ def top_k_row_losses(
     temperature: float,
     factors: Factors | None,
     work: Sequence[Tensor],
+    *,
+    log_z_C1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(CE, KL) of each position, `[C, 1]` both; with `factors` the gradient overwrites the logits.
 
@@ -153,6 +156,7 @@ def top_k_row_losses(
             temperature,
             factors and factors.of(rows),
             spaces,
+            None if log_z_C1 is None else log_z_C1[rows],
         )
         for rows, spaces in tiles(len(student_CV), work)
     ]
@@ -167,6 +171,7 @@ def _tile_losses(
     temperature: float,
     factors: Factors | None,
     work: Sequence[Tensor],
+    log_z_C1: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     x, y = work
     x.copy_(student_CV)
@@ -188,13 +193,16 @@ def _tile_losses(
     kl_C1 = (p_CK * (log_p_CK - soft.log_top_CK)).sum(-1, keepdim=True)
     kl_C1 += torch.where(p_tail_C1 > 0, p_tail_C1 * (p_tail_C1.log() - soft.log_tail_C1), 0)
 
+    if log_z_C1 is not None:
+        log_z_C1.copy_(hard.log_sum_C1)
     if factors:
-        top_grad_CK = factors.ce_C1 * hard.log_top_CK.exp()
+        hard_factor_C1 = factors.hard_C1(hard.log_sum_C1)
+        top_grad_CK = hard_factor_C1 * hard.log_top_CK.exp()
         top_grad_CK += factors.kl_C1 * (soft.log_top_CK.exp() - p_CK)
         # exp(z_j − m) times these are q_j and p_tail q_j / q_tail, were q_tail ever so small.
         pull_C1 = torch.where(p_tail_C1 > 0, p_tail_C1 / soft.sum_C1, 0)
         soft_C1 = factors.kl_C1 * (soft.unit_C1 - pull_C1)
-        hard_C1 = factors.ce_C1 * hard.unit_C1
+        hard_C1 = hard_factor_C1 * hard.unit_C1
         if cold:
             x.mul_(hard_C1).addcmul_(y, soft_C1)
         else:

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from babyllama_ds.losses.rows import Factors, Mixture
+from babyllama_ds.losses.mixture import Mixture
+from babyllama_ds.losses.rows import Factors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels read."""
@@ -38,8 +39,10 @@ def row_losses(
     label_C1: Tensor,
     mixture: Mixture,
     factors: Factors | None,
+    *,
+    log_z_C1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What `rows.row_losses` gives, without work spaces."""
+    """What `rows.row_losses` gives for the forward KL, without work spaces."""
     assert len(teachers_CV) <= MAX_TEACHERS, "more teachers than the kernel has places for"
     assert all(each.stride(1) == 1 for each in (student_CV, *teachers_CV)), "rows with gaps"
     num_rows, vocab_size = student_CV.shape
@@ -51,6 +54,7 @@ def row_losses(
         "BLOCK": min(_MAX_BLOCK, max(16, triton.next_power_of_2(vocab_size))),
         "num_warps": _NUM_WARPS,
     }
+    z_factors_C1 = factors.z_C1 if factors else None
     scale = 1 / mixture.temperature
     of_probabilities = mixture.mean_of == "probabilities"
     parts_KC2 = ce_C1.new_empty(len(teachers_CV) if of_probabilities else 0, num_rows, 2)
@@ -69,9 +73,11 @@ def row_losses(
         label_C1,
         factors.ce_C1 if factors else ce_C1,
         factors.kl_C1 if factors else kl_C1,
+        z_factors_C1 if z_factors_C1 is not None else ce_C1,
         parts_KC2,
         ce_C1,
         kl_C1,
+        log_z_C1 if log_z_C1 is not None else ce_C1,
         student_CV.stride(0),
         num_rows,
         vocab_size,
@@ -80,6 +86,8 @@ def row_losses(
         OF_PROBABILITIES=of_probabilities,
         WARM=mixture.temperature != 1,
         WITH_GRADIENT=factors is not None,
+        WITH_Z=z_factors_C1 is not None,
+        KEEP_LOG_Z=log_z_C1 is not None,
         **options,
     )
     return ce_C1, kl_C1
@@ -184,12 +192,14 @@ def _row_kernel(
     t0, t1, t2, t3, t4, t5, t6, t7,
     d0, d1, d2, d3, d4, d5, d6, d7,
     s0, s1, s2, s3, s4, s5, s6, s7,
-    labels, ce_factors, kl_factors, parts, ces, kls,
+    labels, ce_factors, kl_factors, z_factors, parts, ces, kls, log_zs,
     stride, num_rows, vocab_size, scale,
     NUM_TEACHERS: tl.constexpr,
     OF_PROBABILITIES: tl.constexpr,
     WARM: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    WITH_Z: tl.constexpr,
+    KEEP_LOG_Z: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """CE, KL and gradient of a row: logits, row strides and shares of the teachers come first."""
@@ -226,11 +236,16 @@ def _row_kernel(
     if not WARM:
         soft_sum = z_sum
     tl.store(ces + row, z_max - label_logit + tl.log(z_sum))
+    if KEEP_LOG_Z:
+        tl.store(log_zs + row, z_max + tl.log(z_sum))
 
     if NUM_TEACHERS > 0 or WITH_GRADIENT:
         ce_factor = tl.load(ce_factors + row)
         kl_factor = tl.load(kl_factors + row)
         log_z_sum = tl.log(z_sum)
+        hard_factor = ce_factor
+        if WITH_Z:
+            hard_factor += 2 * tl.load(z_factors + row) * (z_max + log_z_sum)
         if NUM_TEACHERS > 0:
             log_soft_sum = tl.log(soft_sum)
             if not OF_PROBABILITIES:
@@ -241,7 +256,7 @@ def _row_kernel(
             inside = columns < vocab_size
             # Less its maximum, as the teachers' are: the logarithms below are of numbers near 1.
             z = tl.load(start + columns, mask=inside, other=0.0).to(tl.float32) - z_max
-            gradient = ce_factor * tl.exp(z - log_z_sum)
+            gradient = hard_factor * tl.exp(z - log_z_sum)
             if NUM_TEACHERS > 0:
                 if OF_PROBABILITIES:
                     p = _mean_probability(

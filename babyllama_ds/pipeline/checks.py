@@ -11,10 +11,12 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import build_model, check_positions
 from babyllama_ds.models.documents import check_documents, takes_lengths
 from babyllama_ds.models.parts import HeadKind, check_plain_head, split_causal_lm
+from babyllama_ds.models.sizes import model_sizes
 from babyllama_ds.pipeline.parts import Parts, training_key
-from babyllama_ds.spec.models import PretrainedModel
+from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
 from babyllama_ds.training.batches import check_warmup
+from babyllama_ds.training.matching import check_layers
 
 
 def check_job(parts: Parts, corpus: Corpus) -> None:
@@ -39,8 +41,25 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
             if job.distillation.cache == "hidden":
                 check_head(head, teacher=spec.name)
     check_top_k(job.distillation, len(corpus.tokenizer))
+    _check_matched_layers(parts, corpus)
     if isinstance(job.student.model, PretrainedModel):
         _check_loaded(parts, "student.model", job.student.model, corpus)
+
+
+def _check_matched_layers(parts: Parts, corpus: Corpus) -> None:
+    """Those of loaded models too, of which the job alone does not know how deep they are."""
+    job = parts.job
+    if job.distillation.hidden_matching is None:
+        return
+
+    def depth(spec: ModelSpec, where: str) -> int:
+        return model_sizes(spec, len(corpus.tokenizer), where=where).num_layers
+
+    check_layers(
+        job.distillation.hidden_matching,
+        {spec.name: depth(spec.model, f"teachers.{spec.name}.model") for spec in job.teachers},
+        depth(job.student.model, "student.model"),
+    )
 
 
 def _check_trainings(parts: Parts, corpus: Corpus) -> None:
@@ -48,6 +67,7 @@ def _check_trainings(parts: Parts, corpus: Corpus) -> None:
         parts.attention(where, model, training=training is not None)
         if training is not None:
             parts.deepspeed_config(where, training)
+            parts.has_label(where, training, corpus)
             windows = parts.windows(corpus, seed=0)
             check_warmup(training, windows.num_windows, windows.length, where=training_key(where))
 

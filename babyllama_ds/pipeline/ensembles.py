@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.models.build import count_parameters, load_model
 from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
@@ -27,7 +29,13 @@ def live_ensemble(parts: Parts, teachers: dict[str, Path], *, compiled: bool) ->
         [
             Member(
                 spec.name,
-                _frozen(parts, spec, teachers[spec.name], compiled=compiled),
+                _frozen(
+                    parts,
+                    spec,
+                    teachers[spec.name],
+                    compiled=compiled,
+                    layers=matched_layers(parts.job.distillation, spec.name),
+                ),
                 spec.weight,
             )
             for spec in parts.job.teachers
@@ -75,8 +83,28 @@ def cached_ensemble(
     )
 
 
-def _frozen(parts: Parts, spec: TeacherSpec, path: Path, *, compiled: bool = False) -> FrozenModel:
+def matched_layers(loss: DistillationSpec, teacher: str) -> list[int]:
+    """The layers of a teacher whose states the loss asks for."""
+    pairs = loss.hidden_matching.layers if loss.hidden_matching else ()
+    return [pair.teacher_layer for pair in pairs if pair.teacher == teacher]
+
+
+def _frozen(
+    parts: Parts,
+    spec: TeacherSpec,
+    path: Path,
+    *,
+    compiled: bool = False,
+    layers: Sequence[int] = (),
+) -> FrozenModel:
     where = f"teachers/{spec.name}"
     attention = parts.attention(where, spec.model, training=False)
     model = load_model(str(path.resolve()), attention=attention, where=where, dtype=parts.dtype)
-    return FrozenModel(model, device=parts.device, dtype=parts.dtype, with_compiler=compiled)
+    return FrozenModel(
+        model,
+        device=parts.device,
+        dtype=parts.dtype,
+        with_compiler=compiled,
+        layers=layers,
+        where=where,
+    )

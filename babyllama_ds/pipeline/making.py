@@ -119,6 +119,7 @@ class Maker:
                 deepspeed=parts.deepspeed_config(stage, training),
                 compiled=compiled != "none",
                 meter=self.speed.meter(stage, corpus),
+                has_label=parts.has_label(stage, training, corpus),
             ),
             Surroundings(
                 run_dir=self.run_dir,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from babyllama_ds import ranks
 from babyllama_ds.corpus.prepare import Corpus
+from babyllama_ds.corpus.tokenizer import ids_of_tokens
 from babyllama_ds.corpus.windows import DevWindows as DevText
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine import distributed
@@ -28,6 +29,7 @@ from babyllama_ds.spec import deepspeed
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
+from babyllama_ds.training.batches import LabelMask, label_mask
 
 
 class Parts:
@@ -100,6 +102,15 @@ class Parts:
     def micro_batch(self, stage: str, training: TrainingSpec) -> int:
         """Windows in one forward pass of one rank; of `auto` the most that can come out."""
         return deepspeed.micro_batch(training, ranks.world_size(), where=training_key(stage))
+
+    def has_label(self, stage: str, training: TrainingSpec, corpus: Corpus) -> LabelMask | None:
+        """Which positions of a stage's windows have a label; none: all but each window's last.
+
+        Raises:
+            JobError: a token to be left unlabelled that the vocabulary does not have.
+        """
+        where = f"{training_key(stage)}.unlabelled_tokens"
+        return label_mask(ids_of_tokens(corpus.tokenizer, training.unlabelled_tokens, where=where))
 
     def windows(self, corpus: Corpus, *, seed: int) -> TrainWindows:
         """The windows of the training text."""

@@ -21,7 +21,7 @@ from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.micro_batch import find_micro_batch
-from babyllama_ds.training.objective import Objective
+from babyllama_ds.training.objective import objective_of
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +90,17 @@ class Settling:
         parts = self.parts
         distillation = parts.job.distillation if teachers else None
         ensemble = live_ensemble(parts, teachers, compiled=False) if teachers else None
+        objective = objective_of(
+            model,
+            ensemble,
+            vocab_size=len(corpus.tokenizer),
+            training=training,
+            distillation=distillation,
+            seed=parts.job.stage_seed(stage),
+        )
         try:
             return find_micro_batch(
-                Objective(model, vocab_size=len(corpus.tokenizer), distillation=distillation),
+                objective,
                 ensemble,
                 training=training,
                 deepspeed=parts.deepspeed_config(stage, training),
@@ -103,6 +111,7 @@ class Settling:
                 within_documents=parts.within_documents,
             )
         finally:
+            objective.release()
             if ensemble is not None:
                 ensemble.destroy()
 

@@ -37,7 +37,10 @@ def disk_items(
     Checkpoints hold master weights and both moments in fp32 and the best weights so far. A new
     one is whole before the oldest of those kept goes, so that there are at times one more.
     """
-    largest = max(stage.sizes.params for stage in work.stages)
+    largest = max(
+        stage.sizes.params + (_projections(job, work) if stage.distilled else 0)
+        for stage in work.stages
+    )
     checkpoint = ((1 + len(MOMENTS)) * _FP32 + element_bytes) * largest
     models = sum(stage.sizes.params for stage in work.stages)
     models += sum(
@@ -80,6 +83,16 @@ def cache_bytes(
     if loss.cache == "topk":
         return [windows * record_bytes(loss.cache_top_k, length, corpus.vocab_size)]
     return []
+
+
+def _projections(job: JobSpec, work: PlannedStages) -> int:
+    """Parameters that the student's checkpoints hold beside its own: those of matched layers."""
+    matching = job.distillation.hidden_matching
+    if matching is None:
+        return 0
+    widths = {teacher.name: teacher.sizes.hidden_size for teacher in work.teachers}
+    student = next(stage for stage in work.stages if stage.distilled)
+    return student.sizes.hidden_size * sum(widths[pair.teacher] for pair in matching.layers)
 
 
 def _id_bytes(vocab_size: int) -> int:

@@ -53,6 +53,7 @@ Item = Literal[
     "best weights",
     "teachers",
     "teachers' hidden states",
+    "states of matched layers",
     "teacher cache",
     "activations",
     "logits of a chunk",
@@ -77,6 +78,14 @@ class HeldTeacher:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MatchedPair:
+    """Two layers whose hidden states are matched (`losses.matching`)."""
+
+    teacher_width: int
+    loss: Literal["mse", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageShape:
     """Everything that the memory of one stage's rank depends on."""
 
@@ -92,8 +101,8 @@ class StageShape:
     summed: bool
     """Whether the teachers' logits are made as one sum, not apart (`losses.chunks.Voter`)."""
     work_spaces: int
-    """fp32 [C, V] that the loss works in: 3 with teachers' states, 2 with their most likely
-    tokens, 1 without teachers (`losses.distillation`)."""
+    """fp32 [C, V] that the loss works in: 3 with teachers' states (5 for another divergence than
+    the forward KL), 2 with their most likely tokens, 1 without teachers (`losses.distillation`)."""
     cache_bytes: int
     """Of the teacher cache in this device's memory."""
     host_cache_bytes: int
@@ -104,6 +113,13 @@ class StageShape:
     """In one forward pass of an evaluation."""
     deepspeed: Mapping[str, Any]
     """DeepSpeed's configuration."""
+    matched: Sequence[MatchedPair] = ()
+
+    @property
+    def trained(self) -> int:
+        """Parameters that the engine trains: the model's, and a matrix of each matched pair."""
+        widths = sum(pair.teacher_width for pair in self.matched)
+        return self.model.params + widths * self.model.hidden_size
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,7 @@ class RankMemory:
 def rank_memory(stage: StageShape) -> RankMemory:
     """The memory of the rank that needs most, rank 0."""
     on_cpu = stage.micro.device == "cpu"
-    params = stage.model.params
+    params = stage.trained
     best = stage.micro.element_bytes * params
     gathered = (1 + _MOMENTS) * _FP32 * params
     beside = _beside(stage)
@@ -193,7 +209,7 @@ def _beside(stage: StageShape) -> dict[Item, int]:
 
 def _engine(stage: StageShape) -> dict[Item, int]:
     """Parameters whole; masters and moments in N parts (stage 0: whole)."""
-    params, parts = stage.model.params, stage.ranks if _zero(stage).stage else 1
+    params, parts = stage.trained, stage.ranks if _zero(stage).stage else 1
     return {
         "parameters": stage.micro.element_bytes * params,
         "master weights, fp32": _FP32 * params // parts,
@@ -204,7 +220,7 @@ def _engine(stage: StageShape) -> dict[Item, int]:
 def _accumulated(stage: StageShape) -> int:
     """The owned fp32 gradients; below stage 2 all of them."""
     parts = stage.ranks if _zero(stage).stage == 2 else 1
-    return _FP32 * stage.model.params // parts
+    return _FP32 * stage.trained // parts
 
 
 def _zero(stage: StageShape) -> ZeroBlock:
@@ -223,6 +239,7 @@ def _forward(stage: StageShape) -> dict[Item, int]:
     return {
         "gradients, fp32": _accumulated(stage) if stage.accumulation > 1 else 0,
         "teachers' hidden states": _teacher_states(stage),
+        "states of matched layers": _matched_states(stage),
         "activations": saved,
         "kept by the allocator": _kept(stage, saved),
         "logits of a chunk": chunk_bytes(stage),
@@ -240,7 +257,7 @@ def _joined_heads(stage: StageShape) -> int:
 
 def _backward(stage: StageShape) -> dict[Item, int]:
     """The first full bucket is reduced: by then the layers that filled it have let go."""
-    zero, params, e = _zero(stage), stage.model.params, stage.micro.element_bytes
+    zero, params, e = _zero(stage), stage.trained, stage.micro.element_bytes
     filled = min(zero.reduce_bucket_size, params)
     # A CPU gives memory when it is written to, so that a bucket costs what is filled of it.
     allocated = filled if stage.micro.device == "cpu" else zero.reduce_bucket_size
@@ -253,6 +270,7 @@ def _backward(stage: StageShape) -> dict[Item, int]:
         "gradients, fp32": _accumulated(stage),
         "gradient buckets": buckets + copies,
         "teachers' hidden states": _teacher_states(stage),
+        "states of matched layers": _matched_states(stage),
         "activations": round(left * saved),
         "kept by the allocator": _kept(stage, saved),
         "work of a layer": working_bytes(stage.model, stage.micro),
@@ -305,6 +323,20 @@ def _passing(sizes: ModelSizes, micro: MicroBatchShape) -> int:
 def _teacher_states(stage: StageShape) -> int:
     widths = sum(teacher.sizes.hidden_size for teacher in stage.teachers)
     return stage.micro.tokens * widths * stage.micro.element_bytes
+
+
+def _matched_states(stage: StageShape) -> int:
+    """A teacher's layer, and what backward needs of the pair.
+
+    That is the student's masked layer, and in fp32 the difference of an MSE, or both sides of a
+    cosine as they are and masked; and one more in passing.
+    """
+    e, width = stage.micro.element_bytes, stage.model.hidden_size
+    in_fp32 = {"mse": 2, "cosine": 5}
+    return stage.micro.tokens * sum(
+        e * (pair.teacher_width + width) + in_fp32[pair.loss] * _FP32 * pair.teacher_width
+        for pair in stage.matched
+    )
 
 
 def element_bytes(deepspeed: Mapping[str, Any]) -> int:

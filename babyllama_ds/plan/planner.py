@@ -16,6 +16,7 @@ from pathlib import Path
 
 from babyllama_ds.errors import JobError
 from babyllama_ds.losses.chunks import votes_are_summed
+from babyllama_ds.losses.rows import work_of_divergence
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.sizes import ModelSizes
 from babyllama_ds.plan.activations import MicroBatchShape
@@ -24,6 +25,7 @@ from babyllama_ds.plan.disk import DiskItem, cache_bytes, disk_items
 from babyllama_ds.plan.machines import UTILISATION, Machine, find_machine
 from babyllama_ds.plan.memory import (
     HeldTeacher,
+    MatchedPair,
     RankMemory,
     StageShape,
     element_bytes,
@@ -233,10 +235,22 @@ class _Planner:
             filling=self._filling() if stage.distilled else (),
             evaluation_tokens=self.job.evaluation.batch_tokens,
             deepspeed=config,
+            matched=self._matched() if stage.distilled else (),
         )
 
     def _work_spaces(self) -> int:
-        return 2 if self.job.distillation.cache == "topk" else 3
+        loss = self.job.distillation
+        return 2 if loss.cache == "topk" else work_of_divergence(loss.divergence.kind)
+
+    def _matched(self) -> Sequence[MatchedPair]:
+        matching = self.job.distillation.hidden_matching
+        if matching is None:
+            return ()
+        widths = {teacher.name: teacher.sizes.hidden_size for teacher in self.work.teachers}
+        return [
+            MatchedPair(teacher_width=widths[pair.teacher], loss=matching.loss)
+            for pair in matching.layers
+        ]
 
     def _filling(self) -> Sequence[Sequence[ModelSizes]]:
         """Hidden states are computed teacher by teacher, most likely tokens by all at once."""

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from babyllama_ds.report.formatting import count, flat, table
+from babyllama_ds.report.loss import in_words
 from babyllama_ds.report.markdown import (
     gains_table,
     headline,
@@ -108,8 +109,8 @@ def _training(report: Mapping[str, Any], model_name: str) -> str:
     if role == "student":
         loss = report["loss"]
         lines.append(
-            f"Loss: `L = alpha CE + (1 - alpha) T² KL(teachers ‖ student)` with alpha "
-            f"{loss['alpha']:g}, T {loss['temperature']:g}, the mean of the teachers' "
+            f"Loss: `{loss['formula']}` with alpha {in_words(loss['alpha'])}, "
+            f"T {in_words(loss['temperature'])}, the mean of the teachers' "
             f"{loss['mean_of']}, `soft_reduction: {loss['soft_reduction']}`. {loss['explanation']}"
         )
     return "\n".join(f"- {line}" for line in lines)

@@ -19,7 +19,7 @@ import yaml
 
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import hash_json, read_json
-from babyllama_ds.losses.weights import effective_token_weights
+from babyllama_ds.report.loss import loss_facts
 from babyllama_ds.teachers.watch import warnings_of
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         "job": job,
         "job_sha256": hash_json(job),
         "environment": _read_optional(run_dir / "environment.json"),
-        "loss": _loss(job),
+        "loss": loss_facts(job),
         "ensemble": _ensemble(
             [teacher["name"] for teacher in job["teachers"]],
             [line for line in logged if line["stage"] == "student"],
@@ -200,44 +200,6 @@ def _benchmarks(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 entry["accuracy"][model] = score["accuracy"]
                 entry["ties"][model] = score["ties"]
     return benchmarks
-
-
-# -- the loss -----------------------------------------------------------------------------------
-
-
-def _loss(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The distillation settings and what they come to for one token."""
-    settings = job["distillation"]
-    length = job["windows"]["length"]
-    weights = effective_token_weights(
-        settings["alpha"], settings["temperature"], settings["soft_reduction"], length
-    )
-    return {
-        "alpha": settings["alpha"],
-        "temperature": settings["temperature"],
-        "soft_reduction": settings["soft_reduction"],
-        "mean_of": settings["mean_of"],
-        "window_length": length,
-        "weight_ce": weights.ce,
-        "weight_kl": weights.kl,
-        "explanation": _explain(weights.ce, weights.kl, settings["soft_reduction"], length),
-    }
-
-
-def _explain(ce: float, kl: float, soft_reduction: str, length: int) -> str:
-    if kl == 0:
-        return "The KL has no weight: the teachers do not take part (alpha is 1)."
-    if ce == 0:
-        return "The cross-entropy has no weight: the student learns from the teachers alone."
-    reason = (
-        f"the KL is summed over the {length} positions of a window and divided by windows only, "
-        "whereas the cross-entropy is a mean over tokens"
-        if soft_reduction == "sequence"
-        else "both are means over tokens"
-    )
-    return (
-        f"For one token, a nat of KL weighs {kl / ce:.4g} times a nat of cross-entropy: {reason}."
-    )
 
 
 # -- the ensemble -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from babyllama_ds.report.formatting import (
     percent,
     table,
 )
+from babyllama_ds.report.loss import in_words, name_of_divergence, weights_in_words
 
 MOST_TASKS_SHOWN = 20
 """A longer table of tasks is folded away."""
@@ -134,14 +135,14 @@ def _gains(report: Mapping[str, Any]) -> list[str]:
 def _loss(report: Mapping[str, Any]) -> list[str]:
     loss = report["loss"]
     rows = [
-        ["alpha", f"{loss['alpha']:g}"],
-        ["temperature", f"{loss['temperature']:g}"],
+        ["alpha", in_words(loss["alpha"])],
+        ["temperature", in_words(loss["temperature"])],
         ["soft_reduction", loss["soft_reduction"]],
         ["mean of the teachers'", loss["mean_of"]],
-        ["weight of a token's CE", f"{loss['weight_ce']:g}"],
-        ["weight of a token's KL", f"{loss['weight_kl']:g}"],
+        ["weight of a token's CE", weights_in_words(loss, "ce")],
+        [f"weight of a token's {name_of_divergence(loss)}", weights_in_words(loss, "kl")],
     ]
-    formula = "`L = alpha CE + (1 - alpha) T² KL(teachers ‖ student)`"
+    formula = f"`{loss['formula']}`"
     sections = ["## Loss", formula, table(["setting", "value"], rows), loss["explanation"]]
     return [*sections, *_topk(report.get("topk"))]
 
@@ -189,8 +190,10 @@ def _ensemble(report: Mapping[str, Any]) -> list[str]:
 
 
 def _last_logged(report: Mapping[str, Any]) -> list[str]:
-    columns = {"loss": 4, "ce": 4, "kl": 4, "grad_norm": 3, "tokens_per_s": 0}
-    header = ["stage", "step", "loss", "CE (nats)", "KL (nats)", "gradient norm", "tokens/s"]
+    name, kind = name_of_divergence(report["loss"]), report["loss"]["divergence"]["kind"]
+    soft = "kl" if kind == "forward_kl" else kind
+    columns = {"loss": 4, "ce": 4, soft: 4, "grad_norm": 3, "tokens_per_s": 0}
+    header = ["stage", "step", "loss", "CE (nats)", f"{name} (nats)", "gradient norm", "tokens/s"]
     rows = [
         [stage, number(line.get("step"), 0), *(number(line.get(k), d) for k, d in columns.items())]
         for stage, line in report["last_logged_step"].items()

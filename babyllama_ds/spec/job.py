@@ -8,6 +8,7 @@ network or a device: a job is checked on any machine, with or without its data.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -22,8 +23,14 @@ from pydantic import (
 
 from babyllama_ds.spec.base import Mismatch, Name, Seed, Spec, consistent, repeated_names
 from babyllama_ds.spec.corpus import CorpusSpec, TokenizerSpec, WindowsSpec
-from babyllama_ds.spec.distillation import DistillationSpec, no_use_of_a_cache
+from babyllama_ds.spec.distillation import (
+    DistillationSpec,
+    HiddenMatching,
+    no_use_of_a_cache,
+    unknown_layers,
+)
 from babyllama_ds.spec.evaluation import EvaluationSpec
+from babyllama_ds.spec.explain import did_you_mean
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 
@@ -165,6 +172,17 @@ class JobSpec(Spec):
             distillation, no_use_of_a_cache(distillation.cache, windows, student.training.epochs)
         )
 
+    @field_validator("distillation")
+    @classmethod
+    def _matched_layers_exist(
+        cls, distillation: DistillationSpec, info: ValidationInfo
+    ) -> DistillationSpec:
+        teachers, student = info.data.get("teachers"), info.data.get("student")
+        if distillation.hidden_matching is None or teachers is None or student is None:
+            return distillation
+        found = _wrong_pairs(distillation.hidden_matching, teachers, student.model)
+        return consistent(distillation, found)
+
     @field_validator("name")
     @classmethod
     def _name_is_free(cls, name: str) -> str:
@@ -203,6 +221,30 @@ def _needs_documents(key: str, got: str, without: str, info: ValidationInfo) -> 
         return []
     expected = f"{without}, since corpus.documents is none: boundaries are dropped"
     return [Mismatch((key,), got, expected, "set corpus.documents to what a document is")]
+
+
+def _wrong_pairs(
+    matching: HiddenMatching, teachers: tuple[TeacherSpec, ...], student: ModelSpec
+) -> list[Mismatch]:
+    """Teachers and layers that there are not, as far as the job alone can tell."""
+    depths = {teacher.name: _num_layers(teacher.model) for teacher in teachers}
+    unknown = [
+        Mismatch(
+            ("layers", i, "teacher"),
+            repr(pair.teacher),
+            "the name of a teacher",
+            did_you_mean(pair.teacher, depths),
+        )
+        for i, pair in enumerate(matching.layers)
+        if pair.teacher not in depths
+    ]
+    found = unknown + unknown_layers(matching, depths, _num_layers(student))
+    return [replace(one, key=("hidden_matching", *one.key)) for one in found]
+
+
+def _num_layers(model: ModelSpec) -> int | None:
+    """The depth of a model that the job describes; none: its files know."""
+    return None if model.kind == "pretrained" else model.num_layers
 
 
 def _too_few_positions(

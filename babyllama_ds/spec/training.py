@@ -55,6 +55,12 @@ class TrainingSpec(Spec):
     """AdamW's epsilon."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; none: no clipping."""
+    z_loss: PositiveFloat | None = None
+    """Weight of (log Z)², Z the sum of exp(logits), a mean over labelled positions (PaLM's z-loss:
+    1e-4 is usual); none: no such term."""
+    unlabelled_tokens: tuple[str, ...] = ()
+    """Tokens, as the vocabulary writes them, that nobody is to learn to predict: where one comes
+    next there is no label, and the KL stays."""
     evaluate_every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations on development windows; none: once an epoch."""
     evaluate_windows: PositiveInt | None = None

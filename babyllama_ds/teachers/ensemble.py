@@ -85,6 +85,10 @@ class Member:
         """Final hidden states [B, S, D]; the windows' numbers are of no interest."""
         return self.model.hidden_states(windows.input_ids_BS, windows.pieces)
 
+    def states_and_layers(self, windows: Windows) -> tuple[Tensor, dict[int, Tensor]]:
+        """The same, and the states [B, S, D] of layers that the model was asked to keep."""
+        return self.model.hidden_states_and_layers(windows.input_ids_BS, windows.pieces)
+
     def destroy(self) -> None:
         """Free the model."""
         self.model.destroy()
@@ -102,14 +106,13 @@ class Ensemble:
 
     def states(self, windows: Windows) -> list[TeacherStates]:
         """Each member's states of every position."""
-        return [
-            TeacherStates(
-                hidden_ND=member.states(windows).flatten(0, 1),
-                head=member.head,
-                weight=member.weight,
-            )
-            for member in self.members
-        ]
+        return [_states(member, windows) for member in self.members]
+
+    def widths(self) -> dict[str, int]:
+        """The width of each teacher's layers, of live teachers, in their order."""
+        live = [member for member in self.members if isinstance(member, Member)]
+        assert len(live) == len(self.members), "remembered teachers have no layers"
+        return {member.name: member.model.width for member in live}
 
     def closing_facts(self, student: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         """What the student's summary should say of its targets: nothing, for they are exact."""
@@ -120,3 +123,17 @@ class Ensemble:
         for member in self.members:
             member.destroy()
         self.members = ()
+
+
+def _states(member: AnyMember, windows: Windows) -> TeacherStates:
+    """A member's states; of a live one, those of its other layers too, where they are kept."""
+    if isinstance(member, Member):
+        states_BSD, layers = member.states_and_layers(windows)
+    else:
+        states_BSD, layers = member.states(windows), {}
+    return TeacherStates(
+        hidden_ND=states_BSD.flatten(0, 1),
+        head=member.head,
+        weight=member.weight,
+        layers_ND={layer: each_BSD.flatten(0, 1) for layer, each_BSD in layers.items()},
+    )

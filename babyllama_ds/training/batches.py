@@ -10,7 +10,7 @@ Shapes: B windows of a micro-batch, S positions, N = B * S.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,22 @@ from babyllama_ds.errors import JobError
 from babyllama_ds.losses.distillation import IGNORED_LABEL
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.spec.training import TrainingSpec
+
+LabelMask = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+"""Token ids [n, S] to which positions have a label [n, S]; the last of a window never has."""
+
+
+def label_mask(unlabelled_ids: Sequence[int]) -> LabelMask | None:
+    """The labels of all but these tokens; none where there are none of them: all but the last."""
+    if not unlabelled_ids:
+        return None
+
+    def has_label(tokens_nS: NDArray[np.int64]) -> NDArray[np.bool_]:
+        mask_nS = np.zeros(tokens_nS.shape, dtype=np.bool_)
+        mask_nS[:, :-1] = ~np.isin(tokens_nS[:, 1:], unlabelled_ids)
+        return mask_nS
+
+    return has_label
 
 
 class WindowSource(Protocol):
@@ -72,8 +88,9 @@ class Batch:
     window_ids: NDArray[np.int64]
     length: int
     micro_batches: tuple[MicroBatch, ...]
-    num_cuts: int = 0
-    """Boundaries of documents kept apart, inside the windows of the global batch."""
+    labelled: int | None = None
+    """Positions of the global batch with a label, where documents are kept apart or some tokens
+    are no labels; none: all but each window's last."""
 
     @property
     def num_windows(self) -> int:
@@ -82,9 +99,10 @@ class Batch:
 
     @property
     def num_labelled(self) -> int:
-        """Positions of the global batch with a label: all but each window's last, and the last of
-        each piece of a document kept apart."""
-        return self.num_windows * (self.length - 1) - self.num_cuts
+        """Positions of the global batch with a label."""
+        if self.labelled is not None:
+            return self.labelled
+        return self.num_windows * (self.length - 1)
 
     @property
     def num_valid(self) -> int:
@@ -104,8 +122,10 @@ class BatchPlan:
         num_ranks: int,
         micro_batch: int,
         device: torch.device,
+        has_label: LabelMask | None = None,
     ) -> None:
         self._windows = windows
+        self._has_label = has_label
         self._batch_windows = training.batch_windows
         self._share = (rank, num_ranks, micro_batch)
         self._device = device
@@ -120,13 +140,21 @@ class BatchPlan:
             window_ids=ids,
             length=self._windows.length,
             micro_batches=tuple(self._micro_batches(step)),
-            num_cuts=self._num_cuts(epoch, ids),
+            labelled=self._num_labelled(epoch, ids),
         )
 
-    def _num_cuts(self, epoch: int, ids: NDArray[np.int64]) -> int:
-        """Every rank sees where documents start, so that nobody has to ask the others."""
+    def _num_labelled(self, epoch: int, ids: NDArray[np.int64]) -> int | None:
+        """Of the windows of all ranks: each rank reads them all, and none waits for another."""
         begins_WS = self._windows.begins(epoch, ids)
-        return 0 if begins_WS is None else int(begins_WS[:, 1:].sum())
+        if begins_WS is None and self._has_label is None:
+            return None
+        labelled_WS = np.ones((len(ids), self._windows.length), dtype=np.bool_)
+        labelled_WS[:, -1] = False
+        if begins_WS is not None:
+            labelled_WS[:, :-1] &= ~begins_WS[:, 1:]
+        if self._has_label is not None:
+            labelled_WS &= self._has_label(self._windows.windows(epoch, ids))
+        return int(labelled_WS.sum())
 
     def _micro_batches(self, step: int) -> Iterator[MicroBatch]:
         epoch, rows = self._rows(step)
@@ -141,6 +169,9 @@ class BatchPlan:
                 windows_B,
                 next_windows_B,
                 None if begins_BS is None else Pieces.of(begins_BS, self._sent),
+                None
+                if self._has_label is None
+                else self._sent(torch.from_numpy(self._has_label(tokens_BS))),
             )
 
     def _sent(self, tensor: Tensor) -> Tensor:
@@ -185,16 +216,20 @@ def micro_batch(
     windows_B: NDArray[np.int64] = _NO_WINDOWS,
     next_windows_B: NDArray[np.int64] = _NO_WINDOWS,
     pieces: Pieces | None = None,
+    has_label_BS: Tensor | None = None,
 ) -> MicroBatch:
     """Labels (each position's next token, the last one's none) and validity of real windows.
 
-    The last position of a piece has no label either; it is as valid as the others.
+    The last position of a piece has no label either; it is as valid as the others. `has_label_BS`
+    false: no label there, whatever comes next.
     """
     labels_BS = torch.full_like(input_ids_BS, IGNORED_LABEL)
     labels_BS[:, :-1] = input_ids_BS[:, 1:]
     if pieces is not None:
         labels_BS[:, :-1].masked_fill_(pieces.cuts_BT, IGNORED_LABEL)
     labels_BS.masked_fill_(~real_B[:, None], IGNORED_LABEL)
+    if has_label_BS is not None:
+        labels_BS.masked_fill_(~has_label_BS, IGNORED_LABEL)
     valid_BS = real_B[:, None].expand_as(input_ids_BS)
     return MicroBatch(
         input_ids_BS, labels_BS.flatten(), valid_BS.flatten(), windows_B, next_windows_B, pieces

@@ -35,11 +35,11 @@ from babyllama_ds.stopping import StopRequest, stopped
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.teachers.watch import broken_windows, measures, warnings_of
 from babyllama_ds.training.ahead import BatchesAhead
-from babyllama_ds.training.batches import Batch, BatchPlan, WindowSource
+from babyllama_ds.training.batches import Batch, BatchPlan, LabelMask, WindowSource
 from babyllama_ds.training.breakdown import PARTS, UNMEASURED, Breakdown, Parts
 from babyllama_ds.training.meter import Meter
 from babyllama_ds.training.metrics import MetricsLog
-from babyllama_ds.training.objective import Objective
+from babyllama_ds.training.objective import objective_of
 from babyllama_ds.training.step import StepSums, train_step
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Stage:
     """DeepSpeed's configuration."""
     compiled: bool = False
     """Whether torch compiles the model in training."""
+    has_label: LabelMask | None = None
+    """Which positions of a window have a label; none: all but its last."""
     meter: Meter | None = None
     """What a token costs and what the machine can do; none: only tokens per second are told."""
 
@@ -103,6 +105,7 @@ def train(
     finally:
         trainer.ahead.close()
         trainer.engine.destroy()
+        trainer.objective.release()
         if stage.compiled:
             forget_compiled()
 
@@ -129,14 +132,20 @@ class _Trainer:
             num_ranks=ranks.world_size(),
             micro_batch=stage.micro_batch,
             device=surroundings.device,
+            has_label=stage.has_label,
         )
         self.ahead = BatchesAhead(
             self.batches.batch,
             total_steps=self.batches.total_steps,
             device=surroundings.device,
         )
-        self.objective = Objective(
-            stage.model, vocab_size=stage.vocab_size, distillation=stage.distillation
+        self.objective = objective_of(
+            stage.model,
+            ensemble,
+            vocab_size=stage.vocab_size,
+            training=stage.training,
+            distillation=stage.distillation,
+            seed=stage.seed,
         )
         self.engine = TrainingEngine(
             self.objective,
@@ -206,6 +215,7 @@ class _Trainer:
                 rate=rate,
                 seed=self.stage.seed,
                 step=step,
+                done=step / self.batches.total_steps,
                 watch=bool(self.teachers) and self._due_log(step + 1),
                 parts=parts,
             )
@@ -227,18 +237,18 @@ class _Trainer:
         self, step: int, batch: Batch, sums: StepSums, rate: float, metrics: MetricsLog
     ) -> None:
         with self.clock:  # .item() waits for the device: that time belongs to the steps
-            ce_sum, kl_sum = ranks.sum_floats(sums.ce_sum.item(), sums.kl_sum.item())
+            totals = sums.over_all_ranks()
             watched = self._watched(sums, batch)
-        loss = self.objective.value(ce_sum, kl_sum, sums.counts)
+        loss = self.objective.value(
+            totals.ce, totals.kl, sums.counts, z_sum=totals.z, matching_sum=totals.matching
+        )
         grad_norm = self.engine.grad_norm
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise self._not_finite(f"a loss of {loss}, gradient norm {grad_norm}", step, batch)
         if not all(map(math.isfinite, watched.values())):
             raise self._not_finite("a logit of the student", step, batch)
         self._warn(watched)
-        shown = {"loss": loss, "ce": ce_sum / sums.counts.ce}
-        if self.stage.distillation is not None:
-            shown["kl"] = kl_sum / batch.num_valid
+        shown = {"loss": loss, **self.objective.measures(totals, sums.counts)}
         tokens_per_s = self.clock.rate(self.progress.tokens)
         metered = self._metered(tokens_per_s)
         metrics.write(

@@ -362,3 +362,15 @@ def test_training_that_diverges(job: Path, tmp_path: Path) -> None:
     shards = TokenShards.open(run / "tokens")
     windows = TrainWindows(shards, length=32, offsets="random", seed=seed).batch(0, 1, 8)
     assert f"windows {', '.join(map(str, windows))}," in said
+
+
+# -- objectives -----------------------------------------------------------------------------------
+
+
+def test_a_token_to_be_left_unlabelled_that_there_is_not(
+    job: Path, tmp_path: Path, refuse: Refuse
+) -> None:
+    said = refuse(job, "student.training.unlabelled_tokens=[<s>, <S>]")
+    assert "student.training.unlabelled_tokens[1]: got '<S>'" in said
+    assert "did you mean `<s>`?" in said
+    assert nothing_trained(tmp_path)

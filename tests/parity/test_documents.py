@@ -134,7 +134,7 @@ def packed_batch() -> Batch:
         micro_batches=tuple(
             micro_batch(tokens_BS[p], real_B[p], pieces=Pieces.of(begins_BS[p])) for p in parts
         ),
-        num_cuts=int(begins_BS[:, 1:].sum()),
+        labelled=int((~begins_BS[:, 1:]).sum()),
     )
 
 

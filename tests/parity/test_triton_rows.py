@@ -241,3 +241,32 @@ def test_no_positions_at_all() -> None:
     label = torch.empty(0, 1, dtype=torch.int64, device=DEVICE)
     ce, kl = row_losses(none, [none], label, mixture_of(1, 1.0, "logits"), None)
     assert ce.shape == kl.shape == (0, 1)
+
+
+@needs_kernel
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("num_teachers", [0, 3])
+def test_the_z_loss(num_teachers, temperature) -> None:
+    """Its gradient is 2 log Z · softmax(z), beside that of CE and KL; log Z is given out."""
+    from babyllama_ds.losses.triton_rows import row_losses
+
+    logits = [each.float() for each in make_logits(num_teachers, 5003)]
+    logits[0] += torch.tensor([0.0, 40.0, -40.0, 1.0, 2.0])[:, None]
+    mixture = mixture_of(num_teachers, temperature, "logits")
+    labels, factors = labels_of(5003), factors_of()
+    z_factors = torch.tensor([[0.1], [0.0], [0.02], [0.3], [0.0]])
+    ce, kl, gradient = reference(logits, labels, mixture, factors)
+    z = logits[0].double().requires_grad_()
+    log_z = z.logsumexp(-1, keepdim=True)
+    gradient = gradient + torch.autograd.grad((z_factors * log_z.square()).sum(), z)[0]
+
+    student, *teachers = (each.to(DEVICE) for each in logits)
+    student, kept = student.clone(), torch.empty(C, 1, device=DEVICE)
+    on_device = Factors(
+        ce_C1=factors.ce_C1.to(DEVICE), kl_C1=factors.kl_C1.to(DEVICE), z_C1=z_factors.to(DEVICE)
+    )
+    got = row_losses(student, teachers, labels.to(DEVICE), mixture, on_device, log_z_C1=kept)
+    assert relative_error(got[0].cpu(), ce) < 5e-6
+    assert relative_error(got[1].cpu(), kl) < 5e-6
+    assert relative_error(student.cpu(), gradient) < 1e-5
+    assert relative_error(kept.cpu(), log_z.detach()) < 1e-6

@@ -81,6 +81,8 @@ TRAINING_MATTERS = {
     "betas": (0.8, 0.999),
     "epsilon": 1e-6,
     "clip_norm": None,
+    "z_loss": 1e-4,
+    "unlabelled_tokens": ("<s>",),
     "evaluate_every_steps": 3,  # what the best weights are chosen among
     "evaluate_windows": 4,
     "keep": "last",
@@ -244,6 +246,11 @@ DISTILLATION_MATTERS = {
     "temperature": 3.0,
     "soft_reduction": "token",
     "mean_of": "probabilities",
+    "divergence": {"kind": "reverse_kl"},
+    "hidden_matching": {
+        "weight": 0.5,
+        "layers": ({"teacher": "a", "teacher_layer": 1, "student_layer": 1},),
+    },
 }
 DISTILLATION_FREE = {
     "chunk_tokens": 64,
@@ -297,6 +304,40 @@ def test_the_loss_is_part_of_the_students(
     before = student_fingerprint("alone", job_of(), teachers)
     after = student_fingerprint("alone", with_distillation(job_of(), **{key: value}), teachers)
     assert (before != after) == (key in DISTILLATION_MATTERS)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"divergence": {"kind": "jensen_shannon"}}, {"divergence": {"kind": "forward_kl"}}),
+        (
+            {"divergence": {"kind": "jensen_shannon", "beta": 0.4}},
+            {"divergence": {"kind": "jensen_shannon"}},
+        ),
+        ({"alpha": {"start": 0.4, "end": 0.4}}, {"alpha": {"start": 0.4, "end": 0.5}}),
+        ({"temperature": {"start": 1.0, "end": 2.0}}, {"temperature": 1.0}),
+    ],
+)
+def test_the_parts_of_an_objective_matter_too(
+    one: dict[str, Any],
+    other: dict[str, Any],
+    job_of: Callable[..., JobSpec],
+    teachers: list[tuple[str, Path]],
+) -> None:
+    def of(changes: dict[str, Any]) -> str:
+        spec = DistillationSpec.model_validate(changes)
+        job = job_of().model_copy(update={"distillation": spec})
+        return student_fingerprint("alone", job, teachers)
+
+    assert of(one) != of(other)
+
+
+def test_at_their_neutral_values_later_options_are_not_there() -> None:
+    """What was made before they came still stands: the JSON that is hashed is the same."""
+    plain = fingerprints._plain(TRAINING) | fingerprints._loss(DistillationSpec())
+    assert {"z_loss", "unlabelled_tokens", "divergence", "hidden_matching"}.isdisjoint(plain)
+    assert plain["alpha"] == 0.5
+    assert plain["temperature"] == 2.0
 
 
 def test_the_top_k_are_other_targets(

@@ -62,7 +62,7 @@ def topk_key(
             "format": FORMAT,
             "members": [[key, weight / total] for key, weight in members],
             "mean_of": loss.mean_of,
-            "temperature": loss.temperature,
+            "temperature": loss.fixed_temperature,
             "top_k": loss.cache_top_k,
             "vocabulary": vocab_size,
         }

@@ -146,7 +146,7 @@ def remember_top_k(
                 targets = top_k_targets(
                     states,
                     k=loss.cache_top_k,
-                    temperature=loss.temperature,
+                    temperature=loss.fixed_temperature,
                     mean_of=loss.mean_of,
                     vocab_size=seen.vocab_size,
                     chunk_tokens=loss.chunk_tokens,
@@ -305,7 +305,7 @@ def _kl_and_gradient(
         torch.ones(positions, dtype=torch.bool, device=leaf_ND.device),
         targets,
         alpha=0.0,
-        temperature=loss.temperature,
+        temperature=loss.fixed_temperature,
         mean_of=loss.mean_of,
         ce_count=1,
         kl_count=1,

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from babyllama_ds.corpus.tokenizer import (
     differing_ids,
+    ids_of_tokens,
     load_tokenizer,
     save_tokenizer,
     token_bytes,
@@ -24,7 +25,7 @@ from babyllama_ds.corpus.tokenizer import (
     vocabulary_hash,
     vocabulary_size,
 )
-from babyllama_ds.errors import DataError, Stopped
+from babyllama_ds.errors import DataError, JobError, Stopped
 from babyllama_ds.spec.corpus import TrainedTokenizer
 
 LINES = [
@@ -331,3 +332,35 @@ def test_remote_code_is_not_run(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="trust_remote_code"):
         load_tokenizer(str(tmp_path))
     assert not mark.exists()
+
+
+# -- tokens by name --------------------------------------------------------------------------------
+
+
+def test_ids_of_tokens_as_the_vocabulary_writes_them(directory: Path) -> None:
+    tokenizer = load_tokenizer(str(directory))
+    assert ids_of_tokens(tokenizer, ["</s>", "<s>", "Ġthe"], where="here") == [
+        2,
+        1,
+        tokenizer.get_vocab()["Ġthe"],
+    ]
+    assert ids_of_tokens(tokenizer, [], where="here") == []
+
+
+@pytest.mark.parametrize(
+    ("token", "hint"),
+    [
+        ("<S>", "did you mean `<s>`?"),
+        (" the", "did you mean `Ġthe`? A space is written Ġ"),
+        ("zzzzzzzzzzzz", None),
+    ],
+)
+def test_tokens_that_there_are_not(token: str, hint: str | None, directory: Path) -> None:
+    with pytest.raises(JobError) as caught:
+        ids_of_tokens(
+            load_tokenizer(str(directory)), ["<s>", token, "<pad>"], where="student.training.x"
+        )
+    (problem,) = caught.value.problems
+    assert problem.where == "student.training.x[1]"
+    assert problem.got == repr(token)
+    assert problem.hint == hint

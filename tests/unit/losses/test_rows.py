@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from babyllama_ds.losses import rows as module
+from babyllama_ds.losses.divergences import Divergence
 from babyllama_ds.losses.rows import Factors, Mixture, num_work, row_losses, takes_kernel
 
 # Odds of 3 : 1, 1 : 1 and 9 : 1 for the first token.
@@ -126,3 +127,60 @@ def test_cuda_without_triton_is_said_once(
         module._kernels.cache_clear()
     (message,) = caplog.messages
     assert message.startswith("the loss takes PyTorch's operators on CUDA")
+
+
+# -- other divergences and the z-loss, by hand -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("divergence", "value"),
+    [
+        # p = (1/2, 1/2) of the teacher, q = (3/4, 1/4) of the student
+        (Divergence("reverse_kl"), 0.75 * math.log(1.5) + 0.25 * math.log(0.5)),
+        (
+            Divergence("jensen_shannon", 0.5),  # m = (5/8, 3/8)
+            0.25 * math.log(0.8) + 0.25 * math.log(4 / 3)
+            + 0.375 * math.log(1.2) + 0.125 * math.log(2 / 3),
+        ),
+        (
+            Divergence("skewed_forward_kl", 0.5),
+            0.5 * math.log(0.8) + 0.5 * math.log(4 / 3),
+        ),
+        (
+            Divergence("skewed_reverse_kl", 0.5),
+            0.75 * math.log(1.2) + 0.25 * math.log(2 / 3),
+        ),
+    ],
+)  # fmt: skip
+def test_divergences_of_two_tokens(divergence: Divergence, value: float) -> None:
+    five = [torch.full((1, 2), math.nan, dtype=torch.float64) for _ in range(6)]
+    _, got = row_losses(
+        THREE_TO_ONE.clone(), [EVEN], LABEL, mixture(), None, five, divergence=divergence
+    )
+    assert got.item() == pytest.approx(value)
+
+
+def test_the_gradient_of_the_reverse_kl() -> None:
+    """q (log q/p − KL): with KL = ¾ log 1.5 + ¼ log ½, and both entries' sum 0."""
+    student = THREE_TO_ONE.clone()
+    five = [torch.full((1, 2), math.nan, dtype=torch.float64) for _ in range(6)]
+    factors = Factors(ce_C1=0 * ONE, kl_C1=ONE)
+    row_losses(
+        student, [EVEN], LABEL, mixture(), factors, five, divergence=Divergence("reverse_kl")
+    )
+    kl = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    expected = [0.75 * (math.log(1.5) - kl), 0.25 * (math.log(0.5) - kl)]
+    assert student.tolist()[0] == pytest.approx(expected)
+    assert sum(expected) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("teachers", [[], [EVEN]])
+def test_log_z_and_its_gradient(teachers: list[torch.Tensor]) -> None:
+    """Z = 9 e^−2 + e^−2 = 10 e^−2; the z-loss pulls by 2 log Z · (0.9, 0.1)."""
+    student, log_z = NINE_TO_ONE.clone(), torch.full((1, 1), math.nan, dtype=torch.float64)
+    factors = Factors(ce_C1=0 * ONE, kl_C1=0 * ONE, z_C1=0.5 * ONE)
+    mix = mixture(2.0) if teachers else mixture(shares=())
+    row_losses(student, teachers, LABEL, mix, factors, work(), log_z_C1=log_z)
+    right = math.log(10) - 2
+    assert log_z.item() == pytest.approx(right)
+    assert student.tolist()[0] == pytest.approx([right * 0.9, right * 0.1])

@@ -9,7 +9,13 @@ import pytest
 
 from babyllama_ds.models.sizes import ModelSizes
 from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes
-from babyllama_ds.plan.memory import HeldTeacher, StageShape, chunk_bytes, rank_memory
+from babyllama_ds.plan.memory import (
+    HeldTeacher,
+    MatchedPair,
+    StageShape,
+    chunk_bytes,
+    rank_memory,
+)
 
 ZERO2: dict[str, Any] = {
     "zero_optimization": {"stage": 2, "reduce_bucket_size": 1_000},
@@ -184,3 +190,22 @@ def test_filling_a_cache() -> None:
     assert "parameters" not in by_turns
     # 32 tokens: the stream twice in bf16 and twice in fp32, and three MLP tensors in bf16.
     assert by_turns["work of a layer"] == 32 * (32 * 12 + 3 * 2 * 32)
+
+
+def test_matched_layers_cost_their_matrices_and_states() -> None:
+    """Two pairs: matrices of 32 × 16 and 24 × 16, trained and checkpointed like the model."""
+    pairs = [
+        MatchedPair(teacher_width=32, loss="mse"),
+        MatchedPair(teacher_width=24, loss="cosine"),
+    ]
+    stage = replace(STAGE, matched=pairs)
+    assert stage.trained == 10_000 + 16 * (32 + 24)
+    items = rank_memory(stage).moments["forward"]
+    assert items["parameters"] == 2 * stage.trained
+    assert items["moments, fp32"] == 2 * 4 * stage.trained // 4
+    # 32 positions: both layers in bf16; the difference of one pair, both sides of the other twice,
+    # and one more of each, in fp32.
+    of_mse, of_cosine = 2 * (32 + 16) + 2 * 4 * 32, 2 * (24 + 16) + 5 * 4 * 24
+    assert items["states of matched layers"] == 32 * (of_mse + of_cosine)
+    assert rank_memory(STAGE).moments["forward"]["states of matched layers"] == 0
+    assert rank_memory(stage).host_bytes == 12 * stage.trained + 2 * stage.trained

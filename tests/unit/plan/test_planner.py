@@ -417,3 +417,29 @@ def test_windows_are_those_of_training(offsets: str, nursery: Job, tmp_path: Pat
     spec = job.windows
     real = TrainWindows(corpus.shards, length=spec.length, offsets=spec.offsets, seed=5)
     assert plan_job(job, Question(runs=tmp_path)).work.num_windows == real.num_windows
+
+
+# -- objectives ------------------------------------------------------------------------------------
+
+
+def test_what_an_objective_asks_for_is_planned(nursery: Job, tmp_path: Path) -> None:
+    """Teachers 192 wide, a student 128: two matrices; a divergence with two more work spaces."""
+    layers = ", ".join(
+        f"{{teacher: {name}, teacher_layer: 2, student_layer: 2}}" for name in ("gpt2", "llama")
+    )
+    question = Question(tokens=64 * 100, runs=tmp_path, gpu="H100", ranks=(1,))
+    plain = plan_job(nursery(), question)
+    rich = plan_job(
+        nursery(
+            f"distillation.hidden_matching={{weight: 1, layers: [{layers}]}}",
+            "distillation.divergence={kind: jensen_shannon}",
+        ),
+        question,
+    )
+    items = [plan.counts[0].memory["student"].moments["forward"] for plan in (plain, rich)]
+    matrices = 2 * 192 * 128
+    assert items[1]["parameters"] - items[0]["parameters"] == 2 * matrices
+    assert items[1]["states of matched layers"] > items[0]["states of matched layers"] == 0
+    assert items[1]["logits of a chunk"] > items[0]["logits of a chunk"]
+    for name in ("teachers/gpt2", "control"):
+        assert rich.counts[0].memory[name] == plain.counts[0].memory[name]

@@ -238,6 +238,82 @@ def test_effective_weights_of_a_token(run_dir: Path, settings, ce, kl, words) ->
     assert loss["explanation"] in page
 
 
+@pytest.mark.parametrize(
+    ("settings", "formula"),
+    [
+        ({}, "alpha CE + (1 - alpha) T² KL(teachers ‖ student)"),
+        ({"divergence": {"kind": "reverse_kl"}}, "T² KL(student ‖ teachers)"),
+        (
+            {"divergence": {"kind": "jensen_shannon", "beta": 0.3}},
+            "T² JSD(teachers, student; beta 0.3)",
+        ),
+        (
+            {"divergence": {"kind": "skewed_forward_kl", "skew": 0.1}},
+            "KL(teachers ‖ 0.1 teachers + 0.9 student)",
+        ),
+        (
+            {"divergence": {"kind": "skewed_reverse_kl", "skew": 0.1}},
+            "KL(student ‖ 0.9 teachers + 0.1 student)",
+        ),
+        (
+            {"hidden_matching": {"loss": "mse", "weight": 0.5, "layers": [{}, {}]}},
+            "KL(teachers ‖ student) + 0.5 MSE of hidden states",
+        ),
+    ],
+)
+def test_the_loss_is_written_as_it_is(run_dir: Path, settings: dict, formula: str) -> None:
+    distillation = {**make_job()["distillation"], **settings}
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(distillation=distillation)))
+    report = collect_report(run_dir)
+    assert formula in report["loss"]["formula"]
+    page, card = render_markdown(report), render_model_card(report, "student")
+    assert f"`{report['loss']['formula']}`" in page
+    assert f"`{report['loss']['formula']}`" in card
+    name = "divergence" if "divergence" in settings else "KL"
+    assert f"weight of a token's {name}" in page
+    assert f"nat of {'the ' * (name != 'KL')}{name} weighs 512 times" in page
+    if "hidden_matching" in settings:
+        assert "Hidden states of 2 pairs of layers are matched beside it" in page
+
+
+def test_schedules_z_loss_and_unlabelled_tokens_are_told(run_dir: Path) -> None:
+    job = make_job()
+    job["distillation"] |= {
+        "alpha": {"start": 0.9, "end": 0.0, "over": 0.5, "shape": "cosine"},
+        "temperature": {"start": 2.0, "end": 1.0, "over": 1.0, "shape": "linear"},
+        "soft_reduction": "token",
+    }
+    job["student"] |= {"training": TRAINING | {"z_loss": 1e-4, "unlabelled_tokens": ["<s>", "CHI"]}}
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(job))
+    report = collect_report(run_dir)
+    loss = report["loss"]
+    assert loss["formula"].endswith(" + 0.0001 (log Z)²")
+    assert (loss["weight_ce"], loss["weight_kl"]) == (0.9, pytest.approx(0.4))
+    assert loss["weights_at_end"] == {"ce": 0.0, "kl": 1.0}
+    assert loss["explanation"].startswith(
+        "At the first step: For one token, a nat of KL weighs 0.4"
+    )
+    assert "At the last step: The cross-entropy has no weight" in loss["explanation"]
+    assert "No cross-entropy where the next token is `<s>`, `CHI`." in loss["explanation"]
+    for text in (render_markdown(report), render_model_card(report, "student")):
+        assert "0.9 to 0 over 50% of the steps (cosine)" in text
+        assert "2 to 1 over 100% of the steps (linear)" in text
+    rows = find_table(render_markdown(report), "setting")
+    assert ["weight of a token's CE", "0.9 to 0"] in rows
+    assert ["weight of a token's KL", "0.4 to 1"] in rows
+
+
+def test_the_divergence_that_is_trained_is_in_the_last_logged_step(run_dir: Path) -> None:
+    distillation = make_job()["distillation"] | {"divergence": {"kind": "reverse_kl"}}
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job(distillation=distillation)))
+    line = {"stage": "student", "step": 30, "loss": 9.0, "ce": 5.0, "reverse_kl": 0.125}
+    with (run_dir / "metrics.jsonl").open("a") as stream:
+        stream.write("\n" + json.dumps(line) + "\n")
+    page = render_markdown(collect_report(run_dir))
+    assert "divergence (nats)" in page
+    assert "0.1250" in page
+
+
 def test_the_error_of_top_k_targets_is_told(run_dir: Path) -> None:
     report = collect_report(run_dir)
     assert report["topk"] is None

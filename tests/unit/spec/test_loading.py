@@ -144,6 +144,14 @@ def test_loading_imports_no_torch() -> None:
         ("deepspeed.config=${TEXT}/a=b.json", lambda job: job.deepspeed.config, "/data/a=b.json"),
         ("windows.offsets=fixed", lambda job: job.windows.offsets, "fixed"),
         ("corpus={kind: nursery, words: 5_000}", lambda job: job.corpus.words, 5000),
+        ("distillation.divergence.kind=reverse_kl",
+         lambda job: job.distillation.divergence.kind, "reverse_kl"),
+        ("distillation.divergence={kind: skewed_forward_kl}",
+         lambda job: job.distillation.divergence.skew, 0.1),
+        ("distillation.alpha={start: 1, end: 0}",
+         lambda job: (job.distillation.alpha.over, job.distillation.alpha.shape), (1.0, "linear")),
+        ("student.training.unlabelled_tokens=[<s>]",
+         lambda job: job.student.training.unlabelled_tokens, ("<s>",)),
     ],
 )  # fmt: skip
 def test_overrides(job_file: Path, override: str, read: Any, value: object) -> None:
@@ -250,6 +258,10 @@ def test_a_file_that_is_not_a_mapping(tmp_path: Path, text: str, got: str) -> No
          "a list of 3", "at most 2", ""),
         ("epochs: 2", "epochs: 2\n    betas: 0.9", "student.training.betas", "0.9", "a list", ""),
         ("weight: 2", "weight: 0", "teachers[1].weight", "0", "a number > 0", ""),
+        ("epochs: 2", "epochs: 2\n    z_loss: 0", "student.training.z_loss", "0",
+         "a number > 0", "PaLM"),
+        ("epochs: 2", "epochs: 2\n    unlabelled_tokens: <s>", "student.training.unlabelled_tokens",
+         "'<s>'", "a list", ""),
         ("weight: 2", "tensor_parallel: 2", "teachers[1].tensor_parallel", "2", "1", "split"),
         ("control: {}", "control: 5", "control", "5", "a mapping, or null", ""),
         ('["${TEXT}/train/*.train"]', "[]", "corpus.train", "a list of 0", "at least 1", ""),
@@ -296,6 +308,90 @@ def test_duplicate_keys(job_file: Path) -> None:
     problem = the_problem(job_file)
     assert problem.source == line_of(job_file, "seed: 4")
     assert line_of(job_file, "seed: 3") in problem.got
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "got", "expected", "hint"),
+    [
+        ("divergence={kind: reverse}", "divergence.kind", "'reverse'", "one of 'forward_kl'",
+         "did you mean `reverse_kl`?"),
+        ("divergence=reverse_kl", "divergence", "'reverse_kl'", "a mapping", ""),
+        ("divergence={kind: jensen_shannon, beta: 0}", "divergence.beta", "0", "a number > 0", ""),
+        ("divergence={kind: jensen_shannon, beta: 1}", "divergence.beta", "1", "a number < 1", ""),
+        ("divergence={kind: jensen_shannon, skew: 0.1}", "divergence.skew", "an unknown key",
+         "a known one", "beta"),
+        ("divergence={kind: skewed_reverse_kl, skew: 1.5}", "divergence.skew", "1.5",
+         "a number < 1", ""),
+        ("divergence={kind: reverse_kl, beta: 0.5}", "divergence.beta", "an unknown key",
+         "a known one", ""),
+        ("alpha=1.5", "alpha", "1.5", "a number <= 1", ""),
+        ("alpha=high", "alpha", "'high'", "a number", ""),
+        ("alpha={start: 0.9}", "alpha.end", "nothing", "a value", ""),
+        ("alpha={start: 0.9, end: 1.1}", "alpha.end", "1.1", "a number <= 1", ""),
+        ("alpha={start: 0.9, end: 0.1, over: 0}", "alpha.over", "0", "a number > 0", ""),
+        ("alpha={start: 0.9, end: 0.1, shape: cosin}", "alpha.shape", "'cosin'", "one of",
+         "did you mean `cosine`?"),
+        ("temperature={start: 2, end: 0}", "temperature.end", "0", "a number > 0", ""),
+        ("temperature={begin: 2, start: 1, end: 1}", "temperature.begin", "an unknown key",
+         "a known one", ""),
+        ("hidden_matching={weight: 0, layers: [{teacher: deep, "
+         "teacher_layer: 1, student_layer: 1}]}",
+         "hidden_matching.weight", "0", "a number > 0", ""),
+        ("hidden_matching={weight: 1, layers: []}", "hidden_matching.layers", "a list of 0",
+         "at least 1", ""),
+        ("hidden_matching={weight: 1, loss: l1, layers: [{teacher: deep, teacher_layer: 1, "
+         "student_layer: 1}]}", "hidden_matching.loss", "'l1'", "one of 'mse', 'cosine'", ""),
+        ("hidden_matching={weight: 1, layers: [{teacher: depe, "
+         "teacher_layer: 1, student_layer: 1}]}",
+         "hidden_matching.layers[0].teacher", "'depe'", "the name of a teacher",
+         "did you mean `deep`?"),
+        ("hidden_matching={weight: 1, layers: [{teacher: deep, "
+         "teacher_layer: 3, student_layer: 1}]}",
+         "hidden_matching.layers[0].teacher_layer", "3", "at most 2: deep has 2 layers",
+         "0 is the embeddings"),
+        ("hidden_matching={weight: 1, layers: [{teacher: wide-1.5, teacher_layer: 1, "
+         "student_layer: 3}]}", "hidden_matching.layers[0].student_layer", "3",
+         "at most 2: the student has 2 layers", ""),
+        ("hidden_matching={weight: 1, layers: [{teacher: deep, "
+         "teacher_layer: -1, student_layer: 1}]}",
+         "hidden_matching.layers[0].teacher_layer", "-1", "a number >= 0", ""),
+    ],
+)  # fmt: skip
+def test_wrong_objectives(
+    job_file: Path, override: str, where: str, got: str, expected: str, hint: str
+) -> None:
+    (problem,) = problems(job_file, [f"distillation.{override}"])
+    assert problem.where == f"distillation.{where}"
+    assert problem.got == got
+    assert expected in problem.expected
+    assert hint in (problem.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "got", "hint"),
+    [
+        ("divergence={kind: reverse_kl}", "divergence.kind", "reverse_kl with cache: topk",
+         "distillation.cache=hidden"),
+        ("temperature={start: 1, end: 2}", "temperature", "a schedule with cache: topk",
+         "distillation.cache=hidden"),
+        ("hidden_matching={weight: 1, layers: [{teacher: deep, "
+         "teacher_layer: 1, student_layer: 1}]}",
+         "cache", "topk with hidden_matching", "no states from the middle"),
+    ],
+)  # fmt: skip
+def test_objectives_that_a_cache_has_not_kept_enough_for(
+    job_file: Path, override: str, where: str, got: str, hint: str
+) -> None:
+    cached = ["windows.offsets=fixed", "distillation.cache=topk"]
+    (problem,) = problems(job_file, [*cached, f"distillation.{override}"])
+    assert (problem.where, problem.got) == (f"distillation.{where}", got)
+    assert hint in (problem.hint or "")
+    cached[1] = "distillation.cache=hidden"
+    if "matching" in override:
+        problem = the_problem(job_file, *cached, f"distillation.{override}")
+        assert problem.got == "hidden with hidden_matching"
+    else:
+        assert load(job_file, *cached, f"distillation.{override}").distillation.cache == "hidden"
 
 
 # -- values that do not fit together -------------------------------------------------------------

@@ -141,6 +141,8 @@ def test_every_default_is_spelled_out_and_nothing_is_an_alias() -> None:
     assert data["distillation"] == {
         "alpha": 0.5,
         "temperature": 2.0,
+        "divergence": {"kind": "forward_kl"},
+        "hidden_matching": None,
         "soft_reduction": "sequence",
         "mean_of": "logits",
         "chunk_tokens": None,

@@ -58,7 +58,8 @@ def test_the_reference_has_every_key_once_with_its_limits_and_default() -> None:
             described = " ".join((field.description or "").split())
             assert f"- **`{key}`**" in text
             assert described in text
-    assert "- **`alpha`** (a number ≥ 0, ≤ 1; default `0.5`): Weight of the hard" in text
+    alpha = "a number ≥ 0, ≤ 1 or [distillation.alpha](#distillationalpha)"
+    assert f"- **`alpha`** ({alpha}; default `0.5`): Weight of the hard" in text
     assert "- **`learning_rate`** (a number > 0; to be given): Peak" in text
     assert "The same at `student.training`, `control.training`." in text
 

@@ -16,6 +16,7 @@ from babyllama_ds.training.batches import (
     Batch,
     BatchPlan,
     check_warmup,
+    label_mask,
     micro_batch,
     total_steps,
 )
@@ -44,7 +45,13 @@ class NumberedWindows:
         return 1000 * epoch + 10 * indices[:, None] + np.arange(LENGTH)
 
 
-def plans(windows: NumberedWindows, training: Any, num_ranks: int, size: int) -> list[BatchPlan]:
+def plans(
+    windows: NumberedWindows,
+    training: Any,
+    num_ranks: int,
+    size: int,
+    has_label: Any = None,
+) -> list[BatchPlan]:
     return [
         BatchPlan(
             windows,
@@ -53,6 +60,7 @@ def plans(windows: NumberedWindows, training: Any, num_ranks: int, size: int) ->
             num_ranks=num_ranks,
             micro_batch=size,
             device=torch.device("cpu"),
+            has_label=has_label,
         )
         for rank in range(num_ranks)
     ]
@@ -169,6 +177,30 @@ def test_what_is_labelled_is_known_to_every_rank_before_it_begins(
             expected = windows.begins(epoch, np.array([first % 1000 // 10 for first in firsts]))
             assert (micro.pieces.positions_BS == 0).tolist() == expected.tolist()
     assert len(set(counted)) > 2
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), SPLITS)
+def test_tokens_without_a_label_are_counted_by_every_rank_alike(
+    num_ranks: int, size: int, training_spec: Callable[..., Any]
+) -> None:
+    """Window i of epoch e holds 1000 e + 10 i + (0 … 4); the first and the third have no label."""
+    windows = NumberedWindows(13)  # batches of 8 and 5
+    unlabelled = [10 * i + digit for i in (0, 3, 4, 12) for digit in (0, 2)]
+    unlabelled += [1000 + 10 * i + 1 for i in range(13)]
+    training = training_spec(batch_windows=8, epochs=2.0)
+    of_ranks = plans(windows, training, num_ranks, size, label_mask(unlabelled))
+    seen = []
+    for step in range(4):
+        batches = [plan.batch(step) for plan in of_ranks]
+        micros = [micro for batch in batches for micro in batch.micro_batches]
+        labels = [label for micro in micros for label in micro.labels_N.tolist()]
+        labels = [label for label in labels if label != IGNORED_LABEL]
+        assert {batch.num_labelled for batch in batches} == {len(labels)}
+        assert sum(int(micro.valid_N.sum()) for micro in micros) == 5 * batches[0].num_windows
+        seen += labels
+    # Each window has the labels 1 to 4 of its five tokens, but for those left out.
+    everything = [1000 * e + 10 * i + j for e in (0, 1) for i in range(13) for j in range(1, 5)]
+    assert sorted(seen) == [token for token in everything if token not in unlabelled]
 
 
 def test_labels_are_the_next_tokens_and_padding_has_none() -> None:

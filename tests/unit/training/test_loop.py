@@ -592,6 +592,94 @@ def test_micro_batches_change_nothing_but_rounding(new_run: Callable[..., Run]) 
         assert error <= 2e-5 * whole[key].abs().max().item(), key
 
 
+# -- objectives beyond the published one -----------------------------------------------------------
+
+
+EVERY_TERM = {
+    "alpha": {"start": 0.9, "end": 0.1, "over": 0.75, "shape": "cosine"},
+    "temperature": {"start": 1.0, "end": 3.0},
+    "divergence": {"kind": "reverse_kl"},
+    "hidden_matching": {
+        "weight": 0.5,
+        "layers": (
+            {"teacher": "0", "teacher_layer": 1, "student_layer": 1},
+            {"teacher": "1", "teacher_layer": 2, "student_layer": 2},
+        ),
+    },
+}
+
+
+@pytest.fixture
+def every_term(
+    new_run: Callable[..., Run], tiny_model: Callable[..., Any], alone: torch.device
+) -> Callable[..., Run]:
+    def make(name: str, **changes: Any) -> Run:
+        run = new_run(name, distilled=True, z_loss=1e-3, log_every_steps=1, **changes)
+        run.distillation = DistillationSpec.model_validate(EVERY_TERM)
+        run.ensemble = Ensemble(
+            [
+                Member(
+                    str(k),
+                    FrozenModel(
+                        tiny_model("llama", seed=k, hidden_size=width),
+                        device=alone,
+                        dtype=torch.bfloat16,
+                        layers=[k + 1],
+                    ),
+                    1.0,
+                )
+                for k, width in enumerate((16, 32))
+            ]
+        )
+        return run
+
+    return make
+
+
+def test_every_term_is_logged_and_alpha_and_temperature_go_their_way(
+    every_term: Callable[..., Run],
+) -> None:
+    run = every_term("all")
+    run.train()
+    logged = run.logged()
+    assert list(logged) == list(range(1, 9))
+    for step, line in logged.items():
+        done = (step - 1) / 8
+        way = (1 - math.cos(math.pi * min(1.0, done / 0.75))) / 2
+        assert line["alpha"] == pytest.approx(0.9 - 0.8 * way)
+        assert line["temperature"] == pytest.approx(1 + 2 * done)
+        # The published reduction: summed over a window's ten positions.
+        soft = line["temperature"] ** 2 * 10 * line["reverse_kl"]
+        expected = line["alpha"] * line["ce"] + (1 - line["alpha"]) * soft
+        expected += 1e-3 * line["log_z_squared"] + 0.5 * line["hidden_distance"]
+        assert line["loss"] == pytest.approx(expected, rel=1e-6)
+        assert "kl" not in line
+        assert line["student_kl"] > 0  # the forward one, watched as ever
+
+
+@pytest.mark.parametrize("stop_after", [1, 5])
+def test_stopped_and_started_again_every_term_goes_on_to_the_bit(
+    every_term: Callable[..., Run], stop_after: int
+) -> None:
+    """The matrices of matched layers, their moments and the way of the schedules included."""
+    undisturbed = every_term("undisturbed")
+    undisturbed.train()
+    run = every_term("stopped")
+    with pytest.raises(Stopped):
+        run.train(stop_after=stop_after)
+    run.train()
+    assert_equal_weights(run.weights(), undisturbed.weights())
+    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert not any("projections" in key for key in run.weights())
+
+
+def test_matched_states_come_closer(every_term: Callable[..., Run]) -> None:
+    run = every_term("closer", epochs=8.0)
+    run.train()
+    distances = [line["hidden_distance"] for line in run.logged().values()]
+    assert distances[-1] < 0.8 * distances[0]
+
+
 # -- numbers that are not finite -------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import Batch, micro_batch
-from babyllama_ds.training.objective import Counts, Objective, engine_scale
+from babyllama_ds.training.objective import Balance, Counts, Objective, engine_scale
 from babyllama_ds.training.step import train_step
 
 BATCH, LENGTH, VOCAB = 8, 9, 59  # models have 61 rows: two are padding
@@ -145,7 +145,13 @@ def test_counts_are_those_of_the_global_batch(
     spec = DistillationSpec(soft_reduction=reduction)
     objective = Objective(tiny_model("llama"), vocab_size=VOCAB, distillation=spec)
     counts = objective.counts(batch_of(5, 4), num_ranks=3, accumulation_steps=4)
-    assert counts == Counts(ce=5 * (LENGTH - 1), kl=kl_count, scale=12.0)
+    assert counts == Counts(
+        ce=5 * (LENGTH - 1),
+        kl=kl_count,
+        scale=12.0,
+        valid=5 * LENGTH,
+        balance=Balance(alpha=0.5, temperature=2.0),
+    )
 
 
 def test_a_batch_with_nothing_to_count_has_loss_zero_and_a_graph(

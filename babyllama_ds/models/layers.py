@@ -1,0 +1,94 @@
+"""Hidden states of layers in the middle of a causal LM, kept as a forward pass comes by them.
+
+Layers are counted as transformers counts its hidden states: 0 the embeddings, i the output of
+layer i of L, and that of layer L after the final norm. Asked for by its own
+`output_hidden_states`, a model would keep all of them; hooks keep those that are named.
+
+Shapes: B windows, S positions, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from babyllama_ds.errors import ModelError
+
+
+def num_layers(model: nn.Module) -> int:
+    """L, of a transformers model."""
+    return int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+
+
+def hidden_width(model: nn.Module) -> int:
+    """D, of a transformers model."""
+    return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+
+
+class LayerTap:
+    """Hooks on the named layers of one model, from now until `remove`.
+
+    They are there before a model is compiled, and stay: torch does not look for others later.
+    Closed, as it is but for the passes of `collect`, a tap keeps nothing.
+
+    Raises:
+        ModelError: a model whose layers are not found.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[int], *, where: str) -> None:
+        self._open = False
+        self._kept: dict[int, Tensor] = {}
+        blocks, last = _blocks(model, where), num_layers(model)
+        self._handles = [self._tapped(model, blocks, layer, last) for layer in sorted(set(layers))]
+
+    def collect(self, run: Callable[[], Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+        """What `run` gives, and the states [B, S, D] of the named layers in that pass."""
+        self._open = True
+        self._kept = {}
+        try:
+            result = run()
+        finally:
+            self._open = False
+        kept, self._kept = self._kept, {}
+        return result, kept
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _tapped(
+        self, model: nn.Module, blocks: nn.ModuleList, layer: int, last: int
+    ) -> RemovableHandle:
+        assert 0 <= layer <= last, "a layer that there is not"
+
+        def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if self._open:
+                self._kept[layer] = inputs[0]
+
+        def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+            if self._open:
+                self._kept[layer] = output if isinstance(output, Tensor) else output[0]
+
+        if layer == 0:
+            return blocks[0].register_forward_pre_hook(before)
+        tapped: nn.Module = model.base_model if layer == last else blocks[layer - 1]  # type: ignore[assignment]
+        return tapped.register_forward_hook(after)
+
+
+def _blocks(model: nn.Module, where: str) -> nn.ModuleList:
+    """The layers, in order: the first list of modules of the right length."""
+    depth = num_layers(model)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ModelError.of(
+        where,
+        got=f"{type(model).__name__}, without a list of its {depth} layers",
+        expected="a model whose layers' hidden states can be had",
+        hint="leave distillation.hidden_matching out",
+    )
