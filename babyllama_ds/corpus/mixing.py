@@ -32,8 +32,8 @@ class Part:
 
     name: str
     sources: Sources
-    takes: tuple[int | None, ...]
-    """Lines of each text, in order, and from the first text again where it repeats; none: all."""
+    takes: tuple[int, ...]
+    """Lines of each text, in order, and from the first text again where it repeats."""
 
     def texts(self, split: Split) -> Texts:
         """(domain in the mix, lines) of each text."""
@@ -42,7 +42,7 @@ class Part:
                 yield self.domain(domain), lines
             return
         for take, (domain, lines) in zip(self.takes, self._rounds(), strict=False):
-            yield self.domain(domain), lines if take is None else first_lines(lines, take)
+            yield self.domain(domain), first_lines(lines, take)
 
     def domain(self, own: str) -> str:
         """The source's name; before its own domain where it has several."""
@@ -98,7 +98,7 @@ def mix(spec: MixCorpus, sources: Sequence[Sources], *, key: str, check: Check) 
     if problems := _shared(spec, sources, key):
         raise DataError.all_of(problems)
     budgets = _budgets(spec, sources, check)
-    takes: list[tuple[int | None, ...]] = []
+    takes: list[tuple[int, ...]] = []
     found: list[int] = []
     for source, each, budget in zip(spec.sources, sources, budgets, strict=True):
         taken, words = _measure(each, budget, repeat=source.repeat, check=check)
@@ -133,34 +133,32 @@ def _budgets(spec: MixCorpus, sources: Sequence[Sources], check: Check) -> list[
 
 def _measure(
     sources: Sources, budget: int | None, *, repeat: bool, check: Check
-) -> tuple[tuple[int | None, ...], int]:
+) -> tuple[tuple[int, ...], int]:
     """Lines of each training text, up to the line that fills the budget, and their words."""
-    takes: list[int | None] = []
+    takes: list[int] = []
     words = 0
     while True:
         words_before = words
         for _, stream in sources.texts("train"):
-            lines, words, cut = _count(only_lines(stream), words, budget, check)
-            takes.append(lines if cut else None)
+            lines, words = _count(only_lines(stream), words, budget, check)
+            takes.append(lines)
             if budget is not None and words >= budget:
                 return tuple(takes), words
         if not repeat or budget is None or words == words_before:
             return tuple(takes), words
 
 
-def _count(
-    lines: Iterator[str], words: int, budget: int | None, check: Check
-) -> tuple[int, int, bool]:
-    """Lines taken, words so far, and whether lines are left."""
+def _count(lines: Iterator[str], words: int, budget: int | None, check: Check) -> tuple[int, int]:
+    """Lines taken, and words so far."""
     taken = 0
     for line in lines:
         if budget is not None and words >= budget:
-            return taken, words, True
+            break
         words += len(line.split())
         taken += 1
         if check is not None and taken % _CHECK_LINES == 0:
             check()
-    return taken, words, False
+    return taken, words
 
 
 # -- what is wrong -------------------------------------------------------------------------------

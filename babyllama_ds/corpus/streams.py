@@ -91,10 +91,12 @@ def part_of_documents(stream: Iterable[str], cut: int, split: Split) -> Iterator
 
 def first_lines(stream: Iterable[str], count: int) -> Iterator[str]:
     """The first `count` lines; where more follow, the document they are cut from ends there."""
-    left = count
+    left, ended = count, True
     for piece in stream:
         if piece and not left:
-            yield END_OF_DOCUMENT
+            if not ended:
+                yield END_OF_DOCUMENT
             return
         left -= bool(piece)
+        ended = not piece
         yield piece

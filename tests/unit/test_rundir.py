@@ -110,6 +110,7 @@ FREE = {
         'corpus.train=["/elsewhere/*.train"]',
         'corpus.train=["/a.train", "/b.train"]',
         'corpus.split.dev=["/elsewhere/*.dev"]',
+        "corpus.column=body",
     ],
 }
 

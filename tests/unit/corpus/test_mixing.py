@@ -260,3 +260,32 @@ def test_check_can_stop_the_counting(write: Any) -> None:
     one = write("one", numbered("a", 9000))
     with pytest.raises(Stopped):
         read_sources(mixed({"name": "one", "corpus": one, "words": 90_000}), check=stop_late)
+
+
+def test_a_hub_dataset_beside_files(tmp_path: Path) -> None:
+    folder = tmp_path / "tales"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = [{"text": f"{split} {i}", "source": ["b", "a"][i % 2]} for i in range(6)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps({"text": f"other {i}"}) for i in range(9)))
+    tail = {"kind": "tail", "fraction": 0.5}
+
+    def spec(path: Path, **keys: Any) -> MixCorpus:
+        files = {"kind": "files", "train": [str(path)], "split": tail}
+        hub = {"kind": "hub", "path": str(folder), "split": {"kind": "held_out"}, **keys}
+        return mixed(
+            {"name": "files", "corpus": files, "words": 3},
+            {"name": "hub", "corpus": hub, "words": 7},
+        )
+
+    assert texts(spec(other)) == [
+        ("files", ["other 0\n", "", "other 1\n", ""]),
+        ("hub", [piece for i in range(4) for piece in (f"train {i}\n", "")]),
+    ]
+    by_domain = spec(other, domain_column="source")
+    assert words(texts(by_domain)) == {"files": 4, "hub/b": 6, "hub/a": 2}
+    assert list(words(texts(by_domain, "dev"))) == ["files", "hub/b", "hub/a"]
+    with pytest.raises(DataError, match=r"tales \(train\), whose content source 'files' has too"):
+        read_sources(spec(folder / "train.jsonl"))

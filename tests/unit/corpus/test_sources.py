@@ -325,6 +325,9 @@ def test_a_packed_file_gives_the_text_that_is_in_it(tmp_path: Path, packing: str
     one, other = (read_sources(corpus(path, split=tail(0.5))) for path in (plain, packed))
     for split in ("train", "dev"):
         assert texts(other, split) == texts(one, split)  # type: ignore[arg-type]
+    (_, whole), (_, rest) = texts(other, "train") + texts(other, "dev")
+    with plain.open(encoding="utf-8-sig") as stream:
+        assert whole + rest == stream.read()
     assert other.fingerprint() == one.fingerprint()
 
 
