@@ -77,9 +77,7 @@ def _check(asked: Export) -> None:
 
 
 def _model(asked: Export, run: FinishedRun) -> Iterator[str]:
-    facts = CardFacts(
-        license_id=asked.license_id, language=asked.language, place=asked.push or "."
-    )
+    facts = CardFacts(license_id=asked.license_id, language=asked.language, place=asked.push or ".")
     model = asked.model or "student"
     if asked.push is None:
         assert asked.to is not None

@@ -29,7 +29,10 @@ class FinishedRun:
     def models(self) -> list[str]:
         """Where its models lie: `student`, `control`, `teachers/NAME`."""
         own = ["student", *(["control"] if self.report["job"].get("control") else [])]
-        return [*own, *(f"teachers/{teacher['name']}" for teacher in self.report["job"]["teachers"])]
+        return [
+            *own,
+            *(f"teachers/{teacher['name']}" for teacher in self.report["job"]["teachers"]),
+        ]
 
     @property
     def parts(self) -> list[str]:
@@ -70,7 +73,9 @@ class FinishedRun:
             else:
                 got = f"no {MANIFEST_NAME}: unfinished" if path.exists() else "nothing"
                 hint = "start the run again: what is missing is made anew"
-            yield Problem(where=str(path), got=got, expected="a finished part of the run", hint=hint)
+            yield Problem(
+                where=str(path), got=got, expected="a finished part of the run", hint=hint
+            )
 
 
 def open_finished(run_dir: Path) -> FinishedRun:

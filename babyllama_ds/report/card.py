@@ -238,7 +238,9 @@ def _optimisation(report: Mapping[str, Any], model_name: str) -> list[str]:
         environment = report["environment"]
         ranks = environment.get("ranks")
         on = f" on {ranks} {environment.get('device') or ''} ranks".replace("  ", " ")
-        lines.append(f"{model['steps']:,} steps in {duration(model['seconds'])}{on if ranks else ''}.")
+        lines.append(
+            f"{model['steps']:,} steps in {duration(model['seconds'])}{on if ranks else ''}."
+        )
     return lines
 
 

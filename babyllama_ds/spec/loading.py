@@ -126,9 +126,7 @@ def _resolve(document: Document, key: str, place: Place) -> KeyPath | None:
                     expected += f", or one of {', '.join(map(repr, names))}"
                 near = closest(parts[0], map(str, names))
                 hint = f"did you mean `{near}`?" if near else None
-                document.complain_at(
-                    place, path, got=repr(parts[0]), expected=expected, hint=hint
-                )
+                document.complain_at(place, path, got=repr(parts[0]), expected=expected, hint=hint)
                 return None
             index, used = item
             path, here, parts = (*path, index), here[index], parts[used:]

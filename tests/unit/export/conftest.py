@@ -47,7 +47,9 @@ ENVIRONMENT = {
 
 def lines() -> Iterator[str]:
     words = ("the", "little", "dog", "sees", "a", "red", "ball", "and", "runs", "to", "it")
-    return (" ".join(words[(3 * i + j * j) % len(words)] for j in range(8)) for i in range(200))
+    return (
+        " ".join(words[(3 * i + j * j) % len(words)] for j in range(8)) + "\n" for i in range(200)
+    )
 
 
 def evaluation(ce: float, accuracy: float) -> dict[str, Any]:
@@ -68,9 +70,7 @@ def evaluation(ce: float, accuracy: float) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def made_once(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any]
-) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any]) -> Path:
     """The runs directory: a store, and `nursery-1` beside it."""
     runs = tmp_path_factory.mktemp("made") / "runs"
     run, store = runs / "nursery-1", Store(runs / "store")
@@ -184,14 +184,16 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.asked.append(request)
         for start, status in self.hub.refuses.items():
             if request.startswith(start):
-                self._answer(status, {"error": "no, said the hub"}, X_Error_Message="no, said the hub")
+                self._answer(
+                    status, {"error": "no, said the hub"}, X_Error_Message="no, said the hub"
+                )
                 return
         if "/upload/" not in request and self.headers.get("Authorization") != f"Bearer {TOKEN}":
             self._answer(401, {"error": "Invalid credentials in Authorization header"})
             return
         self._serve(request, body)
 
-    do_GET = do_POST = do_PUT = _handle  # noqa: N815 - http.server's names
+    do_GET = do_POST = do_PUT = _handle
 
     def _serve(self, request: str, body: bytes) -> None:
         path = request.partition(" ")[2]
@@ -218,7 +220,10 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(200, {"transfer": "basic", "objects": objects})
         else:
             name = f"{parts[2]}/{parts[3]}"
-            self._repository(name, self.hub.repositories[name], parts[4:], body)
+            if name in self.hub.repositories:
+                self._repository(name, self.hub.repositories[name], parts[4:], body)
+            else:
+                self._answer(404, {"error": "none of that name"}, X_Error_Code="RepoNotFound")
 
     def _repository(self, name: str, repository: Repository, rest: list[str], body: bytes) -> None:
         match rest:

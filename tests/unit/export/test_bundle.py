@@ -1,4 +1,4 @@
-"""A bundle is the whole run and nothing else, works where no store is, and is whole or not there."""
+"""A bundle is the whole run and nothing else, works without a store, and is whole or not there."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ def test_it_is_the_run_without_links(made: Path, tmp_path: Path) -> None:
 def test_the_sums_tell_of_damage(made: Path) -> None:
     (made / "job.yaml").write_text("name: other\n")
     done = subprocess.run(
-        ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=made, capture_output=True, check=False
+        ["sha256sum", "--check", "--quiet", "SHA256SUMS"],
+        cwd=made,
+        capture_output=True,
+        check=False,
     )
     assert done.returncode != 0
 

@@ -1,4 +1,4 @@
-"""What is pushed is what was exported, byte for byte; what goes wrong is told, and how it stands."""
+"""What is pushed is what was exported, byte for byte; what goes wrong is told."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_no_network(hub: Any, model_dir: Path) -> None:
     "name", ["name", "a/b/c", "a/", "/b", "a/b--c", "a/.b", "a/b c", "a/b.git", "a/" + "b" * 100]
 )
 def test_malformed_names(name: str) -> None:
-    with pytest.raises(RunError, match="--push: got .* expected ORG/NAME"):
+    with pytest.raises(RunError, match=r"--push: got .* expected ORG/NAME"):
         destination(name)
 
 

@@ -8,7 +8,6 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from babyllama_ds.export.finished import open_finished
 from babyllama_ds.export.model import CardFacts, export_model_dir
 
 NOTHING_TOLD = CardFacts()
-STRANGER = """
-import json, sys, warnings
+STRANGER = r"""
+import contextlib, io, json, os, re, sys
 
 for name in ("babyllama_ds", "deepspeed"):
     sys.modules[name] = None
@@ -42,14 +41,13 @@ result = {}
 for directory in sys.argv[1:]:
     generator = pipeline("text-generation", model=directory)
     torch.manual_seed(1)
-    (written,) = generator("the little dog", min_length=128)
+    (written,) = generator("the little dog", min_length=128, return_tensors=True)
     tokenizer = generator.tokenizer
     model = generator.model
     ids = tokenizer("the little dog", return_tensors="pt").input_ids
     result[directory] = {
-        "text": written["generated_text"],
-        "tokens": len(tokenizer(written["generated_text"]).input_ids),
-        "class": type(tokenizer).__name__,
+        "text": tokenizer.decode(written["generated_token_ids"]),
+        "tokens": len(written["generated_token_ids"]),
         "model_max_length": tokenizer.model_max_length,
         "special": [model.generation_config.pad_token_id, model.generation_config.eos_token_id],
         "of_tokenizer": [tokenizer.pad_token_id, tokenizer.eos_token_id],
@@ -57,7 +55,15 @@ for directory in sys.argv[1:]:
         "modules": sorted({type(module).__module__ for module in model.modules()}),
         "logits": model(ids).logits.float().sum().item(),
     }
-print(json.dumps({"models": result, "messages": messages}))
+# The card's code, as it stands there, from where it stands.
+os.chdir(sys.argv[1])
+blocks = re.findall(r"```python\n(.*?)```", open("README.md").read(), flags=re.DOTALL)
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    for block in blocks:
+        exec(block, {})
+assert not any(name.startswith(("babyllama_ds.", "deepspeed.")) for name in sys.modules)
+facts = {"blocks": len(blocks), "printed": printed.getvalue(), "messages": messages}
+print(json.dumps({**facts, "models": result}))
 """
 
 
@@ -83,33 +89,28 @@ def python_elsewhere(script: str, *words: object, folder: Path) -> str:
 def test_the_pipeline_works_without_this_package(run_dir: Path, tmp_path: Path) -> None:
     models = {"student": "student", "control": "control", "gpt2": "teachers/gpt2"}
     places = {name: export(run_dir, part, tmp_path / name) for name, part in models.items()}
-    found = json.loads(python_elsewhere(STRANGER, *places.values(), folder=tmp_path).splitlines()[-1])
+    told = python_elsewhere(STRANGER, *places.values(), folder=tmp_path)
+    found = json.loads(told.splitlines()[-1])
     for name, part in models.items():
         seen = found["models"][str(places[name])]
         assert seen["text"].strip().startswith("the little dog")
+        assert seen["tokens"] == 128  # it was asked for no fewer, and the model has no more
         assert seen["model_max_length"] == 128
         assert seen["special"] == seen["of_tokenizer"] == [0, 2]
         assert seen["dtype"] == "torch.bfloat16"
         assert all(re.match("torch|transformers", module) for module in seen["modules"])
         original = AutoModelForCausalLM.from_pretrained(run_dir / part)
-        ids = torch.tensor([json.loads(json.dumps(ids_of(run_dir, "the little dog")))])
+        ids = torch.tensor([ids_of(run_dir, "the little dog")])
         assert original(ids).logits.float().sum().item() == pytest.approx(seen["logits"], rel=1e-3)
     assert found["messages"] == []
+    assert found["blocks"] == 2
+    assert found["printed"].count("The little dog") == 2
 
 
 def ids_of(run_dir: Path, text: str) -> list[int]:
     from tokenizers import Tokenizer
 
     return Tokenizer.from_file(str(run_dir / "tokenizer" / "tokenizer.json")).encode(text).ids
-
-
-def test_the_cards_code_runs_in_the_models_directory(run_dir: Path, tmp_path: Path) -> None:
-    directory = export(run_dir, "student", tmp_path / "out")
-    card = (directory / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
-    assert len(blocks) == 2
-    written = python_elsewhere("\n".join(blocks), folder=directory)
-    assert written.count("The little dog") == 2
 
 
 def test_nothing_in_it_is_of_this_package_or_machine(run_dir: Path, tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_the_card_has_the_text_the_recipe_and_the_weights(run_dir: Path, tmp_pat
     assert rows["all"] == f"{index['train']['tokens']:,}"
     assert rows["words (by whitespace)"] == f"{2 * 200 * 8:,}"
     digest = files.sha256_file(directory / "model.safetensors")
-    assert f"| model.safetensors sha256 " in card.text
+    assert "| model.safetensors sha256 " in card.text
     assert digest in card.text
     assert "For one token that is 0.5 CE + 0.5 KL." in card.text
     assert "Teachers: gpt2 (gpt2, " in card.text
@@ -327,9 +328,7 @@ def test_a_disk_that_fills(run_dir: Path, tmp_path: Path) -> None:
 # -- the command ----------------------------------------------------------------------------------
 
 
-def test_the_command(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert cli.main(["export", str(run_dir), "--model", "control", "--to", str(out)]) == 0
     assert capsys.readouterr().out == f"{out}\n"

@@ -72,8 +72,8 @@ def test_shipped_jobs_pass(validator: Any, name: str) -> None:
 
 
 RIGHT: dict[str, Change] = {
-    "a variable in a path": lambda job: job["corpus"].update(
-        {"kind": "files", "train": ["${BABYLM_DATA}/a.txt"], "split": {"kind": "tail"}}
+    "a variable in a path": lambda job: job.update(
+        corpus={"kind": "files", "train": ["${BABYLM_DATA}/a.txt"], "split": {"kind": "tail"}}
     ),
     "a variable in the name": lambda job: job.update(name="${WHO}-{seed}"),
     "a variable in a teacher's name": lambda job: job["teachers"][0].update(name="${WHO}"),
@@ -143,8 +143,8 @@ def test_an_editor_has_something_to_show() -> None:
     for name, model in {"": schema, **schema["$defs"]}.items():
         assert model["additionalProperties"] is False, name
         for key, value in model["properties"].items():
-            shown = value.get("description") or described(value, schema)
-            assert shown or key == "kind", f"{name}.{key}"
+            if key != "kind":
+                assert value.get("description") or described(value, schema), f"{name}.{key}"
             assert key in model.get("required", ()) or "default" in value, f"{name}.{key}"
     schedule = schema["$defs"]["TrainingSpec"]["properties"]["schedule"]
     assert (schedule["enum"], schedule["default"]) == (["cosine", "linear"], "cosine")
