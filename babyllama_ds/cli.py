@@ -146,9 +146,8 @@ def parse(parser: Parser, words: Sequence[str] | None) -> argparse.Namespace:
         command = next((word for word in words if word in parser.commands), "")
         here = parser.commands.get(command, parser)
         unknown = [word for word in rest if word not in overrides or "overrides" not in arguments]
-        here.error(
-            "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *_hints(here, unknown)])
-        )
+        told = f"unrecognized arguments: {' '.join(unknown)}"
+        here.error("; ".join([told, *_hints(here, unknown)]))
     if overrides:
         arguments.overrides = [*arguments.overrides, *overrides]
     return arguments

@@ -28,11 +28,9 @@ class FinishedRun:
     @property
     def models(self) -> list[str]:
         """Where its models lie: `student`, `control`, `teachers/NAME`."""
-        own = ["student", *(["control"] if self.report["job"].get("control") else [])]
-        return [
-            *own,
-            *(f"teachers/{teacher['name']}" for teacher in self.report["job"]["teachers"]),
-        ]
+        job = self.report["job"]
+        own = ["student", *(["control"] if job.get("control") else [])]
+        return [*own, *(f"teachers/{teacher['name']}" for teacher in job["teachers"])]
 
     @property
     def parts(self) -> list[str]:

@@ -235,12 +235,9 @@ def _optimisation(report: Mapping[str, Any], model_name: str) -> list[str]:
         f"epochs{seen}."
     ]
     if model["seconds"] and model["steps"]:
-        environment = report["environment"]
-        ranks = environment.get("ranks")
-        on = f" on {ranks} {environment.get('device') or ''} ranks".replace("  ", " ")
-        lines.append(
-            f"{model['steps']:,} steps in {duration(model['seconds'])}{on if ranks else ''}."
-        )
+        where = [report["environment"].get(key) for key in ("ranks", "device")]
+        on = f" on {where[0]} {where[1]} ranks" if all(where) else ""
+        lines.append(f"{model['steps']:,} steps in {duration(model['seconds'])}{on}.")
     return lines
 
 

@@ -47,9 +47,8 @@ ENVIRONMENT = {
 
 def lines() -> Iterator[str]:
     words = ("the", "little", "dog", "sees", "a", "red", "ball", "and", "runs", "to", "it")
-    return (
-        " ".join(words[(3 * i + j * j) % len(words)] for j in range(8)) + "\n" for i in range(200)
-    )
+    for i in range(200):
+        yield " ".join(words[(3 * i + j * j) % len(words)] for j in range(8)) + "\n"
 
 
 def evaluation(ce: float, accuracy: float) -> dict[str, Any]:

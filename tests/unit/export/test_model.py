@@ -87,7 +87,7 @@ def python_elsewhere(script: str, *words: object, folder: Path) -> str:
 
 
 def test_the_pipeline_works_without_this_package(run_dir: Path, tmp_path: Path) -> None:
-    models = {"student": "student", "control": "control", "gpt2": "teachers/gpt2"}
+    models = {"student": "student", "gpt2": "teachers/gpt2"}
     places = {name: export(run_dir, part, tmp_path / name) for name, part in models.items()}
     told = python_elsewhere(STRANGER, *places.values(), folder=tmp_path)
     found = json.loads(told.splitlines()[-1])
