@@ -96,6 +96,16 @@ def test_other_content_stays_unless_it_is_to_be_replaced(hub: Any, model_dir: Pa
     assert repository.commits == 2
 
 
+def test_the_same_names_with_other_bytes_are_other_content(hub: Any, model_dir: Path) -> None:
+    push(model_dir, at(hub), private=False, replace=False)
+    for name in ("README.md", "model.safetensors"):
+        kept = hub.repositories[NAME].files[name]
+        hub.repositories[NAME].files[name] = (kept[0] + b"!", kept[1])
+        assert "other content" in refused(model_dir, at(hub)).got
+        hub.repositories[NAME].files[name] = kept
+    assert push(model_dir, at(hub), private=False, replace=False) is False
+
+
 def test_a_file_more_is_other_content(hub: Any, model_dir: Path) -> None:
     push(model_dir, at(hub), private=False, replace=False)
     hub.repositories[NAME].files["extra.md"] = (b"hello", False)

@@ -279,8 +279,9 @@ def test_a_teacher_whose_store_is_gone(run_dir: Path, tmp_path: Path) -> None:
     export(run_dir, "student", tmp_path / "out")  # it lies in the run
 
 
-def test_a_damaged_model(run_dir: Path, tmp_path: Path) -> None:
-    path = run_dir / "student" / "model.safetensors"
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_model(run_dir: Path, tmp_path: Path, name: str) -> None:
+    path = run_dir / "student" / name
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
