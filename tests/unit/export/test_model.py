@@ -175,12 +175,13 @@ def test_the_cards_front_matter_is_the_hubs(run_dir: Path, tmp_path: Path) -> No
     assert card.data.library_name == "transformers"
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.model_name == "nursery-1: student"
-    measured = {(r.dataset_type, r.metric_type): r.metric_value for r in card.data.eval_results}
+    measured = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
+    dev = "the development text of the run (nursery)"
     assert measured == {
-        ("nursery", "cross_entropy"): 4.25,
-        ("nursery", "perplexity"): 2.0,
-        ("nursery", "bits_per_byte"): 1.5,
-        ("nursery", "accuracy"): 0.625,
+        (dev, "cross_entropy"): 4.25,
+        (dev, "perplexity"): 2.0,
+        (dev, "bits_per_byte"): 1.5,
+        ("nursery (minimal pairs)", "accuracy"): 0.625,
     }
     assert 'model="org/name"' in card.text
     assert "`mit`, as whoever published the model says." in card.text
