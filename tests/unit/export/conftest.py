@@ -82,7 +82,8 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[...
         ),
     )
     tokenizer = load_tokenizer(str(tokenizer_dir))
-    texts = {"train": [("stories", lines()), ("talk", lines())], "dev": [("stories", lines())]}
+    train = [(domain, lines()) for domain in ("stories", "talk", "talk")]
+    texts = {"train": train, "dev": [("stories", lines())]}
     tokens_dir = store.build("tokens", "k1", lambda folder: write_shards(folder, texts, tokenizer))
     link_entry(tokenizer_dir, run / "tokenizer")
     link_entry(tokens_dir, run / "tokens")

@@ -197,7 +197,7 @@ def test_the_card_has_the_text_the_recipe_and_the_weights(run_dir: Path, tmp_pat
     of_talk = [d["stop"] - d["start"] for d in index["train"]["domains"] if d["domain"] == "talk"]
     assert rows["talk"] == f"{sum(of_talk):,}"
     assert rows["all"] == f"{index['train']['tokens']:,}"
-    assert rows["words (by whitespace)"] == f"{2 * 200 * 8:,}"
+    assert rows["words (by whitespace)"] == f"{3 * 200 * 8:,}"
     digest = files.sha256_file(directory / "model.safetensors")
     assert "| model.safetensors sha256 " in card.text
     assert digest in card.text
