@@ -11,11 +11,13 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from babyllama_ds import __version__
 from babyllama_ds.errors import EXIT_CODE, Stopped, UserError
+from babyllama_ds.spec.explain import closest, did_you_mean
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.spec.shipped import find_job
@@ -107,18 +109,60 @@ def exit_code_of(work: Callable[[], None]) -> int:
     return 0
 
 
-def parse(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+class Parser(argparse.ArgumentParser):
+    """argparse's, which suggests what a misspelt command or option was meant to be.
+
+    argparse itself does so from Python 3.14 on, if asked, and for choices only.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        self.options: list[str] = []
+        self.commands: Mapping[str, argparse.ArgumentParser] = {}
+        super().__init__(*args, **settings)
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse's, remembering how options are spelt."""
+        self.options += [name for name in names if str(name).startswith("--")]
+        return super().add_argument(*names, **settings)
+
+    def check_command(self, words: Sequence[str]) -> None:
+        """Exit with a suggestion if the command is none of those that there are."""
+        word = next((word for word in words if not word.startswith("-")), None)
+        if word is not None and self.commands and word not in self.commands:
+            hint = did_you_mean(word, self.commands)
+            self.error(f"unknown COMMAND {word!r}; {hint}")
+
+
+def parse(parser: Parser, words: Sequence[str] | None) -> argparse.Namespace:
     """Parse, with `KEY=VALUE` overrides allowed anywhere among the options.
 
     argparse alone takes them only right behind JOB, and its intermixed mode knows no commands.
     """
+    words = sys.argv[1:] if words is None else words
+    parser.check_command(words)
     arguments, rest = parser.parse_known_args(words)
     overrides = [word for word in rest if "=" in word and not word.startswith("-")]
     if len(overrides) < len(rest) or (overrides and "overrides" not in arguments):
-        parser.parse_args(words)  # says what it does not know, and exits
+        command = next((word for word in words if word in parser.commands), "")
+        here = parser.commands.get(command, parser)
+        unknown = [word for word in rest if word not in overrides or "overrides" not in arguments]
+        told = f"unrecognized arguments: {' '.join(unknown)}"
+        here.error("; ".join([told, *_hints(here, unknown)]))
     if overrides:
         arguments.overrides = [*arguments.overrides, *overrides]
     return arguments
+
+
+def _hints(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> Iterator[str]:
+    """What unknown words were meant to be."""
+    options = parser.options if isinstance(parser, Parser) else []
+    for word in unknown:
+        name = word.partition("=")[0]
+        near = closest(name, options) if word.startswith("-") else None
+        if near is not None:
+            yield f"did you mean `{near}`?"
+        elif "=" in word and word.startswith("-"):
+            yield f"a field of the job has no dashes: {word.lstrip('-')}"
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,13 +179,14 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="babyllama-ds",
         description="Distil small LLaMA models from ensembles of teachers, on little text.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.commands = commands.choices
 
     checker = commands.add_parser("check", help="validate a job and print it resolved")
     add_job_arguments(checker)
@@ -162,6 +207,8 @@ def _parser() -> argparse.ArgumentParser:
     gains = commands.add_parser("gains", help="gains of distillation over several runs")
     gains.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run directories")
     gains.set_defaults(command=lambda args: _gains(args.run_dirs))
+
+    _add_export(commands.add_parser("export", help="a model or a whole run, for elsewhere"))
 
     _add_generate(commands.add_parser("generate", help="let a model go on from a prompt"))
 
@@ -223,6 +270,31 @@ def _add_generate(speaker: argparse.ArgumentParser) -> None:
     speaker.set_defaults(command=_generate)
 
 
+def _add_export(exporter: argparse.ArgumentParser) -> None:
+    exporter.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
+    exporter.add_argument(
+        "--model",
+        metavar="NAME",
+        help="student, control or teachers/NAME (default: student)",
+    )
+    exporter.add_argument("--to", type=Path, metavar="DIR", help="write the model there")
+    exporter.add_argument(
+        "--push", metavar="ORG/NAME", help="put the model on the Hugging Face hub"
+    )
+    exporter.add_argument(
+        "--private", action="store_true", help="with --push: a repository that only ORG sees"
+    )
+    exporter.add_argument(
+        "--replace", action="store_true", help="with --push: in place of what is there"
+    )
+    exporter.add_argument("--license", metavar="ID", help="for the card, as the hub names it: mit")
+    exporter.add_argument("--language", metavar="CODE", help="of the text, for the card: en")
+    exporter.add_argument(
+        "--bundle", type=Path, metavar="PATH", help="copy the whole run, to a directory or a .tar"
+    )
+    exporter.set_defaults(command=_export)
+
+
 def _not_negative(word: str) -> float:
     """A number from 0 on, as argparse wants it."""
     number = float(word)
@@ -281,6 +353,25 @@ def _generate(options: argparse.Namespace) -> None:
     device = torch.device(resolve_device(options.device))
     for text in generate(options.model, options.prompts, sampling, device=device):
         print(text, flush=True)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from babyllama_ds.export.command import Export, export_run
+
+    for place in export_run(
+        Export(
+            run_dir=options.run_dir,
+            model=options.model,
+            to=options.to,
+            push=options.push,
+            private=options.private,
+            replace=options.replace,
+            license_id=options.license,
+            language=options.language,
+            bundle=options.bundle,
+        )
+    ):
+        print(place, flush=True)
 
 
 def _schema(*, in_words: bool) -> None:

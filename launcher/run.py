@@ -10,12 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from babyllama_ds.cli import add_job_arguments, check, exit_code_of, parse, run
+from babyllama_ds.cli import Parser, add_job_arguments, check, exit_code_of, parse, run
 
 
 def main() -> int:
     """The exit status of this rank; the same on every rank."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_job_arguments(parser)
     parser.add_argument("--check", action="store_true", help="validate and print the job, no more")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from the launcher

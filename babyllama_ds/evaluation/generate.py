@@ -57,6 +57,7 @@ def generate(
     tokenizer = load_tokenizer(directory, where=WHERE)
     model: Any = load_model(directory, attention="sdpa", where=WHERE).to(device).eval()
     check_vocabulary_fits(model, vocabulary_size(tokenizer), where=WHERE)
+    model.generation_config.max_length = None  # `sampling.tokens` says it, and `_encoded` checks
     torch.manual_seed(sampling.seed)
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     for prompt in prompts:
@@ -77,8 +78,25 @@ def generate(
 def _model_in(path: str) -> str:
     """The path itself; of a run's folder, that of its student."""
     student = Path(path) / "student"
-    is_run = not (Path(path) / "config.json").exists() and (student / "config.json").exists()
-    return str(student) if is_run else path
+    if (Path(path) / "config.json").exists():
+        return path
+    if (student / "config.json").exists():
+        return str(student)
+    if (Path(path) / "job.yaml").exists():
+        raise ModelError.of(
+            WHERE,
+            got=f"{path}, a run without a student yet",
+            expected="a model, or a run that has one",
+            hint="one of its teachers may be done: RUN/teachers/NAME",
+        )
+    if Path(path).is_file():
+        raise ModelError.of(
+            WHERE,
+            got=f"{path}, a file",
+            expected="a directory",
+            hint="unpack it first: tar --extract --file" if path.endswith(".tar") else None,
+        )
+    return path
 
 
 def _encoded(prompt: str, tokenizer: Any, model: Any, new_tokens: int) -> torch.Tensor:

@@ -27,14 +27,19 @@ def export_model(
     """Weights (safetensors, `dtype`), configuration, generation defaults, tokenizer, summary.
 
     `dtype` is what the model was trained and evaluated in, so what is measured is what is given
-    away. The tokenizer's files are copied as they are. `training.json` holds the summary that the
-    report reads.
+    away. Generation ends at the positions that the model has, where it did not say so itself: a
+    pipeline asked for nothing in particular writes 256 tokens, which is beyond small models. The
+    tokenizer's files are copied as they are. `training.json` holds the summary that the report
+    reads.
 
     Raises:
         RunError: the disk refuses.
     """
     model.to(dtype)
     model.config.dtype = dtype
+    generation: Any = model.generation_config
+    if generation.max_length is None:
+        generation.max_length = getattr(model.config, "max_position_embeddings", None)
     try:
         model.save_pretrained(directory)  # type: ignore[operator]
         for path in tokenizer_dir.glob("*.json"):

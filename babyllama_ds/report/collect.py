@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from babyllama_ds.errors import RunError
-from babyllama_ds.files import hash_json, read_json
+from babyllama_ds.files import hash_json, read_json, read_manifest
 from babyllama_ds.report.loss import loss_facts
 from babyllama_ds.teachers.watch import warnings_of
 
@@ -63,6 +63,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         "job": job,
         "job_sha256": hash_json(job),
         "environment": _read_optional(run_dir / "environment.json"),
+        "data": _data(_read_optional(run_dir / "tokens" / "shards.json")),
         "loss": loss_facts(job),
         "ensemble": _ensemble(
             [teacher["name"] for teacher in job["teachers"]],
@@ -72,6 +73,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         # How far a top-k cache's targets are from the exact ones; none: they are exact.
         "topk": _read_optional(run_dir / "student" / "training.json").get("topk"),
         "models": models,
+        "weights": {name: _weights(folder) for name, _, folder in _models_of(job, run_dir)},
         "gains": _gains(models),
         "minimal_pairs": _benchmarks({name: evaluations.get(name, {}) for name in models}),
         "last_logged_step": {line["stage"]: line for line in logged},
@@ -127,6 +129,28 @@ def _logged_steps(path: Path) -> list[dict[str, Any]]:
     return logged
 
 
+# -- the text -----------------------------------------------------------------------------------
+
+
+def _data(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What the cleaned text comes to, by split: tokens, words, bytes, and tokens by domain."""
+    return {
+        split: {
+            **{key: facts[key] for key in ("tokens", "words", "bytes")},
+            "domains": _tokens_by_domain(facts["domains"]),
+        }
+        for split, facts in index.get("splits", {}).items()
+    }
+
+
+def _tokens_by_domain(spans: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """A domain may have many files."""
+    tokens: dict[str, int] = {}
+    for span in spans:
+        tokens[span["domain"]] = tokens.get(span["domain"], 0) + span["stop"] - span["start"]
+    return tokens
+
+
 # -- models -------------------------------------------------------------------------------------
 
 
@@ -154,6 +178,13 @@ def _model(role: str, training: Mapping[str, Any], evaluation: Mapping[str, Any]
         "bits_per_byte": dev.get("bits_per_byte"),
         "minimal_pairs": {name: scores["accuracy"] for name, scores in benchmarks.items()},
     }
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    """SHA-256 of each weight file of a model that is done."""
+    manifest = read_manifest(folder)
+    named = manifest.files.items() if manifest else ()
+    return {name: facts.sha256 for name, facts in named if name.endswith(".safetensors")}
 
 
 def _gains(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

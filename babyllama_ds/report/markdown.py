@@ -300,7 +300,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{path}")
 model = AutoModelForCausalLM.from_pretrained("{path}")
 ids = tokenizer("The little dog", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=30, do_sample=True)[0]))
+print(tokenizer.decode(model.generate(ids, max_length=60, do_sample=True)[0]))
 ```"""
 
 

@@ -7,9 +7,9 @@ the document, each at the key's own line, with what was got, what was expected, 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -84,6 +84,7 @@ def explain(
             _wrong_kind(document, at, details["input"])
         else:
             _wrong_value(document, at, details)
+            settled.add(at.path)  # a union tells of each of its members
 
 
 def locate(root: type[BaseModel], data: object, loc: Iterable[str | int]) -> Located:
@@ -118,10 +119,17 @@ def locate(root: type[BaseModel], data: object, loc: Iterable[str | int]) -> Loc
 def did_you_mean(word: object, known: Iterable[str]) -> str | None:
     """A hint for a misspelt word: the closest known one, or all there are."""
     known = sorted(set(known))
-    close = difflib.get_close_matches(str(word).lower(), known, n=1)
-    if close:
-        return f"did you mean `{close[0]}`?"
+    near = closest(word, known)
+    if near is not None:
+        return f"did you mean `{near}`?"
     return f"there are: {', '.join(known)}" if known else None
+
+
+def closest(word: object, known: Iterable[str]) -> str | None:
+    """The known word that a misspelt one was meant to be, whatever its case; none: no one knows."""
+    by_lower = {one.lower(): one for one in sorted(set(known), reverse=True)}
+    close = difflib.get_close_matches(str(word).lower(), by_lower, n=1)
+    return by_lower[close[0]] if close else None
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -129,6 +137,15 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _words_in(annotation: Any) -> Iterator[str]:
+    """The literal texts that a value may be, inside `Annotated`, unions and optionals."""
+    if get_origin(annotation) is Literal:
+        yield from (word for word in get_args(annotation) if isinstance(word, str))
+    elif get_origin(annotation) is not tuple:
+        for argument in get_args(annotation):
+            yield from _words_in(argument)
 
 
 def _is_tag(key: str | int, models: list[type[BaseModel]]) -> bool:
@@ -166,11 +183,11 @@ def _unknown_key(
         name.removeprefix(here): why for name, why in refused.items() if _below(name, here)
     }
     hint = did_you_mean(key, known)
-    close = difflib.get_close_matches(key, [*known, *elsewhere], n=1)
+    near = closest(key, [*known, *elsewhere])
     if OTHER_NAMES.get(key) in known:
         hint = f"it is called `{OTHER_NAMES[key]}` here"
-    elif close and close[0] in elsewhere:
-        hint = f"did you mean `{close[0]}`? {elsewhere[close[0]]}"
+    elif near is not None and near in elsewhere:
+        hint = f"did you mean `{near}`? {elsewhere[near]}"
     document.complain(at.path, got="an unknown key", expected="a known one", hint=hint)
 
 
@@ -185,7 +202,10 @@ def _wrong_kind(document: Document, at: Located, value: Mapping[str, Any]) -> No
     expected = f"one of {', '.join(map(repr, kinds))}"
     path = (*at.path, "kind")
     if "kind" not in value:
-        document.complain(path, got="nothing", expected=expected)
+        meant = next((key for key in value if OTHER_NAMES.get(key) == "kind"), None)
+        meant = meant or closest("kind", value)
+        hint = f"`{meant}` is called `kind` here" if meant else None
+        document.complain(path, got="nothing", expected=expected, hint=hint)
         return
     got = value["kind"]
     document.complain(path, got=show(got), expected=expected, hint=did_you_mean(got, kinds))
@@ -196,9 +216,14 @@ def _wrong_value(document: Document, at: Located, details: ErrorDetails) -> None
     field = at.owner.model_fields.get(str(at.path[-1])) if at.owner and at.path else None
     got = "nothing" if kind == "missing" else show(value)
     expected = _expected(kind, context, details["msg"])
+    words = list(_words_in(at.annotation)) if kind not in ("literal_error", "missing") else []
+    if words:
+        expected += f", or {' or '.join(map(repr, words))}"
     if type(None) in get_args(at.annotation):
         expected += ", or null"
-    hint = _hint(kind, value, context) or (field.description if field else None)
+    near = closest(value, words) if isinstance(value, str) else None
+    hint = f"did you mean `{near}`?" if near else _hint(kind, value, context)
+    hint = hint or (field.description if field else None)
     document.complain(at.path, got=got, expected=expected, hint=hint)
 
 

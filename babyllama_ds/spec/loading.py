@@ -10,6 +10,7 @@ model, no device. Next: `pipeline`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from pydantic import ValidationError
 
 from babyllama_ds.errors import JobError
 from babyllama_ds.spec.document import Document, KeyPath, Place, key_text, read_document, show
-from babyllama_ds.spec.explain import explain
+from babyllama_ds.spec.explain import closest, explain
 from babyllama_ds.spec.job import JobSpec
 
 
@@ -60,11 +61,22 @@ def read_text(path: Path) -> str:
         got = f"byte 0x{error.object[error.start]:02x} at offset {error.start}"
         raise JobError.of(path, got=got, expected="UTF-8 text") from None
     except FileNotFoundError:
-        hint = f"paths are relative to {Path.cwd()}" if not path.is_absolute() else None
+        hint = _hint_for_missing(path)
         raise JobError.of(path, got="no such file", expected="a file", hint=hint) from None
     except OSError as error:
         got = (error.strerror or str(error)).lower()
         raise JobError.of(path, got=got, expected="a readable file") from None
+
+
+def _hint_for_missing(path: Path) -> str | None:
+    """The file in the same folder that was meant, and what a relative path is relative to."""
+    near = None
+    with contextlib.suppress(OSError):
+        near = closest(path.name, [one.name for one in path.parent.iterdir()])
+    hints = [f"did you mean `{near}`?"] if near else []
+    if not path.is_absolute():
+        hints.append(f"paths are relative to {Path.cwd()}")
+    return " ".join(hints) or None
 
 
 _AFTER_LINES = 1_000_000_000
@@ -112,7 +124,9 @@ def _resolve(document: Document, key: str, place: Place) -> KeyPath | None:
                 names = [one["name"] for one in here if isinstance(one, dict) and "name" in one]
                 if names:
                     expected += f", or one of {', '.join(map(repr, names))}"
-                document.complain_at(place, path, got=repr(parts[0]), expected=expected)
+                near = closest(parts[0], map(str, names))
+                hint = f"did you mean `{near}`?" if near else None
+                document.complain_at(place, path, got=repr(parts[0]), expected=expected, hint=hint)
                 return None
             index, used = item
             path, here, parts = (*path, index), here[index], parts[used:]

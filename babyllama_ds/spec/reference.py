@@ -12,6 +12,8 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from babyllama_ds.spec.schema import FROM_ENVIRONMENT
+
 Schema = Mapping[str, Any]
 
 _KIND = re.compile(r" \(.*?\)")
@@ -130,6 +132,8 @@ def _takes(value: Schema, places: Mapping[str, Sequence[str]]) -> str:
         return ", ".join(f"`{word}`" for word in words)
     if "prefixItems" in value:
         return "a list: " + ", ".join(_takes(item, places) for item in value["prefixItems"])
+    if "items" in value and 0 < value.get("minItems", 0) == value.get("maxItems"):
+        return "a list: " + ", ".join([_takes(value["items"], places)] * value["minItems"])
     if "items" in value:
         least = "at least one" if value.get("minItems") else "a list"
         return f"{least}: {_takes(value['items'], places)}"
@@ -152,7 +156,7 @@ def _limits(value: Schema) -> str:
     }
     found = [f"{sign} {value[key]:,}" for key, sign in signs.items() if key in value]
     if "pattern" in value:
-        found.append(f"matching `{value['pattern']}`")
+        found.append(f"matching `{value['pattern'].removesuffix(FROM_ENVIRONMENT)}`")
     return " " + ", ".join(found) if found else ""
 
 

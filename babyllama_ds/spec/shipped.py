@@ -27,7 +27,7 @@ def shipped_path(room: Room, name: str) -> Path:
     """The shipped file of that name (`nursery` or `nursery.yaml`). Raises `JobError`."""
     path = _folder(room) / f"{name.removesuffix(SUFFIX[room])}{SUFFIX[room]}"
     if path.parent != _folder(room) or not path.is_file():
-        hint = did_you_mean(name, shipped_names(room))
+        hint = did_you_mean(name.removesuffix(SUFFIX[room]), shipped_names(room))
         kind = "job" if room == "jobs" else "DeepSpeed configuration"
         raise JobError.of(
             name, got="no such file", expected=f"a path or a shipped {kind}", hint=hint

@@ -192,6 +192,44 @@ def test_unknown_words_are_refused(
     assert told in err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["chekc", "nursery"], "unknown COMMAND 'chekc'; did you mean `check`?"),
+        (["exprot", "runs/nursery-1"], "unknown COMMAND 'exprot'; did you mean `export`?"),
+        (["Run", "nursery"], "unknown COMMAND 'Run'; did you mean `run`?"),
+        (["zzz"], "unknown COMMAND 'zzz'; there are: check, doctor, export, "),
+        (["run", "nursery", "--rnus", "there"], "--rnus there; did you mean `--runs`?"),
+        (["export", "r", "--privat3", "--to", "d"], "--privat3; did you mean `--private`?"),
+        (["generate", "m", "p", "--temprature=1"], "--temprature=1; did you mean `--temperature`?"),
+        (["plan", "nursery", "--rank=2", "--gup", "L4"], "did you mean `--gpu`?"),
+        (["check", "nursery", "--seed=1"], "a field of the job has no dashes: seed=1"),
+        (
+            ["check", "nursery", "seed=1", "--student.training.epochs=2"],
+            "unrecognized arguments: --student.training.epochs=2; a field of the job has no "
+            "dashes: student.training.epochs=2",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_misspelt_is_told_with_what_was_meant(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_the_launchers_script_suggests_too(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "nursery", "--chekc", "seed=7"])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "unrecognized arguments: --chekc; did you mean `--check`?" in capsys.readouterr().err
+
+
 def test_version_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["--version"])

@@ -22,7 +22,7 @@ ROWS = (
     {"engine", "evaluation"},
     {"teachers"},
     {"training", "report"},
-    {"pipeline", "plan", "doctor"},
+    {"pipeline", "plan", "doctor", "export"},
     {"cli"},
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}

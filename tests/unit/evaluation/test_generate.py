@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -117,3 +120,32 @@ def test_numbers_out_of_range_are_usage_errors(
         cli.main(["generate", "MODEL", "the", f"{option}={value}"])
     assert caught.value.code == 2
     assert f"argument {option}: invalid" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("name: early\n")
+    with pytest.raises(ModelError, match="a run without a student yet") as caught:
+        list(generate(str(tmp_path), ["the"], GREEDY, device=CPU))
+    assert "teachers/NAME" in (caught.value.problems[0].hint or "")
+    (tmp_path / "run.tar").touch()
+    with pytest.raises(ModelError, match="a file, expected a directory") as caught:
+        list(generate(str(tmp_path / "run.tar"), ["the"], GREEDY, device=CPU))
+    assert "unpack it" in (caught.value.problems[0].hint or "")
+
+
+def test_a_length_that_the_model_names_makes_way(
+    model_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else transformers warns at every prompt."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    copy = tmp_path / "copy"
+    shutil.copytree(model_dir, copy)
+    path = copy / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_length": 5}))
+    assert list(generate(str(copy), ["the"], GREEDY, device=CPU)) == list(
+        generate(str(model_dir), ["the"], GREEDY, device=CPU)
+    )
+    assert "max_length" not in caplog.text

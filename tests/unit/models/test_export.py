@@ -104,3 +104,17 @@ def test_a_disk_that_refuses_is_an_error(
             )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_generation_ends_at_the_models_positions(
+    kind: str, tmp_path: Path, tiny_model: Callable[..., Any], tokenizer_dir: Path
+) -> None:
+    """A pipeline that is asked for nothing in particular would go beyond them."""
+    out = tmp_path / "out"
+    export_model(tiny_model(kind), tokenizer_dir, out, SUMMARY, dtype=torch.bfloat16)
+    assert GenerationConfig.from_pretrained(out).max_length == 128
+    told = tiny_model(kind)
+    told.generation_config.max_length = 50
+    export_model(told, tokenizer_dir, tmp_path / "told", SUMMARY, dtype=torch.bfloat16)
+    assert GenerationConfig.from_pretrained(tmp_path / "told").max_length == 50

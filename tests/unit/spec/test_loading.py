@@ -413,7 +413,7 @@ def test_objectives_that_a_cache_has_not_kept_enough_for(
         ([("epochs: 2", "epochs: 2\n    micro_batch: 3")], "student.training.micro_batch", "3",
          "a divisor of batch_windows (8)", "2"),
         ([("epochs: 2", "epochs: 2\n    micro_batch: most")], "student.training.micro_batch",
-         "'most'", "a whole number, or null", "`auto`"),
+         "'most'", "a whole number, or 'auto', or null", "`auto`"),
         ([("name: wide-1.5", "name: deep")], "teachers[1].name", "'deep'",
          "a name of its own", "0"),
         ([("name: deep", "name: student")], "teachers[0].name", "'student'", "another name", ""),

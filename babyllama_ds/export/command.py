@@ -1,0 +1,97 @@
+"""What `babyllama-ds export` was asked for enters; the places where it was put leave, one by one.
+
+What can be refused without work (options that do not go together, a name, a token, a target) is
+refused first; the run is read and checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from babyllama_ds.errors import Problem, RunError
+from babyllama_ds.export.bundle import bundle_run
+from babyllama_ds.export.finished import FinishedRun, open_finished
+from babyllama_ds.export.model import CardFacts, export_model_dir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Where a run, or a model of it, is to go."""
+
+    run_dir: Path
+    model: str | None = None
+    """`student`, `control` or `teachers/NAME`; none: the student."""
+    to: Path | None = None
+    """A directory for the model."""
+    push: str | None = None
+    """The hub's repository for the model, `ORG/NAME`."""
+    private: bool = False
+    replace: bool = False
+    license_id: str | None = None
+    language: str | None = None
+    bundle: Path | None = None
+    """A directory or a `.tar` for the whole run."""
+
+
+def export_run(asked: Export) -> Iterator[str]:
+    """Do what was asked; each place is given when it holds what it should.
+
+    Raises:
+        RunError: options that do not go together; whatever `export_model_dir`, `push` and
+            `bundle_run` raise.
+    """
+    _check(asked)
+    run = open_finished(asked.run_dir)
+    if asked.to is not None or asked.push is not None:
+        yield from _model(asked, run)
+    if asked.bundle is not None:
+        bundle_run(run, asked.bundle)
+        yield str(asked.bundle)
+
+
+def _check(asked: Export) -> None:
+    if asked.to is None and asked.push is None and asked.bundle is None:
+        raise RunError.of(
+            "export",
+            got="no place for it",
+            expected="--to DIR, --push ORG/NAME or --bundle PATH",
+        )
+    of_models = {
+        "--model": asked.model,
+        "--license": asked.license_id,
+        "--language": asked.language,
+    }
+    of_pushes = {"--private": asked.private, "--replace": asked.replace}
+    needs = []
+    if asked.to is None and asked.push is None:
+        needs += [(option, "--to or --push") for option, value in of_models.items() if value]
+    if asked.push is None:
+        needs += [(option, "--push") for option, value in of_pushes.items() if value]
+    if needs:
+        raise RunError.all_of(
+            [Problem(where=option, got=f"no {other}", expected=other) for option, other in needs]
+        )
+
+
+def _model(asked: Export, run: FinishedRun) -> Iterator[str]:
+    facts = CardFacts(license_id=asked.license_id, language=asked.language, place=asked.push or ".")
+    model = asked.model or "student"
+    if asked.push is None:
+        assert asked.to is not None
+        export_model_dir(run, model, asked.to, facts)
+        yield str(asked.to)
+        return
+    # Only who pushes needs what `huggingface_hub` brings in.
+    from babyllama_ds.export.hub import destination, push
+
+    to = destination(asked.push)
+    with tempfile.TemporaryDirectory(prefix="babyllama_ds-") as folder:
+        directory = asked.to or Path(folder) / "model"
+        export_model_dir(run, model, directory, facts)
+        if asked.to is not None:
+            yield str(asked.to)
+        push(directory, to, private=asked.private, replace=asked.replace)
+        yield to.url

@@ -1,0 +1,155 @@
+"""One model of a finished run enters; a Hugging Face directory leaves that needs nothing else.
+
+It holds what the run wrote, and
+
+    README.md                how it was made and measured, as the hub reads it (`report.card`)
+    tokenizer_config.json    with `model_max_length`: the positions that the model has, for what
+                             cuts texts to fit
+    generation_config.json   with `max_length`, the same (runs of older versions leave it out)
+    manifest.json            the SHA-256 and size of every file
+
+Nothing here is executable: JSON, Markdown and safetensors, no pickle.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from babyllama_ds import files
+from babyllama_ds.errors import RunError
+from babyllama_ds.export.finished import FinishedRun
+from babyllama_ds.report.card import render_model_card
+
+SAFE_SUFFIXES = (".json", ".safetensors", ".md")
+"""What a model directory is made of. Anything else is not given away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card says that the run does not know."""
+
+    license_id: str | None = None
+    """The hub's name of a license; none: none is claimed."""
+    language: str | None = None
+    """The text's language as the hub's code (`en`); none: only a text written here has one."""
+    place: str = "."
+    """Where the card's code loads the model from."""
+
+
+def export_model_dir(run: FinishedRun, model: str, target: Path, facts: CardFacts) -> None:
+    """Write `model` (`student`, `control`, `teachers/NAME`) to `target`, whole or not at all.
+
+    Raises:
+        RunError: there is no such model, it is damaged, `target` exists, or the disk refuses.
+    """
+    source = run.model_dir(model)
+    manifest = files.verify_manifest(source)
+    check_names(source, manifest)
+    card = render_model_card(
+        run.report,
+        model.removeprefix("teachers/"),
+        license_id=facts.license_id,
+        language=facts.language,
+        place=facts.place,
+    )
+    with appearing(target) as directory:
+        directory.mkdir(parents=True)
+        for name in manifest.files:
+            shutil.copyfile(source / name, directory / name)
+        _set_lengths(directory)
+        files.write_atomic(directory / "README.md", card)
+        files.write_manifest(directory, fingerprint=manifest.fingerprint, model=model)
+        _check_weights(source, manifest, directory)
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A temporary name beside `target`, to be filled with a file or folder; at the end it is it.
+
+    Whatever goes wrong leaves `target` as it was, and nothing of the work.
+
+    Raises:
+        RunError: `target` exists (an empty folder does not count), or the disk refuses.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise RunError.of(
+            target,
+            got="something that exists",
+            expected="a new name",
+            hint="choose another, or remove it: nothing is written over",
+        )
+    temporary = files.temporary_beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.rename(target)
+        files.fsync_directory(target.parent)
+    except OSError as error:
+        raise RunError.of(
+            target,
+            got=f"{error.strerror or error} while writing it",
+            expected="a place with room for it",
+            hint="free some space, or choose another place; nothing was left here",
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def check_names(directory: Path, manifest: files.Manifest) -> None:
+    """Every file that the manifest names may be given away.
+
+    Raises:
+        RunError: a file in a folder of its own, or of a kind that is not in `SAFE_SUFFIXES`.
+    """
+    for name in manifest.files:
+        path = PurePosixPath(name)
+        if path.name != name or path.suffix not in SAFE_SUFFIXES:
+            raise RunError.of(
+                directory / name,
+                got="a file that no model directory of ours has",
+                expected=f"names that end in {', '.join(SAFE_SUFFIXES)}",
+                hint="only what the run wrote is given away: make the model anew",
+            )
+
+
+def _set_lengths(directory: Path) -> None:
+    """How long texts may be, where it is not said yet."""
+    config = files.read_json(directory / "config.json")
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if positions is None:
+        return
+    generation = _read(directory / "generation_config.json")
+    if generation.get("max_length") is None:
+        generation |= {"max_length": positions}
+        files.write_json(directory / "generation_config.json", generation)
+    tokenizer = _read(directory / "tokenizer_config.json")
+    # What has no limit has one of thirty digits in transformers.
+    if (tokenizer.get("model_max_length") or positions + 1) > positions:
+        tokenizer |= {"model_max_length": positions}
+        files.write_json(directory / "tokenizer_config.json", tokenizer)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(files.read_json(path)) if path.exists() else {}
+
+
+def _check_weights(source: Path, manifest: files.Manifest, copy: Path) -> None:
+    """The copy has the weights that were proved whole."""
+    copied = files.read_manifest(copy)
+    assert copied is not None, "just written"
+    for name, facts in manifest.files.items():
+        if name.endswith(".safetensors") and copied.files[name] != facts:
+            raise RunError.of(
+                source / name,
+                got=f"SHA-256 {copied.files[name].sha256} in the copy",
+                expected=facts.sha256,
+                hint="was the run changed meanwhile? Otherwise the disk is not to be trusted",
+            )

@@ -1,0 +1,247 @@
+"""What is pushed is what was exported, byte for byte; what goes wrong is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from babyllama_ds import files
+from babyllama_ds.errors import RunError
+from babyllama_ds.export import hub as client
+from babyllama_ds.export.finished import open_finished
+from babyllama_ds.export.hub import Destination, destination, push
+from babyllama_ds.export.model import CardFacts, export_model_dir
+
+NAME = "babies/llama-1"
+TOKEN = "hf_atest"
+
+
+@pytest.fixture(autouse=True)
+def by_plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub of these tests knows git's protocol for large files, not Xet's."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+
+@pytest.fixture
+def model_dir(run_dir: Path, tmp_path: Path) -> Path:
+    export_model_dir(open_finished(run_dir), "student", tmp_path / "model", CardFacts())
+    return tmp_path / "model"
+
+
+def at(hub: Any, token: str = TOKEN, name: str = NAME) -> Destination:
+    return Destination(repo_id=name, token=token, endpoint=hub.url)
+
+
+def here(directory: Path) -> dict[str, bytes]:
+    """What the manifest names."""
+    manifest = files.read_manifest(directory)
+    assert manifest is not None
+    return {name: (directory / name).read_bytes() for name in manifest.files}
+
+
+def there(hub: Any) -> dict[str, bytes]:
+    return {name: data for name, data in hub.content(NAME).items() if name != ".gitattributes"}
+
+
+def refused(*args: Any, **options: bool) -> Any:
+    with pytest.raises(RunError) as caught:
+        push(*args, **{"private": False, "replace": False, **options})
+    (problem,) = caught.value.problems
+    return problem
+
+
+def test_every_byte_arrives_and_nothing_else(hub: Any, model_dir: Path) -> None:
+    (model_dir / "optimizer.pt").write_bytes(b"\x80\x04.")
+    (model_dir / "notes.txt").write_text("mine")
+    assert push(model_dir, at(hub), private=False, replace=False) is True
+    assert there(hub) == here(model_dir)
+    assert "model.safetensors" in there(hub)
+    repository = hub.repositories[NAME]
+    assert repository.files["model.safetensors"][1] is True
+    assert (repository.commits, repository.private) == (1, False)
+
+
+def test_a_private_repository(hub: Any, model_dir: Path) -> None:
+    push(model_dir, at(hub), private=True, replace=False)
+    assert hub.repositories[NAME].private is True
+
+
+def test_what_is_there_already_is_not_sent_again(hub: Any, model_dir: Path) -> None:
+    push(model_dir, at(hub), private=False, replace=False)
+    assert push(model_dir, at(hub), private=False, replace=False) is False
+    assert hub.repositories[NAME].commits == 1
+
+
+def test_other_content_stays_unless_it_is_to_be_replaced(hub: Any, model_dir: Path) -> None:
+    push(model_dir, at(hub), private=False, replace=False)
+    repository = hub.repositories[NAME]
+    repository.files["pytorch_model.bin"] = (b"old", True)
+    repository.files["README.md"] = (b"old", False)
+    before = dict(repository.files)
+    problem = refused(model_dir, at(hub))
+    assert problem.where == f"{hub.url}/{NAME}"
+    assert problem.got.startswith("a repository with other content (README.md, config.json, ")
+    assert "--replace" in problem.hint
+    assert repository.files == before
+    assert push(model_dir, at(hub), private=False, replace=True) is True
+    assert there(hub) == here(model_dir)
+    assert ".gitattributes" in repository.files
+    assert repository.commits == 2
+
+
+def test_the_same_names_with_other_bytes_are_other_content(hub: Any, model_dir: Path) -> None:
+    push(model_dir, at(hub), private=False, replace=False)
+    for name in ("README.md", "model.safetensors"):
+        kept = hub.repositories[NAME].files[name]
+        hub.repositories[NAME].files[name] = (kept[0] + b"!", kept[1])
+        assert "other content" in refused(model_dir, at(hub)).got
+        hub.repositories[NAME].files[name] = kept
+    assert push(model_dir, at(hub), private=False, replace=False) is False
+
+
+def test_a_file_more_is_other_content(hub: Any, model_dir: Path) -> None:
+    push(model_dir, at(hub), private=False, replace=False)
+    hub.repositories[NAME].files["extra.md"] = (b"hello", False)
+    assert "other content" in refused(model_dir, at(hub)).got
+
+
+def test_a_public_repository_is_no_private_one(hub: Any, model_dir: Path) -> None:
+    push(model_dir, at(hub), private=False, replace=False)
+    problem = refused(model_dir, at(hub), private=True)
+    assert problem.got == "a public repository"
+    assert hub.repositories[NAME].commits == 1
+
+
+def test_a_damaged_directory_is_not_pushed(hub: Any, model_dir: Path) -> None:
+    (model_dir / "config.json").write_text("{}")
+    assert "config.json" in refused(model_dir, at(hub)).where
+    assert hub.asked == []
+
+
+def test_a_manifest_with_a_pickle_is_not_pushed(hub: Any, model_dir: Path) -> None:
+    (model_dir / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    files.write_manifest(model_dir, fingerprint="f")
+    assert refused(model_dir, at(hub)).where.endswith("pytorch_model.bin")
+    assert hub.asked == []
+
+
+def test_what_arrived_is_looked_at(hub: Any, model_dir: Path) -> None:
+    hub.spoils = "config.json"
+    problem = refused(model_dir, at(hub))
+    assert problem.got == "other content than was sent, or none, in config.json"
+    assert problem.where.startswith(f"{hub.url}/{NAME} at ")
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "where", "expected", "hint"),
+    [
+        ("POST /api/repos/create", 403, "making", "leave to write there", "no file was published"),
+        ("POST /api/repos/create", 500, "making", "the hub to take it", "try again later"),
+        ("POST /api/validate-yaml", 400, "uploading to", "what the hub takes", "no file was"),
+        (f"POST /api/models/{NAME}/commit", 403, "uploading to", "leave to write", "no file was"),
+        (f"POST /api/models/{NAME}/commit", 412, "uploading to", "no other change", "look at"),
+        (f"GET /api/models/{NAME}/revision", 404, "looking at", "of that name", "were sent"),
+    ],
+)
+def test_a_hub_that_refuses(
+    hub: Any, model_dir: Path, request_: str, status: int, where: str, expected: str, hint: str
+) -> None:
+    hub.refuses[request_] = status
+    problem = refused(model_dir, at(hub))
+    assert problem.where == f"{where} {hub.url}/{NAME}"
+    assert problem.got.startswith(f"{status}: ")
+    assert expected in problem.expected
+    assert hint in problem.hint
+    if "were sent" not in hint and NAME in hub.repositories:
+        assert there(hub) == {}
+
+
+def test_what_the_hub_said_is_told(hub: Any, model_dir: Path) -> None:
+    hub.refuses["POST /api/repos/create"] = 403
+    assert "no, said the hub" in refused(model_dir, at(hub)).got
+
+
+def test_a_token_that_the_hub_does_not_know(hub: Any, model_dir: Path) -> None:
+    problem = refused(model_dir, at(hub, token="hf_wrong"))
+    assert problem.got.startswith("401: ")
+    assert problem.expected == "a token that the hub knows"
+    assert "hf_wrong" not in str(problem)
+
+
+def test_a_large_file_that_is_refused(hub: Any, model_dir: Path) -> None:
+    hub.refuses["PUT /upload"] = 403
+    problem = refused(model_dir, at(hub))
+    assert problem.got.startswith("403: ")
+    assert there(hub) == {}
+
+
+def test_no_network(hub: Any, model_dir: Path) -> None:
+    gone = Destination(repo_id=NAME, token=TOKEN, endpoint="http://127.0.0.1:9")
+    problem = refused(model_dir, gone)
+    assert problem.got.startswith("ConnectError: ")
+    assert problem.expected == "an answer of the hub"
+    assert "is the network up?" in problem.hint
+    assert "no file was published" in problem.hint
+
+
+# -- before anything is asked ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["name", "a/b/c", "a/", "/b", "a/b--c", "a/.b", "a/b c", "a/b.git", "a/" + "b" * 100]
+)
+def test_malformed_names(name: str) -> None:
+    with pytest.raises(RunError, match=r"--push: got .* expected ORG/NAME"):
+        destination(name)
+
+
+def test_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "get_token", lambda: None)
+    with pytest.raises(RunError, match="--push: got no token") as caught:
+        destination(NAME)
+    assert "hf auth login" in (caught.value.problems[0].hint or "")
+
+
+def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(RunError, match="HF_HUB_OFFLINE, which is set"):
+        destination(NAME)
+
+
+# -- the command, in a process of its own ---------------------------------------------------------
+
+COMMAND = "import sys; from babyllama_ds.cli import main; sys.exit(main())"
+
+
+def test_the_command(hub: Any, run_dir: Path, tmp_path: Path) -> None:
+    """With the address and the token from the environment, and a copy of what was pushed."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    words = ["export", str(run_dir), "--to", str(tmp_path / "to"), "--push", NAME, "--private"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'to'}\n{hub.url}/{NAME}\n"
+    assert there(hub) == here(tmp_path / "to")
+    assert hub.repositories[NAME].private is True
+    assert f'model="{NAME}"' in there(hub)["README.md"].decode()
+    config = json.loads(there(hub)["config.json"])
+    assert config["architectures"] == ["LlamaForCausalLM"]
