@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 from babyllama_ds.corpus.prepare import Corpus
@@ -10,8 +11,10 @@ from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import build_model, check_positions
 from babyllama_ds.models.parts import HeadKind, check_plain_head
+from babyllama_ds.models.recomputing import check_recomputable
 from babyllama_ds.pipeline.parts import Parts, training_key
 from babyllama_ds.spec.models import PretrainedModel
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
 from babyllama_ds.training.batches import check_warmup
 
@@ -29,12 +32,14 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     parts.benchmarks(corpus)
     for spec in job.teachers:
         if isinstance(spec.model, PretrainedModel):
-            head = _check_loaded(parts, f"teachers.{spec.name}.model", spec.model, corpus)
+            where, trainings = f"teachers.{spec.name}", [spec.training]
+            head = _check_loaded(parts, where, spec.model, trainings, corpus)
             if job.distillation.cache == "hidden":
                 check_head(head, teacher=spec.name)
     check_top_k(job.distillation, len(corpus.tokenizer))
     if isinstance(job.student.model, PretrainedModel):
-        _check_loaded(parts, "student.model", job.student.model, corpus)
+        trainings = [job.student.training, job.control.training if job.control else None]
+        _check_loaded(parts, "student", job.student.model, trainings, corpus)
 
 
 def _check_trainings(parts: Parts, corpus: Corpus) -> None:
@@ -46,12 +51,21 @@ def _check_trainings(parts: Parts, corpus: Corpus) -> None:
             check_warmup(training, windows.num_windows, windows.length, where=training_key(where))
 
 
-def _check_loaded(parts: Parts, where: str, spec: PretrainedModel, corpus: Corpus) -> HeadKind:
+def _check_loaded(
+    parts: Parts,
+    stage: str,
+    spec: PretrainedModel,
+    trainings: Sequence[TrainingSpec | None],
+    corpus: Corpus,
+) -> HeadKind:
     """The vocabulary, positions and head of a loaded model fit; what kind of head it has."""
+    where = f"{stage}.model"
     _check_vocabulary(spec, corpus, where=where)
     attention = parts.attention(where, spec, training=False)
     model = build_model(spec, corpus.tokenizer, seed=0, attention=attention, where=where)
     check_positions(model, parts.job.windows.length, where=where)
+    if any(training and training.gradient_checkpointing for training in trainings):
+        check_recomputable(model, where=f"{training_key(stage)}.gradient_checkpointing")
     return check_plain_head(model, where=where)
 
 

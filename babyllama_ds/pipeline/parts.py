@@ -21,6 +21,7 @@ from babyllama_ds.engine import distributed
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.minimal_pairs import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
+from babyllama_ds.models.sizes import attention_dropout
 from babyllama_ds.spec import deepspeed
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.models import ModelSpec
@@ -66,6 +67,10 @@ class Parts:
             precision=self.precision,
             training=training,
             where=f"{where}.model.attention",
+            # Only cards have kernels without dropout: elsewhere no configuration need be read.
+            dropout=attention_dropout(model, where=f"{where}.model")
+            if training and self.device_kind == "cuda"
+            else 0.0,
         )
 
     def deepspeed_config(self, stage: str, training: TrainingSpec) -> dict[str, Any]:
@@ -85,7 +90,9 @@ class Parts:
     def windows(self, corpus: Corpus, *, seed: int) -> TrainWindows:
         """The windows of the training text."""
         spec = self.job.windows
-        return TrainWindows(corpus.shards, length=spec.length, offsets=spec.offsets, seed=seed)
+        return TrainWindows(
+            corpus.shards, length=spec.length, offsets=spec.offsets, seed=seed, order=spec.order
+        )
 
     def dev_windows(self, corpus: Corpus, limit: int | None) -> DevWindows:
         """The first `limit` windows of the development text; none: all."""

@@ -90,7 +90,12 @@ class Settling:
         ensemble = live_ensemble(parts, teachers, compiled=False) if teachers else None
         try:
             return find_micro_batch(
-                Objective(model, vocab_size=len(corpus.tokenizer), distillation=distillation),
+                Objective(
+                    model,
+                    vocab_size=len(corpus.tokenizer),
+                    distillation=distillation,
+                    gradient_checkpointing=training.gradient_checkpointing,
+                ),
                 ensemble,
                 training=training,
                 deepspeed=parts.deepspeed_config(stage, training),

@@ -16,6 +16,7 @@ from babyllama_ds.report.markdown import (
     headline,
     loading_snippet,
     models_table,
+    trainings,
 )
 
 CITATION = """```bibtex
@@ -162,7 +163,13 @@ def _optimisation(report: Mapping[str, Any], model_name: str) -> list[str]:
 def _results(report: Mapping[str, Any]) -> list[str]:
     if all(model["dev_ce"] is None for model in report["models"].values()):
         return ["Not evaluated."]
-    return [headline(report), models_table(report), gains_table(report), report["gains"]["note"]]
+    return [
+        headline(report),
+        models_table(report),
+        *trainings(report),
+        gains_table(report),
+        report["gains"]["note"],
+    ]
 
 
 def _spec(report: Mapping[str, Any], model_name: str) -> Mapping[str, Any]:

@@ -98,6 +98,9 @@ class WindowsSpec(Spec):
     """`fixed`: window i starts at token `i * length` in every epoch; `random` (published): it is
     shifted by an offset in [0, length) drawn from (seed, epoch, i); `{phases: K}`: by one of K
     offsets, used in turn, the same for every seed."""
+    order: Literal["seeded", "published"] = "seeded"
+    """`seeded`: every stage visits windows, and draws offsets, by its own seed; `published`: all
+    models by seed 42, in the order that Hugging Face's trainer gave those of BabyLlama-2."""
 
     @field_validator("offsets")
     @classmethod

@@ -23,6 +23,7 @@ from babyllama_ds.losses.distillation import (
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.weights import loss_counts
 from babyllama_ds.models.parts import Backbone, split_causal_lm
+from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Targets
 from babyllama_ds.training.batches import Batch, MicroBatch
@@ -50,9 +51,16 @@ class Objective(nn.Module):
     """A causal LM whose forward pass ends in its loss; without `distillation`, in plain CE."""
 
     def __init__(
-        self, model: nn.Module, *, vocab_size: int, distillation: DistillationSpec | None
+        self,
+        model: nn.Module,
+        *,
+        vocab_size: int,
+        distillation: DistillationSpec | None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if gradient_checkpointing:
+            recompute_layers(model)
         self.model = model
         self.vocab_size = vocab_size
         self.distillation = distillation

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from babyllama_ds.models.fused import fuse
+from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.models.sizes import sizes_of
-from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes
+from babyllama_ds.plan.activations import MicroBatchShape, recomputed_bytes, saved_bytes
 
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 MODELS: list[tuple[str, dict[str, Any]]] = [
@@ -20,6 +21,9 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("gpt2", {"n_inner": 40}),
     ("gpt2", DROPOUT),
+    ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.1}),
+    ("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}),
+    ("llama", {"attention_dropout": 0.1}),
 ]
 
 
@@ -55,3 +59,40 @@ def test_what_autograd_saves(
     fuse(model)
     measured = saved_by_autograd(model, windows=3, length=17)
     assert saved_bytes(sizes_of(model.config), shape) == measured
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize(("kind", "changes"), MODELS)
+def test_what_autograd_saves_of_recomputed_layers(
+    kind: str,
+    changes: dict[str, Any],
+    kernel: str,
+    precision: torch.dtype,
+    tiny_model: Callable[..., Any],
+) -> None:
+    """Their inputs; cosines and sines are held by closures, where autograd is not asked."""
+    model = tiny_model(kind, attn_implementation=kernel, **changes).to(precision)
+    shape = MicroBatchShape(
+        windows=3,
+        length=17,
+        kernel=kernel,
+        element_bytes=precision.itemsize,
+        device="cpu",
+        checkpointed=True,
+    )
+    fuse(model)
+    whole = saved_by_autograd(model, windows=3, length=17)
+    recompute_layers(model)
+    measured = saved_by_autograd(model, windows=3, length=17)
+    sizes = sizes_of(model.config)
+    held_by_closures = 2 * precision.itemsize * 17 * sizes.head_size if kind == "llama" else 0
+    assert saved_bytes(sizes, shape) == measured + held_by_closures
+    # What a layer leaves when it is computed again: the difference, but for its input.
+    each = (whole - measured - held_by_closures) / sizes.num_layers
+    assert recomputed_bytes(sizes, shape) == each + precision.itemsize * 3 * 17 * sizes.hidden_size
+
+
+def test_layers_that_are_not_recomputed_leave_nothing_later(tiny_model: Callable[..., Any]) -> None:
+    shape = MicroBatchShape(windows=3, length=17, kernel="sdpa", element_bytes=2, device="cpu")
+    assert recomputed_bytes(sizes_of(tiny_model("llama").config), shape) == 0
