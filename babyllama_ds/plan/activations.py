@@ -48,6 +48,8 @@ def saved_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     layer, rest = _gpt2(sizes, shape) if sizes.family == "gpt2" else _llama(sizes, shape)
     if shape.checkpointed:
         layer = shape.element_bytes * shape.tokens * sizes.hidden_size  # its input
+        if shape.kernel == "eager":
+            rest += shape.element_bytes * shape.tokens * shape.length  # the mask, of all layers
     return sizes.num_layers * layer + rest
 
 

@@ -105,7 +105,7 @@ def test_advice_is_planned(
     overrides = {
         "student": [LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1"],
         "deepspeed": [
-            LARGE.replace("num_layers: 32", "num_layers: 100"),
+            LARGE.replace("num_layers: 32", "num_layers: 140"),
             "student.training.micro_batch=1",
         ],
     }[remedy.split("\\.")[0]]
@@ -121,7 +121,7 @@ def test_offloading_is_not_advised_in_place_of_a_configuration_of_ones_own(
     refused: Callable[..., tuple[str, Reload, Question]],
 ) -> None:
     text, _, _ = refused(
-        LARGE.replace("num_layers: 32", "num_layers: 100"),
+        LARGE.replace("num_layers: 32", "num_layers: 140"),
         "student.training.micro_batch=1",
         "deepspeed.config=zero2_cuda",
     )

@@ -296,7 +296,7 @@ def test_misspelt_keys(key: str, hint: str) -> None:
         ({"zero_optimization__stage": 1}, "zero_optimization.stage", "1", "2 with bf16",
          "another optimizer"),
         ({"zero_optimization__offload_optimizer": {"device": "nvme"}},
-         "zero_optimization.offload_optimizer.device", "'nvme'", "'cpu'", ""),
+         "zero_optimization.offload_optimizer.device", "'nvme'", "one of 'cpu'", ""),
         ({"zero_optimization__offload_optimizer": {}}, "zero_optimization.offload_optimizer.device",
          "nothing", "a value", ""),
         ({"zero_optimization__offload_optimizer": {"device": "cpu"}, "bf16": None,
