@@ -175,5 +175,7 @@ def layer_matrices(module: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
     model: Any = next(models)
     kept_out = {model.get_output_embeddings().weight, model.get_input_embeddings().weight}
     for part in module.modules():
-        if isinstance(part, nn.Linear | Conv1D) and part.weight not in kept_out:
-            yield part.weight, isinstance(part, Conv1D)
+        if isinstance(part, nn.Linear | Conv1D):
+            weight: Any = part.weight
+            if weight not in kept_out:
+                yield weight, isinstance(part, Conv1D)

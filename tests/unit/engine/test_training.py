@@ -268,7 +268,9 @@ def test_bf16_weights_are_the_masters_rounded(
         assert not torch.equal(master, master.bfloat16().float()), "masters carry no more than bf16"
 
 
+@pytest.mark.parametrize("options", [{}, {"muon": MUON}], ids=["adamw", "muon"])
 def test_bf16_gradients_are_accumulated_in_fp32(
+    options: dict[str, Any],
     tiny_model: Callable[..., Any],
     training_spec: Callable[..., TrainingSpec],
     make_engine: Callable[..., TrainingEngine],
@@ -277,14 +279,17 @@ def test_bf16_gradients_are_accumulated_in_fp32(
     batch = batches_of(1)[:1, :1].repeat(1, BATCH, 1)
     moments = []
     for micro_batch in (1, BATCH):
-        training = training_spec(batch_windows=BATCH, micro_batch=micro_batch, clip_norm=None)
+        training = training_spec(
+            batch_windows=BATCH, micro_batch=micro_batch, clip_norm=None, **options
+        )
         engine = make_engine(NextTokenLoss(tiny_model("gpt2")), training, precision="bf16")
         micro_batches = batch[0].chunk(engine.accumulation_steps)
         for micro_BS in micro_batches:
             # A single window either way: the same bf16 arithmetic in every forward pass.
             engine.backward(engine.forward(micro_BS[:1]))
             engine.step(1e-3)
-        moments.append({k: v for k, v in engine.named_state() if k.startswith("exp_avg/")})
+        first = ("exp_avg/", "momentum_buffer/")
+        moments.append({k: v for k, v in engine.named_state() if k.startswith(first)})
     summed, once = moments
     for key in once:
         torch.testing.assert_close(summed[key], once[key], rtol=1e-6, atol=1e-12, msg=key)
