@@ -15,17 +15,32 @@ from babyllama_ds.spec.base import Spec
 from babyllama_ds.spec.corpus import WindowsSpec
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
-from babyllama_ds.spec.models import ModelSpec, PretrainedModel
+from babyllama_ds.spec.models import LlamaModel, ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
 
 METHOD = 3
 """Raised when a change of the code changes what the same job gives."""
 
-HOW_IT_RUNS = {"micro_batch", "log_every_steps", "profile_steps", "checkpoint_every_steps"}
+HOW_IT_RUNS = {
+    "micro_batch",
+    "gradient_checkpointing",
+    "log_every_steps",
+    "profile_steps",
+    "checkpoint_every_steps",
+}
 
 NEUTRAL: dict[type[Spec], dict[str, Any]] = {
-    WindowsSpec: {"attention": "window"},
-    TrainingSpec: {"z_loss": None, "unlabelled_tokens": []},
+    TrainingSpec: {
+        "z_loss": None,
+        "unlabelled_tokens": [],
+        "early_stopping": None,
+        "max_minutes": None,
+        "muon": None,
+        "ema": None,
+    },
+    LlamaModel: {"attention_dropout": 0.0},
+    PretrainedModel: {"dropout": None, "attention_dropout": None},
+    WindowsSpec: {"attention": "window", "order": "seeded"},
     DistillationSpec: {"divergence": {"kind": "forward_kl"}, "hidden_matching": None},
 }
 """Options that came after METHOD was last raised, with the (JSON) value at which nothing is changed

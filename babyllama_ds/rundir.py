@@ -6,12 +6,14 @@ One directory belongs to one experiment. What does not change a result may chang
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from babyllama_ds import files
 from babyllama_ds.errors import Problem, RunError
@@ -24,7 +26,8 @@ FREE_KEYS = re.compile(
     r"evaluation(\..*)?"
     r"|deepspeed\.(device|config|compile)"
     r"|distillation\.(chunk_tokens|cache_tier)"
-    r"|.*\.(micro_batch|log_every_steps|profile_steps|checkpoint_every_steps|attention)"
+    r"|.*\.(micro_batch|gradient_checkpointing|log_every_steps|profile_steps)"
+    r"|.*\.(checkpoint_every_steps|model\.attention)"
     r"|corpus\.(sources\.\d+\.corpus\.)?(train|split\.dev|path|column)(\..*)?"
     r"|(tokenizer|.*\.model)\.path"
 )
@@ -51,7 +54,9 @@ class RunDirectory:
                     expected=f"{ours!r}, as this job says",
                     hint="give the job another `name`, or remove the directory",
                 )
-                for key, theirs, ours in differing_keys(_read_yaml(resolved), _plain(job))
+                for key, theirs, ours in differing_keys(
+                    _with_defaults(_read_yaml(resolved)), _plain(job)
+                )
             ]
             if problems:
                 raise RunError.all_of(problems)
@@ -122,6 +127,14 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _plain(job: JobSpec) -> dict[str, Any]:
     plain: dict[str, Any] = job.model_dump(mode="json")
     return plain
+
+
+def _with_defaults(written: dict[str, Any]) -> dict[str, Any]:
+    """A job with the defaults of options that came after it was written down."""
+    try:
+        return _plain(JobSpec.model_validate_json(json.dumps(written, default=str)))
+    except ValidationError:  # of options that are no more: named among the differing keys
+        return written
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

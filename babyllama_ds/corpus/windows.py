@@ -19,9 +19,11 @@ Legend: N windows, L tokens in a window.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.starts import DocumentStarts
@@ -29,6 +31,9 @@ from babyllama_ds.errors import DataError
 from babyllama_ds.spec.corpus import Offsets, Phases
 
 Indices = npt.NDArray[np.int64]
+
+PUBLISHED_SEED = 42
+"""Of all trainings of BabyLlama and BabyLlama-2: the default of Hugging Face's trainer."""
 
 
 class TrainWindows:
@@ -39,6 +44,11 @@ class TrainWindows:
     [0, length) for each (epoch, i). With K phases the offset is (epoch mod K) · length // K for
     every window, and there are as many as the last phase has room for. Raises `DataError` when
     that leaves no window.
+
+    In the `published` order the seed is 42, whichever is given, and epoch e visits windows in
+    torch's random permutation of seed 42 + e: what Accelerate's `SeedableRandomSampler` gave
+    BabyLlama-2's trainings, from Trainer's seed. Their offsets came from Python's generator, which
+    other code drew from in between: these stay our own, of seed 42.
     """
 
     def __init__(
@@ -49,11 +59,14 @@ class TrainWindows:
         offsets: Offsets,
         seed: int,
         within_documents: bool = False,
+        order: Literal["seeded", "published"] = "seeded",
     ) -> None:
         phases = offsets.phases if isinstance(offsets, Phases) else 1
         self.length = length
         self.num_phases = None if offsets == "random" else phases
-        self._tokens, self._seed = tokens, seed
+        self._tokens = tokens
+        self._seed = seed if order == "seeded" else PUBLISHED_SEED
+        self._order = _order if order == "seeded" else _published_order
         self._documents = _kept(tokens, "train") if within_documents else None
         spare = length if offsets == "random" else self._offset(phases - 1)  # for the offset
         self.num_windows = (tokens.num_tokens("train") - spare) // length
@@ -72,7 +85,7 @@ class TrainWindows:
 
     def order(self, epoch: int) -> Indices:
         """The permutation of all window indices in which an epoch visits them; read-only."""
-        return _order(self._seed, epoch, self.num_windows)
+        return self._order(self._seed, epoch, self.num_windows)
 
     def batch(self, epoch: int, k: int, batch_windows: int) -> Indices:
         """Indices of the windows of global batch `k`; the last of an epoch may be shorter."""
@@ -190,6 +203,14 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64's increment
 def _order(seed: int, epoch: int, num_windows: int) -> Indices:
     draws = _draw(seed, _ORDER, epoch, np.arange(num_windows))
     order = np.argsort(draws, kind="stable")  # ties: 64 bits make them rare, stability harmless
+    order.flags.writeable = False
+    return order
+
+
+@lru_cache(maxsize=4)
+def _published_order(seed: int, epoch: int, num_windows: int) -> Indices:
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order: Indices = torch.randperm(num_windows, generator=generator).numpy()
     order.flags.writeable = False
     return order
 

@@ -43,6 +43,10 @@ class Progress:
     best_dev_ce: float | None = None
     best_step: int | None = None
     last_dev_ce: float | None = None
+    lowest_counted_ce: float | None = None
+    """What early stopping compares with: the lowest dev cross-entropy that counted."""
+    evaluations_waited: int = 0
+    """Evaluations since then."""
 
 
 class CheckpointFolder:

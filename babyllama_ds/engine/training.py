@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from babyllama_ds.engine.averaging import WeightAverage
+from babyllama_ds.engine.muon import MOMENTUM, AdamWWithMuon
 from babyllama_ds.spec.training import TrainingSpec
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+AVERAGE = "ema"
+"""The moving average's name among an optimizer's states."""
 COLLECTIVES = (
     "all_reduce",
     "reduce",
@@ -29,7 +33,8 @@ COLLECTIVES = (
 
 
 class TrainingEngine:
-    """DeepSpeed's engine with AdamW, the job's numbers, and a state that any rank count can read.
+    """DeepSpeed's engine with AdamW or Muon, the job's numbers, and a state that any rank count can
+    read.
 
     `config` is the one dictionary that DeepSpeed gets (`spec.deepspeed.deepspeed_config`).
     """
@@ -47,13 +52,17 @@ class TrainingEngine:
         # A model loaded by transformers comes in eval mode, which would leave its dropout off.
         module.train().to(device)
         self.module = module
+        optimizer = (
+            adamw(module, training) if training.muon is None else AdamWWithMuon(module, training)
+        )
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=adamw(module, training),
-            config=dict(config),
+            optimizer=optimizer,
+            config={**config, **_of_optimizer(optimizer)},
             dist_init_required=False,
         )
-        self._make_moments()
+        self._average = self._make_average(training)
+        self._make_states()
         self.accumulation_steps: int = self._engine.gradient_accumulation_steps()
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -67,8 +76,11 @@ class TrainingEngine:
     def step(self, rate: float) -> None:
         """End of a micro-batch: at the last one of a batch, clip and update at `rate`."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("of_rate", 1.0)
+        updates = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
+        if self._average is not None and updates and not self.overflowed:
+            self._average.update()
 
     @contextmanager
     def communicating(self, part: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
@@ -100,19 +112,46 @@ class TrainingEngine:
         """Global gradient norm of the last update, before clipping. Synchronises the device."""
         return float(self._engine.get_global_grad_norm())
 
+    # -- the moving average ----------------------------------------------------------------------
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the module holds the moving average, where there is one. A collective."""
+        self.show_average()
+        yield
+        # Not in a `finally`: it is a collective, and after an error training ends on every rank.
+        if self._average is not None:
+            self._engine.optimizer.update_lp_params()
+
+    def show_average(self) -> None:
+        """Have the module hold the moving average, where there is one. A collective."""
+        if self._average is None:
+            return
+        zero = self._engine.optimizer
+        masters = zero.single_partition_of_fp32_groups
+        zero.single_partition_of_fp32_groups = self._average.values
+        zero.update_lp_params()
+        zero.single_partition_of_fp32_groups = masters
+
+    def _make_average(self, training: TrainingSpec) -> WeightAverage | None:
+        if training.ema is None:
+            return None
+        return WeightAverage(training.ema, self._engine.optimizer.single_partition_of_fp32_groups)
+
     # -- the state, by parameter name ------------------------------------------------------------
 
     def named_state(self) -> Iterator[tuple[str, Tensor]]:
         """Master weights and moments, whole, in fp32 on the CPU, one after another.
 
-        Keys are `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`. A collective: every rank
-        iterates to the end.
+        Keys are `master/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`; of Muon's matrices
+        `momentum_buffer/NAME` instead of both; with a moving average `ema/NAME`. A collective:
+        every rank iterates to the end.
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for name, parameter in self.module.named_parameters():
             yield f"master/{name}", safe_get_full_fp32_param(parameter).cpu()
-            for key in MOMENTS:
+            for key in self._states_of[parameter]:
                 yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key).cpu()
 
     def load_named_state(self, read: Callable[[str, torch.Size], Tensor], *, step: int) -> None:
@@ -123,31 +162,43 @@ class TrainingEngine:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         for state in self._engine.optimizer.optimizer.state.values():
-            state["step"].fill_(step)
+            if "step" in state:  # Muon counts none
+                state["step"].fill_(step)
         for name, parameter in self.module.named_parameters():
             shape, device = parameter.shape, parameter.device
             safe_set_full_fp32_param(parameter, read(f"master/{name}", shape).to(device))
-            for key in MOMENTS:
+            for key in self._states_of[parameter]:
                 moment = read(f"{key}/{name}", shape).to(device)
                 safe_set_full_optimizer_state(parameter, moment, key)
         # The bf16 weights are the masters, rounded, as after every update.
         self._engine.optimizer.update_lp_params()
+        if self._average is not None:
+            self._average.updates = step
 
-    def _make_moments(self) -> None:
-        """Make AdamW's state now, all of it.
+    def _make_states(self) -> None:
+        """Make the optimizer's state now, all of it, and the moving average as one state more.
 
-        AdamW would make it at its first update. DeepSpeed then connects parameters with their
+        AdamW would make its own at its first update. DeepSpeed then connects parameters with their
         slices of it after the first group's update, and never again: the second group's moments
         (norms, biases) would stay unknown to `safe_get_full_optimizer_state`.
         """
         zero = self._engine.optimizer
-        adam: torch.optim.AdamW = zero.optimizer
-        for partition in zero.single_partition_of_fp32_groups:
-            adam.state[partition] = {
-                "step": torch.zeros((), dtype=torch.float32, device=partition.device),
-                **{key: torch.zeros_like(partition) for key in MOMENTS},
-            }
+        self._states_of: dict[nn.Parameter, tuple[str, ...]] = {}
+        for number, group in enumerate(zero.optimizer.param_groups):
+            (partition,) = group["params"]
+            by_muon = group.get("muon", False)
+            keys: tuple[str, ...] = (MOMENTUM,) if by_muon else MOMENTS
+            states = {key: torch.zeros_like(partition) for key in keys}
+            if self._average is not None:
+                states[AVERAGE] = self._average.values[number]
+            keys = tuple(states)
+            self._states_of |= dict.fromkeys(zero.bit16_groups[number], keys)
+            if not by_muon:
+                states["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
+            zero.optimizer.state[partition] = states
         zero._lazy_init_hp_params_optimizer_state()
+        if isinstance(zero.optimizer, AdamWWithMuon):
+            zero.optimizer.cut(zero)
 
     def destroy(self) -> None:
         """Free the engine, its buffers and hooks; the module stays."""
@@ -179,3 +230,8 @@ def adamw(module: nn.Module, training: TrainingSpec) -> torch.optim.AdamW:
         eps=training.epsilon,
         fused=True,
     )
+
+
+def _of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What DeepSpeed must be told of an optimizer that is not its own or torch's."""
+    return {} if type(optimizer) is torch.optim.AdamW else {"zero_allow_untested_optimizer": True}

@@ -24,6 +24,8 @@ FLASH_KERNELS: tuple[Attention, ...] = (
 )
 # The least compute capability (major version) that each kernel is built for.
 LEAST_CAPABILITY = {"flash_attention_2": 8, "flash_attention_3": 9, "flash_attention_4": 9}
+# Those whose functions take a dropout probability.
+DROPPING_KERNELS = ("flash_attention_2",)
 
 
 def resolve_attention(
@@ -33,6 +35,7 @@ def resolve_attention(
     precision: Literal["bf16", "fp32"],
     training: bool,
     where: str,
+    dropout: float = 0.0,
 ) -> str:
     """The kernel to give to transformers as `attn_implementation`.
 
@@ -40,15 +43,22 @@ def resolve_attention(
     bf16 on a CPU takes `eager`: there the backward pass of PyTorch's fused kernel is slower than
     the plain products by a factor of four to six at windows of 64 and 128 tokens.
 
+    `dropout` is that of attention, which has an effect in training alone.
+
     Raises:
         MachineError: a FlashAttention asked for by name is not usable here, with the reason.
     """
+    dropout = dropout if training else 0.0
     if requested == "auto":
-        usable = (kernel for kernel in FLASH_KERNELS if not why_unusable(kernel, device, precision))
+        usable = (
+            kernel
+            for kernel in FLASH_KERNELS
+            if not why_unusable(kernel, device, precision, dropout)
+        )
         slow_backward = training and device == "cpu" and precision == "bf16"
         return next(usable, "eager" if slow_backward else "sdpa")
     if requested in FLASH_KERNELS:
-        reason = why_unusable(requested, device, precision)
+        reason = why_unusable(requested, device, precision, dropout)
         if reason:
             raise MachineError.of(
                 where,
@@ -59,7 +69,7 @@ def resolve_attention(
     return requested
 
 
-def why_unusable(kernel: str, device: Device, precision: str) -> str | None:
+def why_unusable(kernel: str, device: Device, precision: str, dropout: float = 0.0) -> str | None:
     """Why a FlashAttention kernel cannot run here; none if it can."""
     if device != "cuda":
         return f"the device is {device}"
@@ -70,6 +80,9 @@ def why_unusable(kernel: str, device: Device, precision: str) -> str | None:
         return f"the card's compute capability is {major}.x"
     if not _installed(kernel):
         return "it is not installed"
+    if dropout and kernel not in DROPPING_KERNELS:
+        # transformers would leave it out without a word.
+        return f"it has no dropout, and the model's attention has one of {dropout:g}"
     return None
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -41,7 +42,8 @@ def build_model(
             embedding row for every token id.
     """
     if isinstance(spec, PretrainedModel):
-        model = load_model(spec.path, attention=attention, where=where)
+        dropouts = Dropouts(spec.dropout, spec.attention_dropout)
+        model = load_model(spec.path, attention=attention, where=where, dropouts=dropouts)
     else:
         config = model_config(spec, tokenizer)
         with torch.random.fork_rng(devices=[]):
@@ -90,9 +92,21 @@ def model_config(
         rope_parameters={"rope_type": "default", "rope_theta": spec.rope_theta},
         rms_norm_eps=spec.norm_epsilon,
         initializer_range=spec.initializer_range,
+        attention_dropout=spec.attention_dropout,
         tie_word_embeddings=spec.tied_embeddings,
         **special,
     )
+
+
+class Dropouts(NamedTuple):
+    """Probabilities to be set in a loaded configuration; none: as it says."""
+
+    rest: float | None = None
+    """Of residuals and embeddings."""
+    attention: float | None = None
+
+
+AS_CONFIGURED = Dropouts()
 
 
 def load_model(
@@ -101,15 +115,18 @@ def load_model(
     attention: str,
     where: str,
     dtype: torch.dtype | str = torch.float32,
+    dropouts: Dropouts = AS_CONFIGURED,
 ) -> nn.Module:
     """A causal language model from a Hugging Face directory or hub id; safetensors only.
 
     Raises:
-        ModelError: nothing loadable at `path`, or a file without all of the model's weights.
+        ModelError: nothing loadable at `path`, a file without all of the model's weights, or a
+            dropout that the family does not have.
     """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            **_changed_config(path, dropouts, where=where),
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
@@ -129,6 +146,44 @@ def load_model(
     loaded: nn.Module = model
     fuse(loaded)
     return loaded
+
+
+def _changed_config(path: str, dropouts: Dropouts, *, where: str) -> dict[str, PretrainedConfig]:
+    if dropouts == AS_CONFIGURED:
+        return {}
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    set_dropouts(config, dropouts, where=where)
+    return {"config": config}
+
+
+REST_DROPOUTS = (
+    *("resid_pdrop", "embd_pdrop", "dropout", "hidden_dropout", "hidden_dropout_prob"),
+    *("embedding_dropout", "residual_dropout"),
+)
+ATTENTION_DROPOUTS = ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
+"""What families of transformers call them."""
+
+
+def set_dropouts(config: PretrainedConfig, dropouts: Dropouts, *, where: str) -> None:
+    """Set the probabilities that are asked for, in place.
+
+    Raises:
+        ModelError: the family has no such dropout.
+    """
+    for key, names, p in (
+        ("dropout", REST_DROPOUTS, dropouts.rest),
+        ("attention_dropout", ATTENTION_DROPOUTS, dropouts.attention),
+    ):
+        known = [name for name in names if hasattr(config, name)]
+        if p is not None and not known:
+            raise ModelError.of(
+                f"{where}.{key}",
+                got=f"{p:g} for a model of the family {config.model_type}, which has none",
+                expected="nothing",
+                hint=f"leave {key} out",
+            )
+        for name in known if p is not None else ():
+            setattr(config, name, p)
 
 
 def _check_whole(report: Mapping[str, Any], path: str, *, where: str) -> None:

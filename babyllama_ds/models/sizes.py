@@ -26,7 +26,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from babyllama_ds.errors import ModelError
-from babyllama_ds.models.build import count_parameters, model_config
+from babyllama_ds.models.build import (
+    ATTENTION_DROPOUTS,
+    Dropouts,
+    count_parameters,
+    model_config,
+    set_dropouts,
+)
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
 
@@ -49,7 +55,9 @@ class ModelSizes:
     head_size: int
     intermediate_size: int
     dropout: float
-    """Probability in residuals, embeddings and attention."""
+    """Probability in residuals and embeddings."""
+    attention_dropout: float = 0.0
+    """Probability in attention."""
 
     @property
     def attention_size(self) -> int:
@@ -130,7 +138,27 @@ def sizes_of(config: PretrainedConfig) -> ModelSizes:
         head_size=getattr(config, "head_dim", None) or hidden // heads,
         intermediate_size=inner or 4 * hidden,
         dropout=float(getattr(config, "resid_pdrop", 0.0)),
+        attention_dropout=attention_dropout_of(config),
     )
+
+
+def attention_dropout(spec: ModelSpec, *, where: str) -> float:
+    """Dropout of a model's attention in training; of a loaded one its `config.json` is read.
+
+    Raises:
+        ModelError: a path that holds no readable configuration.
+    """
+    if isinstance(spec, LlamaModel):
+        return spec.attention_dropout
+    if isinstance(spec, Gpt2Model):
+        return spec.dropout
+    return attention_dropout_of(_config(spec, 0, where=where))
+
+
+def attention_dropout_of(config: PretrainedConfig) -> float:
+    """Dropout of attention by a configuration of any family."""
+    found = (getattr(config, name, None) for name in ATTENTION_DROPOUTS)
+    return float(next((p for p in found if p is not None), 0.0))
 
 
 @cache
@@ -160,7 +188,9 @@ def _on_meta(config: PretrainedConfig) -> nn.Module:
 
 def _config(spec: ModelSpec, vocab_size: int, *, where: str) -> PretrainedConfig:
     if isinstance(spec, PretrainedModel):
-        return _loaded_config(spec.path, where=where)
+        config = _loaded_config(spec.path, where=where)
+        set_dropouts(config, Dropouts(spec.dropout, spec.attention_dropout), where=where)
+        return config
     return model_config(spec, cast(PreTrainedTokenizerBase, _Vocabulary(vocab_size)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 from babyllama_ds.corpus.prepare import Corpus
@@ -11,9 +12,11 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import build_model, check_positions
 from babyllama_ds.models.documents import check_documents, takes_lengths
 from babyllama_ds.models.parts import HeadKind, check_plain_head, split_causal_lm
+from babyllama_ds.models.recomputing import check_recomputable
 from babyllama_ds.models.sizes import model_sizes
 from babyllama_ds.pipeline.parts import Parts, training_key
 from babyllama_ds.spec.models import ModelSpec, PretrainedModel
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
 from babyllama_ds.training.batches import check_warmup
 from babyllama_ds.training.matching import check_layers
@@ -37,13 +40,15 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     parts.benchmarks(corpus)
     for spec in job.teachers:
         if isinstance(spec.model, PretrainedModel):
-            head = _check_loaded(parts, f"teachers.{spec.name}.model", spec.model, corpus)
+            where, trainings = f"teachers.{spec.name}", [spec.training]
+            head = _check_loaded(parts, where, spec.model, trainings, corpus)
             if job.distillation.cache == "hidden":
                 check_head(head, teacher=spec.name)
     check_top_k(job.distillation, len(corpus.tokenizer))
     _check_matched_layers(parts, corpus)
     if isinstance(job.student.model, PretrainedModel):
-        _check_loaded(parts, "student.model", job.student.model, corpus)
+        trainings = [job.student.training, job.control.training if job.control else None]
+        _check_loaded(parts, "student", job.student.model, trainings, corpus)
 
 
 def _check_matched_layers(parts: Parts, corpus: Corpus) -> None:
@@ -72,12 +77,21 @@ def _check_trainings(parts: Parts, corpus: Corpus) -> None:
             check_warmup(training, windows.num_windows, windows.length, where=training_key(where))
 
 
-def _check_loaded(parts: Parts, where: str, spec: PretrainedModel, corpus: Corpus) -> HeadKind:
+def _check_loaded(
+    parts: Parts,
+    stage: str,
+    spec: PretrainedModel,
+    trainings: Sequence[TrainingSpec | None],
+    corpus: Corpus,
+) -> HeadKind:
     """The vocabulary, positions and head of a loaded model fit; what kind of head it has."""
+    where = f"{stage}.model"
     _check_vocabulary(spec, corpus, where=where)
     attention = parts.attention(where, spec, training=False)
     model = build_model(spec, corpus.tokenizer, seed=0, attention=attention, where=where)
     check_positions(model, parts.job.windows.length, where=where)
+    if any(training and training.gradient_checkpointing for training in trainings):
+        check_recomputable(model, where=f"{training_key(stage)}.gradient_checkpointing")
     kind = check_plain_head(model, where=where)
     if parts.within_documents:
         # Flash kernels are for accelerators, and for bf16.

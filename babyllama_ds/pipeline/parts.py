@@ -25,6 +25,7 @@ from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.minimal_pairs import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.documents import varies_in_shape
+from babyllama_ds.models.sizes import attention_dropout
 from babyllama_ds.spec import deepspeed
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.models import ModelSpec
@@ -76,6 +77,10 @@ class Parts:
             precision=self.precision,
             training=training,
             where=f"{where}.model.attention",
+            # Only cards have kernels without dropout: elsewhere no configuration need be read.
+            dropout=attention_dropout(model, where=f"{where}.model")
+            if training and self.device_kind == "cuda"
+            else 0.0,
         )
 
     def shapes_vary(self) -> bool:
@@ -121,6 +126,7 @@ class Parts:
             offsets=spec.offsets,
             seed=seed,
             within_documents=self.within_documents,
+            order=spec.order,
         )
 
     def dev_windows(self, corpus: Corpus, limit: int | None) -> DevWindows:

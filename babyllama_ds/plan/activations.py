@@ -40,6 +40,9 @@ class MicroBatchShape:
         """Whether a mask of S numbers for each of the N positions exists."""
         return self.documents and not varies_in_shape(self.kernel)
 
+    checkpointed: bool = False
+    """Whether layers keep their inputs alone (`gradient_checkpointing`)."""
+
     @property
     def tokens(self) -> int:
         """N, the tokens of the micro-batch."""
@@ -51,9 +54,19 @@ def saved_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
 
     A family that is neither LLaMA nor GPT-2 is counted as a LLaMA of its widths.
     """
-    if sizes.family == "gpt2":
-        return _gpt2(sizes, shape)
-    return _llama(sizes, shape)
+    layer, rest = _gpt2(sizes, shape) if sizes.family == "gpt2" else _llama(sizes, shape)
+    if shape.checkpointed:
+        layer = shape.element_bytes * shape.tokens * sizes.hidden_size  # its input
+        if shape.kernel == "eager":
+            rest += shape.element_bytes * shape.tokens * shape.length  # the mask, of all layers
+    return sizes.num_layers * layer + rest
+
+
+def recomputed_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+    """Bytes that one layer's forward pass leaves when it is computed again, before it goes back."""
+    if not shape.checkpointed:
+        return 0
+    return (_gpt2(sizes, shape) if sizes.family == "gpt2" else _llama(sizes, shape))[0]
 
 
 def working_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
@@ -71,7 +84,8 @@ def working_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     return max(mlp, eager) + mask
 
 
-def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> tuple[int, int]:
+    """Of a layer, and of what is not in one."""
     n, e, d = shape.tokens, shape.element_bytes, sizes.hidden_size
     # Input (fp32 but for the fused norm, which is for CPUs), 1/rms, normalised input.
     norm = (e if shape.device == "cpu" else _FP32) * n * d + _FP32 * n + e * n * d
@@ -82,21 +96,22 @@ def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     )
     counted = n if shape.documents else shape.length  # anew in each window, or once for all
     cos_and_sin = 2 * e * counted * sizes.head_size
-    return sizes.num_layers * layer + norm + cos_and_sin + _ID_BYTES * n
+    return layer, norm + cos_and_sin + _ID_BYTES * n
 
 
-def _gpt2(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+def _gpt2(sizes: ModelSizes, shape: MicroBatchShape) -> tuple[int, int]:
+    """Of a layer, and of what is not in one."""
     n, e, d = shape.tokens, shape.element_bytes, sizes.hidden_size
     # The CPU keeps mean and 1/deviation in the input's dtype, CUDA in fp32.
     norm = e * n * d + 2 * n * (e if shape.device == "cpu" else _FP32)
-    mask = _dropout_mask(sizes, shape) * n * d
+    mask = _dropout_mask(sizes.dropout, shape) * n * d
     layer = (
         2 * (norm + e * n * d)
         + _attention(sizes, shape)
         + 2 * e * n * sizes.intermediate_size  # before and after GELU
         + 2 * mask
     )
-    return sizes.num_layers * layer + norm + mask + _ID_BYTES * n + _positions(shape)
+    return layer, norm + mask + _ID_BYTES * n + _positions(shape)
 
 
 def _positions(shape: MicroBatchShape) -> int:
@@ -117,19 +132,19 @@ def _attention(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     if shape.kernel != "eager":  # fused, with dropout, on a CPU: plain products in fp32
         heads = (e + 3 * _FP32) * n * sizes.attention_size
         return heads + 3 * _FP32 * scores
-    if sizes.dropout:
-        return heads + (2 * e + _dropout_mask(sizes, shape)) * scores
+    if sizes.attention_dropout:
+        return heads + (2 * e + _dropout_mask(sizes.attention_dropout, shape)) * scores
     return heads + e * scores
 
 
 def _keeps_scores(sizes: ModelSizes, shape: MicroBatchShape) -> bool:
     """Whether all S × S probabilities exist: not in the fused kernels, but for one case."""
-    plain_fallback = shape.device == "cpu" and sizes.dropout > 0
+    plain_fallback = shape.device == "cpu" and sizes.attention_dropout > 0
     return shape.kernel == "eager" or plain_fallback
 
 
-def _dropout_mask(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+def _dropout_mask(dropout: float, shape: MicroBatchShape) -> int:
     """Bytes of a number's place in a dropout mask: a boolean on CUDA, a factor on a CPU."""
-    if not sizes.dropout:
+    if not dropout:
         return 0
     return shape.element_bytes if shape.device == "cpu" else 1

@@ -92,7 +92,7 @@ def cut(job: JobSpec, train_tokens: int) -> TrainWindows:
     """
     tokens = cast(TokenShards, _Counted(train_tokens))
     spec = job.windows
-    return TrainWindows(tokens, length=spec.length, offsets=spec.offsets, seed=0)
+    return TrainWindows(tokens, length=spec.length, offsets=spec.offsets, seed=0, order=spec.order)
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,15 @@ def disk_items(
 ) -> Sequence[DiskItem]:
     """Every kind of file above a few megabytes.
 
-    Checkpoints hold master weights and both moments in fp32 and the best weights so far. A new
-    one is whole before the oldest of those kept goes, so that there are at times one more.
+    Checkpoints hold master weights and both moments in fp32, a moving average where there is one,
+    and the best weights so far. A new one is whole before the oldest of those kept goes, so that
+    there are at times one more.
     """
-    largest = max(
-        stage.sizes.params + (_projections(job, work) if stage.distilled else 0)
+    checkpoint = max(
+        ((1 + len(MOMENTS) + (stage.training.ema is not None)) * _FP32 + element_bytes)
+        * (stage.sizes.params + (_projections(job, work) if stage.distilled else 0))
         for stage in work.stages
     )
-    checkpoint = ((1 + len(MOMENTS)) * _FP32 + element_bytes) * largest
     models = sum(stage.sizes.params for stage in work.stages)
     models += sum(
         teacher.sizes.params

@@ -32,7 +32,12 @@ import torch
 
 from babyllama_ds.losses.chunks import default_chunk_tokens
 from babyllama_ds.models.sizes import ModelSizes
-from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes, working_bytes
+from babyllama_ds.plan.activations import (
+    MicroBatchShape,
+    recomputed_bytes,
+    saved_bytes,
+    working_bytes,
+)
 from babyllama_ds.spec.deepspeed import ZeroBlock, precision
 
 _FP32 = 4
@@ -48,6 +53,8 @@ Item = Literal[
     "parameters",
     "master weights, fp32",
     "moments, fp32",
+    "moving average, fp32",
+    "offloading",
     "gradients, fp32",
     "gradient buckets",
     "best weights",
@@ -111,6 +118,10 @@ class StageShape:
     """Teachers that are there together while a cache is filled, before the student comes."""
     evaluation_tokens: int
     """In one forward pass of an evaluation."""
+    averaged: bool = False
+    """Whether a moving average of the weights is kept (`ema`)."""
+    muon: bool = False
+    """Whether the layers' matrices have one moment instead of two (`muon`)."""
     deepspeed: Mapping[str, Any]
     """DeepSpeed's configuration."""
     matched: Sequence[MatchedPair] = ()
@@ -128,8 +139,8 @@ class RankMemory:
 
     moments: Mapping[Moment, Mapping[Item, int]]
     host_bytes: int
-    """Of rank 0, at most: the fp32 model at the start, or a gathered checkpoint and the best
-    weights. 0 on a CPU, where the device's numbers hold them."""
+    """Of rank 0, at most: the fp32 model at the start, or a gathered checkpoint, the best weights
+    and an offloaded optimizer. 0 on a CPU, where the device's numbers hold them."""
     host_cache_bytes: int
     """The copies of a teacher cache that all ranks hold in the host's memory; likewise 0 on a
     CPU."""
@@ -155,7 +166,8 @@ def rank_memory(stage: StageShape) -> RankMemory:
     on_cpu = stage.micro.device == "cpu"
     params = stage.trained
     best = stage.micro.element_bytes * params
-    gathered = (1 + _MOMENTS) * _FP32 * params
+    gathered = _state_bytes(stage)
+    in_host = _host_share(stage)
     beside = _beside(stage)
     always = beside | _engine(stage)
     if on_cpu:
@@ -172,7 +184,7 @@ def rank_memory(stage: StageShape) -> RankMemory:
         moments["checkpoint"] = always | {"gathered checkpoint": gathered}
     return RankMemory(
         moments,
-        host_bytes=0 if on_cpu else max(_FP32 * params, gathered + best),
+        host_bytes=0 if on_cpu else max(_FP32 * params, gathered + best + in_host),
         host_cache_bytes=stage.ranks * stage.host_cache_bytes,
     )
 
@@ -208,13 +220,53 @@ def _beside(stage: StageShape) -> dict[Item, int]:
 
 
 def _engine(stage: StageShape) -> dict[Item, int]:
-    """Parameters whole; masters and moments in N parts (stage 0: whole)."""
-    params, parts = stage.trained, stage.ranks if _zero(stage).stage else 1
+    """Parameters whole; masters and moments in N parts (stage 0: whole), offloaded: elsewhere."""
+    params, parts = stage.trained, _parts(stage)
+    offloaded = _offloads(stage) and stage.micro.device == "cuda"
+    here = 0 if offloaded else 1
     return {
         "parameters": stage.micro.element_bytes * params,
-        "master weights, fp32": _FP32 * params // parts,
-        "moments, fp32": _MOMENTS * _FP32 * params // parts,
+        "master weights, fp32": here * _FP32 * params // parts,
+        "moments, fp32": here * _FP32 * _moments(stage) // parts,
+        "moving average, fp32": here * stage.averaged * _FP32 * params // parts,
+        "offloading": _offloading(stage),
     }
+
+
+def _moments(stage: StageShape) -> int:
+    """Numbers of all moments."""
+    twice = _MOMENTS * stage.model.params
+    return twice - stage.model.backbone_weights if stage.muon else twice
+
+
+def _state_bytes(stage: StageShape) -> int:
+    """Of a checkpoint: masters, moments, and the moving average."""
+    return _FP32 * ((1 + stage.averaged) * stage.model.params + _moments(stage))
+
+
+def _parts(stage: StageShape) -> int:
+    return stage.ranks if _zero(stage).stage else 1
+
+
+def _offloads(stage: StageShape) -> bool:
+    return _zero(stage).offload_optimizer is not None
+
+
+def _offloading(stage: StageShape) -> int:
+    """What it takes where the model is: a buffer for the largest matrix, and on a CPU the rest."""
+    if not _offloads(stage):
+        return 0
+    e, params = stage.micro.element_bytes, stage.model.params
+    rest = (_FP32 + e) * params // _parts(stage) if stage.micro.device == "cpu" else 0
+    return e * stage.model.head_weights + rest
+
+
+def _host_share(stage: StageShape) -> int:
+    """A rank's optimizer in the host's memory, its gradients and new weights beside it."""
+    if not _offloads(stage):
+        return 0
+    beside = (_FP32 + stage.micro.element_bytes) * stage.model.params
+    return (_state_bytes(stage) + beside) // _parts(stage)
 
 
 def _accumulated(stage: StageShape) -> int:
@@ -273,7 +325,8 @@ def _backward(stage: StageShape) -> dict[Item, int]:
         "states of matched layers": _matched_states(stage),
         "activations": round(left * saved),
         "kept by the allocator": _kept(stage, saved),
-        "work of a layer": working_bytes(stage.model, stage.micro),
+        "work of a layer": working_bytes(stage.model, stage.micro)
+        + recomputed_bytes(stage.model, stage.micro),
     }
 
 

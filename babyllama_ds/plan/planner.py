@@ -212,6 +212,7 @@ class _Planner:
             element_bytes=element_bytes(config),
             device=self.machine.device,
             documents=self.job.windows.attention == "document",
+            checkpointed=training.gradient_checkpointing,
         )
         loss = self.job.distillation
         teachers = self.work.teachers if stage.distilled and loss.cache != "topk" else ()
@@ -234,6 +235,8 @@ class _Planner:
             host_cache_bytes=0 if on_cpu else in_memory,
             filling=self._filling() if stage.distilled else (),
             evaluation_tokens=self.job.evaluation.batch_tokens,
+            averaged=training.ema is not None,
+            muon=training.muon is not None,
             deepspeed=config,
             matched=self._matched() if stage.distilled else (),
         )
@@ -332,6 +335,7 @@ class _Planner:
         if self.corpus.dev_tokens is None:
             found.append("evaluations during training: left out, the development text is not known")
         found.append("minimal pairs: left out of FLOPs and time")
+        found += self._early_ends()
         if self.question.rate is not None:
             found.append(f"speed: {self.question.rate}, for each rank; other stages by their FLOPs")
         elif self._peak_flops is not None:
@@ -349,6 +353,15 @@ class _Planner:
         found += self._settled_tiers(possible)
         found.append("ranks: N times as fast as one; communication, checkpoints and start left out")
         return found
+
+    def _early_ends(self) -> list[str]:
+        """Limits that nobody knows before."""
+        return [
+            f"{stage.name}: all {stage.steps:,} steps; {limit} may end it earlier"
+            for stage in self.work.stages
+            for limit in ("early_stopping", "max_minutes")
+            if getattr(stage.training, limit) is not None
+        ]
 
     def _settled_micro_batches(self, counts: Sequence[RankCount]) -> list[str]:
         """What `micro_batch: auto` was taken to be."""

@@ -23,8 +23,6 @@ MOST_RANKS = 64
 MOST_PHASES = 4
 """Phases of the windows that are suggested: a cache grows with them."""
 
-_OPTIMIZER: tuple[Item, ...] = ("master weights, fp32", "moments, fp32", "gradients, fp32")
-
 
 def check_fits(plan: Plan, reload: Reload) -> None:
     """A job that fits on one of the rank counts asked for, or where no machine was named.
@@ -73,6 +71,19 @@ def _changes(plan: Plan, count: RankCount, reload: Reload) -> Iterator[str]:
         overrides = [f"{_model_key(stage.name)}.attention=sdpa" for stage in plan.work.stages]
         if _fits_with(plan, count, reload, overrides):
             yield f"{' '.join(overrides)}  (no S × S probabilities are kept)"
+    recomputed = [
+        f"{key}.gradient_checkpointing=true"
+        for key in dict.fromkeys(_training_key(plan, name) for name in plan.too_large(count))
+    ]
+    if _fits_with(plan, count, reload, recomputed):
+        yield f"{' '.join(recomputed)}  (layers are computed twice: the same result, slower)"
+    elif smaller is None:
+        both = [*recomputed, *_least_micro_batches(plan, count)]
+        if _fits_with(plan, count, reload, both):
+            yield " ".join(both)
+    offloaded = ["deepspeed.config=zero2_offload"]
+    if _could_offload(plan) and _fits_with(plan, count, reload, offloaded):
+        yield f"{' '.join(offloaded)}  (masters and moments in the host's memory; slower)"
     for cache in _caches(plan):
         if _fits_with(plan, count, reload, cache):
             yield f"{' '.join(cache)}  (teachers leave the card before the student trains)"
@@ -101,6 +112,12 @@ def _smaller_micro_batches(plan: Plan, count: RankCount, reload: Reload) -> list
 def _least_micro_batches(plan: Plan, count: RankCount) -> list[str]:
     keys = dict.fromkeys(_training_key(plan, name) for name in plan.too_large(count))
     return [f"{key}.micro_batch=1" for key in keys]
+
+
+def _could_offload(plan: Plan) -> bool:
+    """Whether it is the machinery alone that the other configuration changes."""
+    own = plan.job.deepspeed.config != "auto" or plan.precision != "bf16"
+    return plan.machine.device == "cuda" and not own
 
 
 def _caches(plan: Plan) -> Iterator[list[str]]:
@@ -171,9 +188,7 @@ def _model_key(name: str) -> str:
 def _not_offered(plan: Plan, count: RankCount) -> Iterator[str]:
     """What other stacks would do here, and whether it would be enough."""
     usable = plan.usable_bytes(count.ranks) or 0
-    ways: list[tuple[str, Sequence[Item], float]] = [
-        ("an optimizer offloaded to host memory", _OPTIMIZER, 1.0)
-    ]
+    ways: list[tuple[str, Sequence[Item], float]] = []
     if count.ranks > 1:
         split = f"teachers split over {count.ranks} ranks (tensor parallel)"
         ways.append((split, ("teachers",), 1 - 1 / count.ranks))

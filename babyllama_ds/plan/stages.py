@@ -24,7 +24,8 @@ class StageFlops:
     """FLOPs of one training, over all ranks."""
 
     training: int
-    """The trained model, forward and backward."""
+    """The trained model, forward and backward; with gradient checkpointing, its layers forward
+    once more."""
     teachers: int
     """The teachers, forward."""
     evaluation: int
@@ -129,8 +130,11 @@ class _Planner:
         steps = total_steps(training, num_windows, length)
         tokens = steps * training.batch_windows * length
         distilled = name == "student"
+        a_token = sizes.training_flops(length, self.corpus.vocab_size)
+        if training.gradient_checkpointing:
+            a_token += sizes.backbone_flops(length)
         flops = StageFlops(
-            training=tokens * sizes.training_flops(length, self.corpus.vocab_size),
+            training=tokens * a_token,
             teachers=self._teacher_flops(tokens) if distilled else 0,
             evaluation=self._evaluation_flops(sizes, training, steps),
         )

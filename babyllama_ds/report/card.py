@@ -21,6 +21,7 @@ from babyllama_ds.report.markdown import (
     headline,
     loading_snippet,
     models_table,
+    trainings,
 )
 
 CITATION = """@misc{timiryasov2023babyllama,
@@ -258,7 +259,13 @@ def _teachers(report: Mapping[str, Any]) -> Iterator[str]:
 def _results(report: Mapping[str, Any]) -> list[str]:
     if all(model["dev_ce"] is None for model in report["models"].values()):
         return ["Not evaluated."]
-    return [headline(report), models_table(report), gains_table(report), report["gains"]["note"]]
+    return [
+        headline(report),
+        models_table(report),
+        *trainings(report),
+        gains_table(report),
+        report["gains"]["note"],
+    ]
 
 
 def _license(license_id: str | None) -> str:

@@ -30,6 +30,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         provenance(report),
         "## Models",
         models_table(report),
+        *trainings(report),
         *_gains(report),
         *_loss(report),
         *_ensemble(report),
@@ -96,6 +97,26 @@ def models_table(report: Mapping[str, Any]) -> str:
         for name, model in models.items()
     ]
     return table(header, rows, left=2)
+
+
+ENDED = {"early_stopping": "early stopping", "max_minutes": "max_minutes"}
+
+
+def trainings(report: Mapping[str, Any]) -> list[str]:
+    """What the table does not show: trainings that ended early, weights that are an average."""
+    models = report["models"].items()
+    sentences = [
+        f"The training of {name} ended after {model['steps']:,} of {model['planned_steps']:,} "
+        f"planned steps: {ENDED[model['ended_by']]}."
+        for name, model in models
+        if model["ended_by"] in ENDED
+    ]
+    sentences += [
+        f"The weights of {name} are a moving average (decay {model['averaged']:g})."
+        for name, model in models
+        if model["averaged"] is not None
+    ]
+    return [" ".join(sentences)] if sentences else []
 
 
 def gains_table(report: Mapping[str, Any]) -> str:

@@ -270,6 +270,9 @@ class WindowsSpec(Spec):
     of its own document alone, with positions counted anew and no label across the boundary
     (`document`). Needs `corpus.documents`. Only under `distillation.soft_reduction: token` is a
     batch's loss then that of its documents one by one: see docs/documents.md."""
+    order: Literal["seeded", "published"] = "seeded"
+    """`seeded`: every stage visits windows, and draws offsets, by its own seed; `published`: all
+    models by seed 42, in the order that Hugging Face's trainer gave those of BabyLlama-2."""
 
     @field_validator("offsets")
     @classmethod

@@ -59,7 +59,29 @@ def deepspeed_config(
         # Its samples per second would only be printed, for a device sync in every micro-step.
         "timers": {"throughput": {"enabled": False}},
     }
-    return {**quiet, **config, **numbers}
+    return {**quiet, **config, **numbers, **_for_offloading(config, training, where=where)}
+
+
+def offloads(config: Mapping[str, Any]) -> bool:
+    """Whether the optimizer is in the host's memory."""
+    return config["zero_optimization"].get("offload_optimizer") is not None
+
+
+def _for_offloading(
+    config: Mapping[str, Any], training: TrainingSpec, *, where: str
+) -> dict[str, Any]:
+    """What DeepSpeed must be told beside. Raises `JobError`."""
+    if not offloads(config):
+        return {}
+    if training.muon is not None:
+        raise JobError.of(
+            f"{where}.muon",
+            got="Muon with an optimizer that is offloaded",
+            expected="none, or a DeepSpeed configuration without offload_optimizer",
+            hint="products of whole matrices on the host would take longer than the step",
+        )
+    # Its own AdamW for hosts must be compiled at the first start; torch's is there.
+    return {"zero_force_ds_cpu_optimizer": False}
 
 
 def read_config(spec: DeepSpeedSpec, device: Device) -> dict[str, Any]:
@@ -156,6 +178,15 @@ def _no_constant(name: str) -> None:
 _Elements = Annotated[int, Field(strict=False, gt=0)]
 
 
+class OffloadBlock(Spec):
+    """The optimizer in the host's memory: master weights, moments, and the update itself."""
+
+    device: Literal["cpu"]
+    """Where it is: the host (`nvme` needs ZeRO stage 3)."""
+    pin_memory: bool = True
+    """Whether its memory is page-locked, for copies that the card need not wait for."""
+
+
 class ZeroBlock(Spec):
     """ZeRO: what is sharded, and how gradients travel."""
 
@@ -180,6 +211,8 @@ class ZeroBlock(Spec):
     """Parameters without gradient are no error."""
     parameter_alignment: bool = False
     """Every parameter starts at a 16-byte boundary."""
+    offload_optimizer: OffloadBlock | None = None
+    """The optimizer's place; none: beside the model."""
 
 
 class Bf16Block(Spec):
@@ -292,6 +325,9 @@ class DeepSpeedFile(Spec):
                 "checkpoints here cannot read",
             }[stage]
             found.append(Mismatch(("zero_optimization", "stage"), stage, "2 with bf16", hint))
+        elif stage < 2 and self.zero_optimization.offload_optimizer is not None:
+            expected = "2 with offload_optimizer"
+            found.append(Mismatch(("zero_optimization", "stage"), stage, expected))
         if found:
             raise MismatchError(found)
         return self
@@ -319,7 +355,8 @@ def _owned(owner: str) -> str:
 _REMOVED = "DeepSpeed has removed it"
 _PARALLEL = "ranks are data-parallel here, and nothing else"
 _STAGE_3 = "only ZeRO stage 3 reads it, and stages here are 0 to 2"
-_OFFLOAD = "offloading is not supported yet"
+_OFFLOAD = "of offloading, `offload_optimizer` to the host is supported alone"
+_NVME = "only offloading to NVMe reads it, which needs ZeRO stage 3"
 _OWN_CHECKPOINTS = "the run writes its own checkpoints"
 _FP16 = "fp16 is not supported yet: it needs loss scaling and skipped steps; use bf16"
 _NO_NEED = "gradients are averaged in fp32: there is nothing to scale"
@@ -346,7 +383,7 @@ REFUSED: Mapping[str, str] = {
     "prescale_gradients": _NO_NEED,
     "gradient_predivide_factor": _NO_NEED,
     "zero_allow_untested_optimizer": "the optimizer here is one that DeepSpeed has tested",
-    "zero_force_ds_cpu_optimizer": _OFFLOAD,
+    "zero_force_ds_cpu_optimizer": "the optimizer is torch's AdamW, also where it is offloaded",
     "aio": _OFFLOAD,
     "activation_checkpointing": "models here do not use DeepSpeed's checkpointed layers",
     "compile": "DeepCompile is not supported yet",
@@ -411,12 +448,19 @@ REFUSED: Mapping[str, str] = {
         f"zero_optimization.{key}": _OFFLOAD
         for key in (
             "offload_param",
-            "offload_optimizer",
             "cpu_offload",
             "round_robin_gradients",
             "cpu_offload_param",
             "cpu_offload_use_pin_memory",
         )
+    },
+    **{
+        f"zero_optimization.offload_optimizer.{key}": _NVME
+        for key in ("nvme_path", "buffer_count", "pipeline_read", "pipeline_write", "fast_init")
+    },
+    **{
+        f"zero_optimization.offload_optimizer.{key}": _STAGE_3
+        for key in ("ratio", "super_offload", "cpuadam_cores_perc")
     },
     **{
         f"zero_optimization.{key}": _STAGE_3

@@ -31,7 +31,7 @@ from babyllama_ds.spec.distillation import (
 )
 from babyllama_ds.spec.evaluation import EvaluationSpec
 from babyllama_ds.spec.explain import did_you_mean
-from babyllama_ds.spec.models import ModelSpec
+from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
 
 
@@ -58,6 +58,17 @@ class TeacherSpec(Spec):
         if self.training is None and self.model.kind != "pretrained":
             hint = f"a {self.model.kind} starts from random weights; give `training`, or load one"
             found.append(Mismatch(("training",), "nothing", "how it is trained", hint))
+        if self.training is None and isinstance(self.model, PretrainedModel):
+            found += [
+                Mismatch(
+                    ("model", key),
+                    getattr(self.model, key),
+                    "none for a teacher that is not trained",
+                    hint="dropout has an effect in training alone",
+                )
+                for key in ("dropout", "attention_dropout")
+                if getattr(self.model, key) is not None
+            ]
         if self.tensor_parallel > 1:
             hint = "data-parallel ranks would each bring other windows to one split model"
             found.append(Mismatch(("tensor_parallel",), self.tensor_parallel, "1", hint))

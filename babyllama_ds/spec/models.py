@@ -13,6 +13,10 @@ Attention = Literal[
 ]
 
 
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+"""Probability that a number is left out in training."""
+
+
 class LlamaModel(Spec):
     """A LLaMA built from random initialisation (SiLU, RMSNorm, RoPE, no biases)."""
 
@@ -37,6 +41,8 @@ class LlamaModel(Spec):
     """Standard deviation of the initial weights."""
     tied_embeddings: bool = False
     """Whether the head shares the embedding's weights."""
+    attention_dropout: Dropout = 0.0
+    """Dropout of attention's probabilities."""
     attention: Attention = "auto"
     """Attention kernel; `auto`: FlashAttention where installed and usable, else PyTorch's own."""
 
@@ -72,7 +78,7 @@ class Gpt2Model(Spec):
     """Width inside the MLP; none: `4 * hidden_size`."""
     max_positions: PositiveInt = 256
     """Longest sequence (rows of the position embedding)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    dropout: Dropout = 0.1
     """Dropout of residuals, embeddings and attention."""
     norm_epsilon: PositiveFloat = 1e-5
     """LayerNorm epsilon."""
@@ -94,6 +100,11 @@ class PretrainedModel(Spec):
     kind: Literal["pretrained"]
     path: str
     """A Hugging Face model directory or hub id."""
+    dropout: Dropout | None = None
+    """Dropout of residuals and embeddings in training, for families that have it; none: as
+    config.json says."""
+    attention_dropout: Dropout | None = None
+    """Dropout of attention's probabilities in training; none: as config.json says."""
     attention: Attention = "auto"
     """Attention kernel; `auto`: FlashAttention where installed and usable, else PyTorch's own."""
 

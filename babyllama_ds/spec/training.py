@@ -23,8 +23,38 @@ MicroBatch = Annotated[
 ]
 
 
+class EarlyStopping(Spec):
+    """Ends a training whose development cross-entropy no longer falls."""
+
+    patience: PositiveInt
+    """Evaluations in a row without a lower one, after which training ends."""
+    min_delta: NonNegativeFloat = 0.0
+    """Nats per token by which a development cross-entropy must be below the lowest that counted,
+    to count itself."""
+
+
+class MovingAverage(Spec):
+    """An exponential moving average of the weights, evaluated and kept in their place."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """What stays of the average at each optimizer step; the step's weights are the rest."""
+    ramp: bool = True
+    """Whether the decay of step t is at most (1 + t) / (10 + t), so that the initial weights are
+    soon forgotten; false: the same decay from the first step on."""
+
+
+class Muon(Spec):
+    """Muon for the matrices of the layers; embeddings, head, norms and biases stay with AdamW."""
+
+    learning_rate: PositiveFloat = 0.02
+    """Peak learning rate of these matrices, on the schedule of `learning_rate`, which stays that of
+    all other parameters."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """What stays of the gradients before at each step (Nesterov's form)."""
+
+
 class TrainingSpec(Spec):
-    """How one model is trained. Training ends at the first of the limits given."""
+    """How one model is trained; it ends at the first of the limits given (docs/training.md)."""
 
     batch_windows: PositiveInt
     """Windows in one optimizer step, over all ranks and micro-batches."""
@@ -38,6 +68,12 @@ class TrainingSpec(Spec):
     """Limit on optimizer steps."""
     max_tokens: PositiveInt | None = None
     """Limit on tokens seen."""
+    max_minutes: PositiveFloat | None = None
+    """Limit on minutes spent in optimizer steps (evaluations and checkpoints left out), summed over
+    all starts. The learning rate decays over the planned steps all the same, and where it ends
+    depends on the machine."""
+    early_stopping: EarlyStopping | None = None
+    """End when evaluations no longer improve; none: never."""
     learning_rate: PositiveFloat
     """Peak learning rate."""
     schedule: Literal["cosine", "linear"] = "cosine"
@@ -53,6 +89,8 @@ class TrainingSpec(Spec):
     """AdamW's moment decay rates."""
     epsilon: PositiveFloat = 1e-8
     """AdamW's epsilon."""
+    muon: Muon | None = None
+    """Muon for the matrices of the layers; none: AdamW for all parameters."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global gradient norm; none: no clipping."""
     z_loss: PositiveFloat | None = None
@@ -61,6 +99,11 @@ class TrainingSpec(Spec):
     unlabelled_tokens: tuple[str, ...] = ()
     """Tokens, as the vocabulary writes them, that nobody is to learn to predict: where one comes
     next there is no label, and the KL stays."""
+    ema: MovingAverage | None = None
+    """A moving average of the weights, evaluated and kept in their place; none: the weights."""
+    gradient_checkpointing: bool = False
+    """Whether only the layers' inputs are kept for the backward pass, which computes the rest
+    again: much less memory for a third more work."""
     evaluate_every_steps: PositiveInt | None = None
     """Optimizer steps between evaluations on development windows; none: once an epoch."""
     evaluate_windows: PositiveInt | None = None

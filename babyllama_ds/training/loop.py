@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,15 +36,14 @@ from babyllama_ds.teachers.watch import broken_windows, measures, warnings_of
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import Batch, BatchPlan, LabelMask, WindowSource
 from babyllama_ds.training.breakdown import PARTS, UNMEASURED, Breakdown, Parts
+from babyllama_ds.training.clock import Clock
+from babyllama_ds.training.limits import Limits
 from babyllama_ds.training.meter import Meter
 from babyllama_ds.training.metrics import MetricsLog
 from babyllama_ds.training.objective import objective_of
 from babyllama_ds.training.step import StepSums, train_step
 
 log = logging.getLogger(__name__)
-
-PLAIN_LINE_EVERY_S = 10.0
-"""Seconds between lines for people when there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +155,8 @@ class _Trainer:
             self.objective.compile_backbone()
         self.best = BestWeights()
         self.progress = surroundings.checkpoints.resume(self.engine, self.best)
-        self.clock = _Clock(self.progress.seconds)
+        self.clock = Clock(self.progress.seconds)
+        self.limits = Limits(stage.training, total_steps=self.batches.total_steps)
         # None of them where only their mixture is remembered (`cache: topk`): it is not watched.
         self.teachers = [member.name for member in ensemble.members] if ensemble else []
         self.warned: set[str] = set()
@@ -165,18 +164,20 @@ class _Trainer:
         self.breakdown = Breakdown(surroundings.device)
 
     def run(self) -> None:
-        """Steps until the last one, with evaluations and checkpoints where they are due."""
+        """Steps until a limit is reached, with evaluations and checkpoints where they are due."""
         first, total = self.progress.step, self.batches.total_steps
         with MetricsLog(
             self.around.run_dir, self.stage.name, first_step=first, total_steps=total
         ) as metrics:
-            for step in range(first, total):
+            while self.limits.ended_by(self.progress) is None:
                 self._stop_if_asked()
-                self._step(step, metrics)
+                self._step(self.progress.step, metrics)
                 if self._due_evaluation():
                     self._evaluate(metrics)
                 if self._due_checkpoint():
                     self._checkpoint()
+        if self.limits.ended_by(self.progress) != "steps":
+            log.info("%s %s", self.stage.name, self.limits.told(self.progress))
 
     def finish(self) -> dict[str, Any]:
         """Put the kept weights in place and sum up."""
@@ -184,17 +185,23 @@ class _Trainer:
         if self.stage.training.keep == "best" and progress.best_step is not None:
             self.best.put(self.objective)
             kept = "best"
+        else:
+            self.engine.show_average()
+        ema = self.stage.training.ema
         tokens_per_s = progress.tokens / max(progress.seconds, 1e-9)
         return {
             "params": count_parameters(self.stage.model),
             "vocab_size": self.stage.vocab_size,
             "steps": progress.step,
+            "planned_steps": self.batches.total_steps,
+            "ended_by": self.limits.ended_by(progress),
             "train_tokens": progress.tokens,
             "seconds": progress.seconds,
             "tokens_per_s": tokens_per_s,
             **self._metered(tokens_per_s),
-            "step_s": self._seconds_of_parts() if self.profiled else None,
+            "step_s": self._seconds_of_parts() if self._all_profiled() else None,
             "kept": kept,
+            "averaged": None if ema is None else ema.decay,
             "best_dev_ce": progress.best_dev_ce,
             "best_step": progress.best_step,
             "final_dev_ce": progress.last_dev_ce,
@@ -225,11 +232,11 @@ class _Trainer:
             self.progress,
             step=step + 1,
             tokens=self.progress.tokens + batch.num_valid,
-            seconds=self.clock.seconds,
+            seconds=self.limits.seconds(self.clock.seconds),
         )
         if self._due_log(step + 1):
             self._log(step, batch, sums, rate, metrics)
-        if self.profiled and step + 1 == self.profiled.stop:
+        if self._all_profiled() and step + 1 == self.profiled.stop:
             self._tell_parts(metrics)
         metrics.advance()
 
@@ -364,6 +371,10 @@ class _Trainer:
         first, total = self.progress.step + 1, self.batches.total_steps
         return range(first, min(first + asked, total)) if asked else range(0)
 
+    def _all_profiled(self) -> bool:
+        """Whether there are such steps, and all of them were made."""
+        return bool(self.profiled) and self.progress.step >= self.profiled.stop
+
     @contextmanager
     def _parts(self, step: int) -> Iterator[Parts]:
         """What this step tells its parts to."""
@@ -401,8 +412,20 @@ class _Trainer:
         raise stopped(reason, at=f"{self.stage.name}, step {self.progress.step}")
 
     def _evaluate(self, metrics: MetricsLog) -> None:
+        with self.engine.averaged():
+            dev_ce, step = self._dev_ce(), self.progress.step
+            self.progress = replace(self.progress, last_dev_ce=dev_ce)
+            if self.progress.best_dev_ce is None or dev_ce < self.progress.best_dev_ce:
+                self.progress = replace(self.progress, best_dev_ce=dev_ce, best_step=step)
+                self.best.take(self.objective)
+        self.progress = self.limits.after_evaluation(self.progress, dev_ce)
+        metrics.write(step, {"tokens": self.progress.tokens, "dev_ce": dev_ce})
+        log.info("%s  step %d  dev cross-entropy %.4f", self.stage.name, step, dev_ce)
+
+    def _dev_ce(self) -> float:
+        """Nats per token, of the weights that the module holds."""
         try:
-            score = evaluate_cross_entropy(
+            return evaluate_cross_entropy(
                 self.stage.model,
                 self.dev.windows_of,
                 self.dev.num_windows,
@@ -410,7 +433,7 @@ class _Trainer:
                 batch_windows=self.dev.batch_windows,
                 vocab_size=self.stage.vocab_size,
                 begins_of=self.dev.begins_of,
-            )
+            ).cross_entropy
         except ModelError as error:  # not finite: the last update overflowed the weights
             raise TrainingError.of(
                 f"{self.stage.name}: step {self.progress.step}",
@@ -418,13 +441,6 @@ class _Trainer:
                 expected="finite numbers",
                 hint=self._after_divergence(),
             ) from error
-        dev_ce, step = score.cross_entropy, self.progress.step
-        self.progress = replace(self.progress, last_dev_ce=dev_ce)
-        if self.progress.best_dev_ce is None or dev_ce < self.progress.best_dev_ce:
-            self.progress = replace(self.progress, best_dev_ce=dev_ce, best_step=step)
-            self.best.take(self.objective)
-        metrics.write(step, {"tokens": self.progress.tokens, "dev_ce": dev_ce})
-        log.info("%s  step %d  dev cross-entropy %.4f", self.stage.name, step, dev_ce)
 
     def _checkpoint(self) -> None:
         self.around.checkpoints.save(self.engine, self.progress, self.best)
@@ -435,7 +451,12 @@ class _Trainer:
 
     def _due_evaluation(self) -> bool:
         every = self.stage.training.evaluate_every_steps or self.batches.steps_per_epoch
-        return self.progress.step % every == 0 or self.progress.step == self.batches.total_steps
+        return self.progress.step % every == 0 or self._ends()
+
+    def _ends(self) -> bool:
+        """Whether this step is the last one, as far as is known before its evaluation."""
+        last = self.progress.step == self.batches.total_steps
+        return last or self.limits.time_is_up(self.progress)
 
     def _due_checkpoint(self) -> bool:
         every = self.stage.training.checkpoint_every_steps
@@ -446,37 +467,3 @@ class _Trainer:
 
 def _listed(windows: NDArray[np.int64]) -> str:
     return ", ".join(map(str, windows.tolist()))
-
-
-class _Clock:
-    """Time spent in optimizer steps, evaluations and checkpoints left out."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._entered = 0.0
-        self._rate_from: tuple[float, int] | None = None
-        self._line_at = -math.inf
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._entered
-
-    def rate(self, tokens: int) -> float:
-        """Tokens per second since the last call."""
-        since_s, since_tokens = self._rate_from or (0.0, 0)
-        self._rate_from = (self.seconds, tokens)
-        return (tokens - since_tokens) / max(self.seconds - since_s, 1e-9)
-
-    def seconds_a_step(self, steps: int) -> float:
-        """Seconds of a step, on average over the training so far."""
-        return self.seconds / max(steps, 1)
-
-    def line_due(self, *, last: bool) -> bool:
-        """Whether people should see a line now."""
-        now = time.monotonic()
-        if not last and now - self._line_at < PLAIN_LINE_EVERY_S:
-            return False
-        self._line_at = now
-        return True

@@ -31,6 +31,7 @@ from babyllama_ds.losses.weights import loss_counts
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.layers import LayerTap
 from babyllama_ds.models.parts import Backbone, split_causal_lm
+from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.spec.distillation import (
     DistillationSpec,
     DivergenceSpec,
@@ -99,8 +100,11 @@ class Objective(nn.Module):
         distillation: DistillationSpec | None,
         z_loss: float | None = None,
         matching: Matching | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if gradient_checkpointing:
+            recompute_layers(model)
         self.model = model
         self.vocab_size = vocab_size
         self.distillation = distillation
@@ -296,6 +300,7 @@ def objective_of(
         distillation=distillation,
         z_loss=training.z_loss,
         matching=matching,
+        gradient_checkpointing=training.gradient_checkpointing,
     )
 
 

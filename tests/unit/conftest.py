@@ -103,7 +103,7 @@ def engine_config() -> Callable[..., dict[str, Any]]:
     from babyllama_ds.spec.shipped import find_job
 
     job = load_job(find_job("nursery"))
-    shipped = {"bf16": "zero2_cpu", "fp32": "zero2_cpu_fp32"}
+    shipped = {"bf16": "zero2_cpu", "fp32": "zero2_cpu_fp32", "offloaded": "zero2_offload"}
 
     def make(training: Any, *, precision: str = "fp32", ranks: int = 1) -> dict[str, Any]:
         base = read_config(DeepSpeedSpec(config=shipped[precision]), "cpu")

@@ -32,11 +32,17 @@ from babyllama_ds.spec.evaluation import EvaluationSpec
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, PretrainedModel
-from babyllama_ds.spec.training import TrainingSpec
+from babyllama_ds.spec.training import EarlyStopping, MovingAverage, Muon, TrainingSpec
 
 LLAMA = LlamaModel(kind="llama", hidden_size=48, num_layers=2, num_heads=4, intermediate_size=40)
 GPT2 = Gpt2Model(kind="gpt2", hidden_size=48, num_layers=2, num_heads=4)
+HUB = PretrainedModel(kind="pretrained", path="someone/model")
 TRAINING = TrainingSpec(batch_windows=8, epochs=1.0, learning_rate=1e-3)
+BEFORE = {
+    "llama": "43916a516ecd9bd1bfab964017623f4e561bb6d0687592a6cea6095e1bc12622",
+    "gpt2": "81a712e98c0b27ccb6e7ee4909a525d54e343f4dc3620620e2871c72dfb8f3fd",
+}
+"""Fingerprints of these models before any option was added."""
 
 
 def fingerprint(**changes: Any) -> str:
@@ -83,6 +89,10 @@ TRAINING_MATTERS = {
     "clip_norm": None,
     "z_loss": 1e-4,
     "unlabelled_tokens": ("<s>",),
+    "max_minutes": 3.5,
+    "early_stopping": EarlyStopping(patience=3),
+    "muon": Muon(),
+    "ema": MovingAverage(),
     "evaluate_every_steps": 3,  # what the best weights are chosen among
     "evaluate_windows": 4,
     "keep": "last",
@@ -91,6 +101,7 @@ TRAINING_FREE = {
     "micro_batch": 2,
     "log_every_steps": 3,
     "profile_steps": 2,
+    "gradient_checkpointing": True,  # the same to the bit: tests/unit/models/test_recomputing.py
     "checkpoint_every_steps": 4,
 }
 LLAMA_MATTERS = {
@@ -104,6 +115,7 @@ LLAMA_MATTERS = {
     "norm_epsilon": 1e-5,
     "initializer_range": 0.01,
     "tied_embeddings": True,
+    "attention_dropout": 0.1,
 }
 GPT2_MATTERS = {
     "hidden_size": 64,
@@ -117,13 +129,20 @@ GPT2_MATTERS = {
     "tied_embeddings": False,
 }
 MODEL_FREE = {"attention": "eager"}
-WINDOWS_MATTER = {"length": 64, "offsets": "fixed", "attention": "document"}
+WINDOWS_MATTER = {
+    "length": 64,
+    "offsets": "fixed",
+    "attention": "document",
+    "order": "published",
+}
+PRETRAINED_MATTERS = {"dropout": 0.2, "attention_dropout": 0.0}
 
 
 def test_the_tables_name_every_field() -> None:
     assert {*TRAINING_MATTERS, *TRAINING_FREE} == set(TrainingSpec.model_fields)
     assert {*LLAMA_MATTERS, *MODEL_FREE, "kind"} == set(LlamaModel.model_fields)
     assert {*GPT2_MATTERS, *MODEL_FREE, "kind"} == set(Gpt2Model.model_fields)
+    assert {*PRETRAINED_MATTERS, *MODEL_FREE, "kind", "path"} == set(PretrainedModel.model_fields)
     assert {*WINDOWS_MATTER} == set(WindowsSpec.model_fields)
     assert {*DISTILLATION_MATTERS, *DISTILLATION_FREE} == set(DistillationSpec.model_fields)
     assert {*EVALUATION_MATTERS, "minimal_pairs", "batch_tokens"} == set(
@@ -137,6 +156,7 @@ def test_the_tables_name_every_field() -> None:
         (TRAINING, TRAINING_MATTERS),
         (LLAMA, LLAMA_MATTERS),
         (GPT2, GPT2_MATTERS),
+        (HUB, PRETRAINED_MATTERS),
         (WindowsSpec(), WINDOWS_MATTER),
     ),
 )
@@ -150,7 +170,7 @@ def test_what_changes_the_weights_changes_the_fingerprint(
 
 @pytest.mark.parametrize(
     ("spec", "key", "value"),
-    cases((TRAINING, TRAINING_FREE), (LLAMA, MODEL_FREE), (GPT2, MODEL_FREE)),
+    cases((TRAINING, TRAINING_FREE), *((model, MODEL_FREE) for model in (LLAMA, GPT2, HUB))),
 )
 def test_how_it_runs_does_not(spec: BaseModel, key: str, value: Any) -> None:
     name = "training" if isinstance(spec, TrainingSpec) else "model"
@@ -178,6 +198,15 @@ def test_a_change_of_the_method_changes_every_fingerprint(
     after = fingerprint(), loaded_teacher_fingerprint(teacher, "t")
     assert before[0] != after[0]
     assert before[1] != after[1]
+
+
+def test_options_that_came_later_change_nothing_where_they_are_off() -> None:
+    """The fingerprints of before, which name what stands in stores."""
+    assert fingerprint() == BEFORE["llama"]
+    assert fingerprint(model=GPT2) == BEFORE["gpt2"]
+    for value in ({}, {"ema": None, "gradient_checkpointing": False}):
+        spec = TrainingSpec.model_validate({**TRAINING.model_dump(), **value})
+        assert fingerprint(training=spec) == BEFORE["llama"]
 
 
 def test_it_is_the_same_in_every_process() -> None:

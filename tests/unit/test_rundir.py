@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from babyllama_ds.errors import RunError
 from babyllama_ds.rundir import RunDirectory, differing_keys
@@ -284,3 +285,18 @@ def test_the_state_is_the_last_one_set(directory: RunDirectory) -> None:
     directory.set_state("stopped", reason="SIGTERM")
     state = json.loads((directory.path / "state.json").read_text())
     assert state == {"status": "stopped", "reason": "SIGTERM"}
+
+
+def test_a_run_of_before_an_option_came_goes_on(tmp_path: Path, job_of: JobOf) -> None:
+    """Its `job.yaml` does not name the option; the job that does has it at its default."""
+    directory = RunDirectory(tmp_path / "runs" / "one")
+    directory.open(job_of("nursery"))
+    path = directory.path / "job.yaml"
+    old = yaml.safe_load(path.read_text())
+    del old["windows"]["order"], old["student"]["training"]["gradient_checkpointing"]
+    del old["student"]["model"]["attention_dropout"]
+    path.write_text(yaml.safe_dump(old))
+    directory.open(job_of("nursery"))
+    path.write_text(yaml.safe_dump(old))
+    with pytest.raises(RunError, match=r"windows\.order: got 'seeded' in the run that is there"):
+        directory.open(job_of("nursery", "windows.order=published"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.windows import DevWindows, TrainWindows
@@ -63,6 +65,75 @@ def test_order_and_offsets_are_the_documented_hash(seed: int, epoch: int) -> Non
     starts = [i * LENGTH + reference_draw(seed, 2, epoch, i) % LENGTH for i in indices]
     assert windows.order(epoch).tolist() == order
     assert windows.starts(epoch, np.arange(windows.num_windows)).tolist() == starts
+
+
+# -- the published order --------------------------------------------------------------------------
+
+
+class Indices(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """As many examples as there are windows, each its own number."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor([index])}
+
+
+def test_the_published_order_is_that_of_transformers_trainer(tmp_path: Path) -> None:
+    """Its own loader with its default seed, epoch after epoch, whatever the seed of the stage."""
+    from transformers import Trainer, TrainingArguments
+
+    windows = published(seed=9)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=7,
+        use_cpu=True,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        # Their seed is set when the trainer is made, as it was for the published models.
+        trainer = Trainer(
+            torch.nn.Linear(1, 1), arguments, train_dataset=Indices(windows.num_windows)
+        )
+        loader = trainer.get_train_dataloader()
+        for epoch in range(3):
+            loader.set_epoch(epoch)  # type: ignore[attr-defined]
+            visited = torch.cat([batch["input_ids"].flatten() for batch in loader])
+            assert visited.tolist() == windows.order(epoch).tolist()
+
+
+def test_it_is_accelerates_sampler(tmp_path: Path) -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    windows = published()
+    sampler = SeedableRandomSampler(range(windows.num_windows), data_seed=42)
+    for epoch in range(3):
+        assert list(sampler) == windows.order(epoch).tolist()
+
+
+def published(seed: int = 7, offsets: Offsets = "random") -> TrainWindows:
+    return TrainWindows(shards(203), length=LENGTH, offsets=offsets, seed=seed, order="published")
+
+
+@pytest.mark.parametrize("offsets", ["random", "fixed", Phases(phases=2)])
+def test_in_the_published_order_all_models_see_the_same(offsets: Offsets) -> None:
+    one, other = published(1, offsets), published(2, offsets)
+    seeded = [train(203, offsets, seed) for seed in (1, 2, 42)]
+    for epoch in (0, 1, 5):
+        assert np.array_equal(one.batch(epoch, 3, 4), other.batch(epoch, 3, 4))
+        everything = np.arange(one.num_windows)
+        assert np.array_equal(one.windows(epoch, everything), other.windows(epoch, everything))
+        # Offsets are ours, of seed 42; the order is not.
+        assert np.array_equal(one.starts(epoch, everything), seeded[2].starts(epoch, everything))
+        assert sorted(one.order(epoch).tolist()) == everything.tolist()
+        for windows in seeded:
+            assert not np.array_equal(one.order(epoch), windows.order(epoch))
 
 
 # -- what a window holds -------------------------------------------------------------------------

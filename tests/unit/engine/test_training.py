@@ -25,7 +25,7 @@ from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder, Progress
 from babyllama_ds.engine.training import TrainingEngine, adamw
-from babyllama_ds.spec.training import TrainingSpec
+from babyllama_ds.spec.training import MovingAverage, Muon, TrainingSpec
 
 BATCH, LENGTH, VOCAB = 8, 12, 61
 RATES = (3e-3, 1e-2, 5e-3, 2e-3)
@@ -82,6 +82,11 @@ def plain_training(
         {"params": [p for n, p in named.items() if n not in still]},
         {"params": [p for n, p in named.items() if n in still], "weight_decay": 0.0},
     ]
+    matrices = plain_matrices(named) if training.muon is not None else {}
+    momenta = {name: torch.zeros_like(named[name]) for name in matrices}
+    averages = {name: parameter.detach().double() for name, parameter in named.items()}
+    for group in groups:
+        group["params"] = [p for p in group["params"] if all(p is not m for m in matrices.values())]
     adam = torch.optim.AdamW(
         groups,
         betas=training.betas,
@@ -90,8 +95,9 @@ def plain_training(
         foreach=False,
     )
     norms = []
-    for batch_BS, rate in zip(batches, rates, strict=True):
-        adam.zero_grad()
+    for step, (batch_BS, rate) in enumerate(zip(batches, rates, strict=True), start=1):
+        for parameter in named.values():
+            parameter.grad = None
         module(batch_BS).backward()
         squares = [p.grad.double().square().sum() for p in named.values()]
         norms.append(torch.stack(squares).sum().sqrt().item())
@@ -101,12 +107,59 @@ def plain_training(
         for group in adam.param_groups:
             group["lr"] = rate
         adam.step()
+        for name, matrix in matrices.items():
+            plain_muon(matrix, momenta[name], training, rate, inputs_first="c_" in name)
+        for name, parameter in named.items():
+            averages[name] = plain_average(averages[name], parameter, training, step)
     state = {}
     for name, parameter in named.items():
         state[f"master/{name}"] = parameter.detach().clone()
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[f"{key}/{name}"] = adam.state[parameter][key].clone()
+        if name in matrices:
+            state[f"momentum_buffer/{name}"] = momenta[name]
+        else:
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[f"{key}/{name}"] = adam.state[parameter][key].clone()
+        if training.ema is not None:
+            state[f"ema/{name}"] = averages[name].float()
     return state, norms
+
+
+def plain_average(average: Tensor, weight: Tensor, training: TrainingSpec, step: int) -> Tensor:
+    """One step of the moving average in float64, as its formula has it."""
+    if training.ema is None:
+        return average
+    decay = training.ema.decay
+    if training.ema.ramp:
+        decay = min(decay, (1 + step) / (10 + step))
+    return decay * average + (1 - decay) * weight.detach().double()
+
+
+def plain_matrices(named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The matrices inside the layers of LLaMA and GPT-2, by name."""
+    pattern = re.compile(r"\.(layers|h)\.\d+\..*(proj|c_attn|c_fc)\.weight")
+    return {name: parameter for name, parameter in named.items() if pattern.search(name)}
+
+
+@torch.no_grad()
+def plain_muon(
+    matrix: Tensor, momentum: Tensor, training: TrainingSpec, rate: float, *, inputs_first: bool
+) -> None:
+    """One step of Muon as its authors write it, in float64."""
+    muon, gradient = training.muon, matrix.grad
+    assert muon is not None
+    assert gradient is not None
+    momentum.mul_(muon.momentum).add_(gradient, alpha=1 - muon.momentum)
+    update = (muon.momentum * momentum + (1 - muon.momentum) * gradient).double()
+    if inputs_first:
+        update = update.T
+    x = update / update.norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    x = x * max(1.0, x.shape[0] / x.shape[1]) ** 0.5
+    rate = rate * muon.learning_rate / training.learning_rate
+    matrix.mul_(1 - rate * training.weight_decay)
+    matrix.sub_(rate * (x.T if inputs_first else x).float())
 
 
 def assert_same_training(
@@ -128,6 +181,7 @@ def assert_close_fp32(ours: Tensor, theirs: Tensor, name: str) -> None:
 
 # -- one rank --------------------------------------------------------------------------------------
 
+MUON = Muon(learning_rate=3e-2, momentum=0.8)
 CASES: dict[str, dict[str, Any]] = {
     # Gradient norms of these models lie around 1.5, so 0.5 always clips and 100 never does.
     "llama, clipped": {"kind": "llama", "clip_norm": 0.5, "micro_batch": 2},
@@ -135,6 +189,10 @@ CASES: dict[str, dict[str, Any]] = {
     "llama, tied": {"kind": "llama", "tie_word_embeddings": True, "clip_norm": 100.0},
     "gpt2, tied, windows one by one": {"kind": "gpt2", "clip_norm": 0.5, "micro_batch": 1},
     "gpt2, untied": {"kind": "gpt2", "tie_word_embeddings": False, "micro_batch": 4},
+    "llama, averaged": {"kind": "llama", "micro_batch": 2, "ema": MovingAverage(decay=0.9)},
+    "gpt2, averaged without a ramp": {"kind": "gpt2", "ema": MovingAverage(decay=0.7, ramp=False)},
+    "llama, muon": {"kind": "llama", "micro_batch": 2, "clip_norm": 0.5, "muon": MUON},
+    "gpt2, muon, averaged": {"kind": "gpt2", "muon": MUON, "ema": MovingAverage(decay=0.9)},
 }
 # Epsilon drowns gradients that are rounding alone, and would be updates of random sign otherwise:
 # GPT-2's bias of keys has no effect.
@@ -210,7 +268,9 @@ def test_bf16_weights_are_the_masters_rounded(
         assert not torch.equal(master, master.bfloat16().float()), "masters carry no more than bf16"
 
 
+@pytest.mark.parametrize("options", [{}, {"muon": MUON}], ids=["adamw", "muon"])
 def test_bf16_gradients_are_accumulated_in_fp32(
+    options: dict[str, Any],
     tiny_model: Callable[..., Any],
     training_spec: Callable[..., TrainingSpec],
     make_engine: Callable[..., TrainingEngine],
@@ -219,14 +279,17 @@ def test_bf16_gradients_are_accumulated_in_fp32(
     batch = batches_of(1)[:1, :1].repeat(1, BATCH, 1)
     moments = []
     for micro_batch in (1, BATCH):
-        training = training_spec(batch_windows=BATCH, micro_batch=micro_batch, clip_norm=None)
+        training = training_spec(
+            batch_windows=BATCH, micro_batch=micro_batch, clip_norm=None, **options
+        )
         engine = make_engine(NextTokenLoss(tiny_model("gpt2")), training, precision="bf16")
         micro_batches = batch[0].chunk(engine.accumulation_steps)
         for micro_BS in micro_batches:
             # A single window either way: the same bf16 arithmetic in every forward pass.
             engine.backward(engine.forward(micro_BS[:1]))
             engine.step(1e-3)
-        moments.append({k: v for k, v in engine.named_state() if k.startswith("exp_avg/")})
+        first = ("exp_avg/", "momentum_buffer/")
+        moments.append({k: v for k, v in engine.named_state() if k.startswith(first)})
     summed, once = moments
     for key in once:
         torch.testing.assert_close(summed[key], once[key], rtol=1e-6, atol=1e-12, msg=key)
@@ -288,17 +351,26 @@ def test_frozen_parameters_are_left_out(
 
 # -- the state by name -----------------------------------------------------------------------------
 
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"ema": MovingAverage(decay=0.9)},
+    {"muon": MUON},
+    {"muon": MUON, "ema": MovingAverage(decay=0.9)},
+]
 
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_new_engine_goes_on_bit_for_bit(
     kind: str,
     precision: str,
+    options: dict[str, Any],
     tiny_model: Callable[..., Any],
     training_spec: Callable[..., TrainingSpec],
     make_engine: Callable[..., TrainingEngine],
 ) -> None:
-    training = training_spec(**TRAINING, micro_batch=4, clip_norm=0.5)
+    training = training_spec(**TRAINING, **options, micro_batch=4, clip_norm=0.5)
     batches, half = batches_of(2), len(RATES) // 2
     engine = make_engine(NextTokenLoss(tiny_model(kind)), training, precision=precision)
     train(engine, batches[:half], RATES[:half])
@@ -421,6 +493,9 @@ TWO_RANK_CASES = {
     "llama": {"kind": "llama", "clip_norm": 0.5, "micro_batch": 2},
     "gpt2": {"kind": "gpt2", "clip_norm": 0.5, "micro_batch": 1},
     "gpt2_unclipped": {"kind": "gpt2", "clip_norm": None},
+    "gpt2_averaged": {"kind": "gpt2", "micro_batch": 2, "ema": MovingAverage(decay=0.9)},
+    "llama_muon": {"kind": "llama", "clip_norm": 0.5, "micro_batch": 2, "muon": MUON},
+    "gpt2_muon_averaged": {"kind": "gpt2", "muon": MUON, "ema": MovingAverage(decay=0.9)},
 }
 
 
@@ -482,21 +557,23 @@ def test_two_ranks_go_on_bit_for_bit(name: str, two_ranks: Path) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.parametrize("name", ["llama", "gpt2_averaged", "llama_muon", "gpt2_muon_averaged"])
 def test_one_rank_reads_the_checkpoint_of_two(
+    name: str,
     two_ranks: Path,
     tiny_model: Callable[..., Any],
     training_spec: Callable[..., TrainingSpec],
     make_engine: Callable[..., TrainingEngine],
 ) -> None:
-    of_model, of_training = split_case(TWO_RANK_CASES["llama"])
+    of_model, of_training = split_case(TWO_RANK_CASES[name])
     engine = make_engine(
         NextTokenLoss(tiny_model(**of_model, seed=8)), training_spec(**of_training)
     )
-    folder = CheckpointFolder(two_ranks / "llama" / "checkpoints", fingerprint="llama")
+    folder = CheckpointFolder(two_ranks / name / "checkpoints", fingerprint=name)
     progress = folder.resume(engine, BestWeights())
     assert progress.step == len(RATES)
     train(engine, batches_of(6), RATES)
-    expected = load_file(two_ranks / "llama" / "undisturbed.safetensors")
+    expected = load_file(two_ranks / name / "undisturbed.safetensors")
     for key, tensor in engine.named_state():
         assert_close_fp32(tensor, expected[key], key)
 

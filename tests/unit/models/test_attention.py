@@ -121,3 +121,68 @@ def test_transformers_is_asked_about_each_kernel(kernel: str) -> None:
 
     expected = getattr(import_utils, f"is_flash_attn_{kernel[-1]}_available")()
     assert attention._installed(kernel) is bool(expected)
+
+
+# -- dropout ---------------------------------------------------------------------------------------
+
+
+def resolve_with_dropout(requested: Any, dropout: float, *, training: bool = True) -> str:
+    return resolve_attention(
+        requested, device="cuda", precision="bf16", training=training, where=WHERE, dropout=dropout
+    )
+
+
+def test_auto_takes_no_kernel_that_would_leave_dropout_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, capability=10, installed=FLASH_KERNELS)
+    assert resolve_with_dropout("auto", 0.1) == "flash_attention_2"
+    assert resolve_with_dropout("auto", 0.0) == "flash_attention_4"
+    assert resolve_with_dropout("auto", 0.1, training=False) == "flash_attention_4"
+    pretend(monkeypatch, capability=10, installed=FLASH_KERNELS[:2])
+    assert resolve_with_dropout("auto", 0.1) == "sdpa"
+
+
+@pytest.mark.parametrize("kernel", FLASH_KERNELS)
+def test_a_kernel_asked_for_by_name_that_would_is_refused(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, capability=10, installed=FLASH_KERNELS)
+    assert resolve_with_dropout(kernel, 0.1, training=False) == kernel
+    if kernel == "flash_attention_2":
+        assert resolve_with_dropout(kernel, 0.1) == kernel
+        return
+    with pytest.raises(MachineError, match=r"but it has no dropout, .* has one of 0\.1"):
+        resolve_with_dropout(kernel, 0.1)
+
+
+def attend(kernel: str, p: float, *, seed: int) -> torch.Tensor:
+    """Attended values of one head whose values are the identity: its weights, after dropout."""
+    import transformers
+    from torch import nn
+
+    from babyllama_ds.models import fused
+
+    functions = transformers.AttentionInterface()
+    name = fused.PLAIN_ATTENTION if kernel == "eager" else kernel
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(1, 1, 64, 64, generator=generator) for _ in range(2))
+    causal = torch.full((64, 64), -torch.inf).triu(1)[None, None]
+    module = nn.Module().train()
+    module.is_causal = True  # type: ignore[assignment]
+    torch.manual_seed(seed)
+    values = torch.eye(64)[None, None]
+    attended, _ = functions[name](module, query, key, values, causal, scaling=0.125, dropout=p)
+    return attended[0, :, 0]  # [S, T]
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_dropout_is_honoured(kernel: str) -> None:
+    """Each weight is 0 with probability p, else divided by 1 - p: its mean stays."""
+    p = 0.25
+    whole = attend(kernel, 0.0, seed=0)
+    drawn = torch.stack([attend(kernel, p, seed=seed) for seed in range(40)])
+    there = whole > 0
+    kept = drawn[:, there] > 0
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=0.01)
+    expected = whole[there].expand_as(kept)[kept] / (1 - p)
+    torch.testing.assert_close(drawn[:, there][kept], expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(attend(kernel, p, seed=3), attend(kernel, p, seed=3))

@@ -344,3 +344,64 @@ def test_windows_fit_the_positions(kind: str, tiny_model: Callable[..., Any]) ->
     check_positions(model, 128, where="student.model")
     with pytest.raises(ModelError, match="got 128 positions, expected at least 129"):
         check_positions(model, 129, where="student.model")
+
+
+# -- dropout ---------------------------------------------------------------------------------------
+
+
+def test_attention_dropout_of_a_llama(word_tokenizer: MakeTokenizer) -> None:
+    spec, dropped = llama(), llama(attention_dropout=0.4)
+    assert build(spec, word_tokenizer(61)).config.attention_dropout == 0.0
+    model = build(dropped, word_tokenizer(61))
+    assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.4}
+    assert differs_in_training(model)
+    assert not differs_in_training(build(spec, word_tokenizer(61)))
+
+
+def differs_in_training(model: nn.Module) -> bool:
+    """Whether two passes of a training differ, where those of an evaluation must not."""
+    ids_BS = torch.arange(20)[None]
+    first, second = (model.eval()(input_ids=ids_BS).logits for _ in range(2))
+    assert torch.equal(first, second)
+    first, second = (model.train()(input_ids=ids_BS).logits for _ in range(2))
+    return not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, (0.3, 0.3, 0.1)),  # as saved
+        ({"dropout": 0.0}, (0.0, 0.0, 0.1)),
+        ({"attention_dropout": 0.0}, (0.3, 0.3, 0.0)),
+        ({"dropout": 0.2, "attention_dropout": 0.4}, (0.2, 0.2, 0.4)),
+    ],
+)
+def test_dropout_of_a_loaded_gpt2(
+    changes: dict[str, float],
+    expected: tuple[float, ...],
+    tmp_path: Path,
+    tiny_model: Callable[..., Any],
+    word_tokenizer: MakeTokenizer,
+) -> None:
+    saved = tiny_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.1)
+    saved.save_pretrained(tmp_path)
+    spec = PretrainedModel(kind="pretrained", path=str(tmp_path), **changes)  # type: ignore[arg-type]
+    model = build(spec, word_tokenizer(61))
+    block = model.transformer.h[1]
+    assert (block.mlp.dropout.p, model.transformer.drop.p, block.attn.attn_dropout.p) == expected
+    assert block.attn.resid_dropout.p == expected[0]
+    config = model.config
+    assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == expected
+    for key, weight in weights(saved).items():
+        assert torch.equal(weights(model)[key], weight), key
+    assert differs_in_training(model) == any(expected)
+
+
+def test_a_dropout_that_the_family_does_not_have_is_refused(
+    saved: Path, word_tokenizer: MakeTokenizer
+) -> None:
+    llama = PretrainedModel(kind="pretrained", path=str(saved), attention_dropout=0.2)
+    assert differs_in_training(build(llama, word_tokenizer(61)))
+    spec = llama.model_copy(update={"dropout": 0.2})
+    with pytest.raises(ModelError, match=r"0\.2 for a model of the family llama, which has none"):
+        build(spec, word_tokenizer(61))

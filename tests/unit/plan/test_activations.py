@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from babyllama_ds.models.documents import Pieces, model_inputs
 from babyllama_ds.models.fused import fuse
+from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.models.sizes import sizes_of
-from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes
+from babyllama_ds.plan.activations import MicroBatchShape, recomputed_bytes, saved_bytes
 
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 MODELS: list[tuple[str, dict[str, Any]]] = [
@@ -22,6 +23,9 @@ MODELS: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("gpt2", {"n_inner": 40}),
     ("gpt2", DROPOUT),
+    ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.1}),
+    ("gpt2", {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.0}),
+    ("llama", {"attention_dropout": 0.1}),
 ]
 
 
@@ -60,6 +64,45 @@ def test_what_autograd_saves(
     fuse(model)
     measured = saved_by_autograd(model, windows=3, length=17)
     assert saved_bytes(sizes_of(model.config), shape) == measured
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize(("kind", "changes"), MODELS)
+def test_what_autograd_saves_of_recomputed_layers(
+    kind: str,
+    changes: dict[str, Any],
+    kernel: str,
+    precision: torch.dtype,
+    tiny_model: Callable[..., Any],
+) -> None:
+    """Their inputs; what LLaMA hands to them by name is held where autograd is not asked."""
+    model = tiny_model(kind, attn_implementation=kernel, **changes).to(precision)
+    shape = MicroBatchShape(
+        windows=3,
+        length=17,
+        kernel=kernel,
+        element_bytes=precision.itemsize,
+        device="cpu",
+        checkpointed=True,
+    )
+    fuse(model)
+    whole = saved_by_autograd(model, windows=3, length=17)
+    recompute_layers(model)
+    measured = saved_by_autograd(model, windows=3, length=17)
+    sizes = sizes_of(model.config)
+    mask = precision.itemsize * 3 * 17 * 17 if kernel == "eager" else 0
+    by_name = 2 * precision.itemsize * 17 * sizes.head_size + mask if kind == "llama" else 0
+    saved = saved_bytes(sizes, shape)
+    assert saved == measured + by_name
+    # What a layer leaves when it is computed again: the difference, but for its input.
+    each = (whole - saved + mask) / sizes.num_layers
+    assert recomputed_bytes(sizes, shape) == each + precision.itemsize * 3 * 17 * sizes.hidden_size
+
+
+def test_layers_that_are_not_recomputed_leave_nothing_later(tiny_model: Callable[..., Any]) -> None:
+    shape = MicroBatchShape(windows=3, length=17, kernel="sdpa", element_bytes=2, device="cpu")
+    assert recomputed_bytes(sizes_of(tiny_model("llama").config), shape) == 0
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])

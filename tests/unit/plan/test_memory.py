@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from babyllama_ds.models.sizes import ModelSizes
-from babyllama_ds.plan.activations import MicroBatchShape, saved_bytes
+from babyllama_ds.plan.activations import MicroBatchShape, recomputed_bytes, saved_bytes
 from babyllama_ds.plan.memory import (
     HeldTeacher,
     MatchedPair,
@@ -209,3 +209,45 @@ def test_matched_layers_cost_their_matrices_and_states() -> None:
     assert items["states of matched layers"] == 32 * (of_mse + of_cosine)
     assert rank_memory(STAGE).moments["forward"]["states of matched layers"] == 0
     assert rank_memory(stage).host_bytes == 12 * stage.trained + 2 * stage.trained
+
+
+# -- options ---------------------------------------------------------------------------------------
+
+
+def test_a_moving_average_is_one_more_partition() -> None:
+    averaged = rank_memory(replace(STAGE, averaged=True))
+    assert averaged.moments["backward"]["moving average, fp32"] == 10_000
+    assert averaged.host_bytes == 18 * 10_000  # gathered with the rest
+    assert rank_memory(STAGE).moments["backward"]["moving average, fp32"] == 0
+
+
+def test_muon_has_one_moment_for_the_matrices_of_the_layers() -> None:
+    memory = rank_memory(replace(STAGE, muon=True))
+    assert memory.moments["backward"]["moments, fp32"] == 20_000 - 7_000
+    assert memory.host_bytes == 14 * 10_000 - 4 * 7_000
+
+
+def test_recomputed_layers_keep_their_inputs_and_come_back_one_by_one() -> None:
+    stage = replace(STAGE, micro=replace(MICRO, checkpointed=True))
+    plain, items = rank_memory(STAGE).moments, rank_memory(stage).moments
+    assert items["forward"]["activations"] < plain["forward"]["activations"] / 2
+    again = recomputed_bytes(STUDENT, stage.micro)
+    assert again > 0
+    assert items["backward"]["work of a layer"] == plain["backward"]["work of a layer"] + again
+
+
+def test_an_offloaded_optimizer_leaves_the_card_for_the_host() -> None:
+    zero = {**ZERO2["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+    stage = replace(STAGE, deepspeed={**ZERO2, "zero_optimization": zero}, averaged=True)
+    memory = rank_memory(stage)
+    items = memory.moments["backward"]
+    for gone in ("master weights, fp32", "moments, fp32", "moving average, fp32"):
+        assert items[gone] == 0  # type: ignore[index]
+    assert items["parameters"] == 20_000
+    assert items["gradients, fp32"] == 10_000
+    assert items["offloading"] == 2 * 100 * 16  # the largest gradient on its way
+    # A quarter of masters, moments and average (16 B), of fp32 gradients and of new bf16 weights.
+    assert memory.host_bytes == 18 * 10_000 + (16 + 4 + 2) * 10_000 // 4
+    on_cpu = rank_memory(replace(stage, micro=replace(MICRO, device="cpu")))
+    assert on_cpu.moments["backward"]["master weights, fp32"] == 10_000
+    assert on_cpu.moments["backward"]["offloading"] == 2 * 100 * 16 + (4 + 2) * 10_000 // 4

@@ -87,9 +87,45 @@ def test_what_is_not_offered_is_said_as_that(
     text, _, _ = refused(huge + "intermediate_size: 11008, max_positions: 128}", ranks=(1, 2))
     assert text.startswith("nursery-1 on 2 ranks of L4: got peaks of student ")
     assert "no change of the job's own settings was found to fit: take a larger card" in text
-    assert "not offered yet: an optimizer offloaded to host memory; it would save" in text
     assert "not offered yet: teachers split over 2 ranks (tensor parallel); it would save" in text
     assert "which alone would not be enough" in text
+
+
+@pytest.mark.parametrize(
+    ("remedy", "words"),
+    [
+        (r"student\.training\.gradient_checkpointing=true", "layers are computed twice"),
+        (r"deepspeed\.config=zero2_offload", "masters and moments in the host's memory"),
+    ],
+)
+def test_advice_is_planned(
+    remedy: str, words: str, refused: Callable[..., tuple[str, Reload, Question]]
+) -> None:
+    """A student whose activations, or whose optimizer, are what is too much."""
+    overrides = {
+        "student": [LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1"],
+        "deepspeed": [
+            LARGE.replace("num_layers: 32", "num_layers: 140"),
+            "student.training.micro_batch=1",
+        ],
+    }[remedy.split("\\.")[0]]
+    text, reload, question = refused(*overrides)
+    (line,) = [line for line in text.splitlines() if words in line]
+    advice = [word for word in line.split("  (")[0].split() if "=" in word]
+    assert re.search(remedy, line)
+    plan = planned(reload, question, [*advice])
+    assert plan.fits(plan.counts[0])
+
+
+def test_offloading_is_not_advised_in_place_of_a_configuration_of_ones_own(
+    refused: Callable[..., tuple[str, Reload, Question]],
+) -> None:
+    text, _, _ = refused(
+        LARGE.replace("num_layers: 32", "num_layers: 140"),
+        "student.training.micro_batch=1",
+        "deepspeed.config=zero2_cuda",
+    )
+    assert "zero2_offload" not in text
 
 
 def test_a_cache_takes_large_teachers_off_the_card(

@@ -57,6 +57,9 @@ def training(params: int, seconds: float) -> dict:
         "mfu": 64 / seconds,
         "step_s": {"teachers": 0.02, "loss": 0.0305},
         "steps": 488,
+        "planned_steps": 488,
+        "ended_by": "steps",
+        "averaged": None,
         "best_dev_ce": 4.5,
         "best_step": 400,
         "final_dev_ce": 4.6,
@@ -188,6 +191,9 @@ def test_models_side_by_side(run_dir: Path) -> None:
         "mfu": 0.4,
         "step_s": {"teachers": 0.02, "loss": 0.0305},
         "steps": 488,
+        "planned_steps": 488,
+        "ended_by": "steps",
+        "averaged": None,
         "best_step": 400,
         "best_dev_ce": 4.5,
         "final_dev_ce": 4.6,
@@ -383,6 +389,31 @@ def test_speed(run_dir: Path) -> None:
     assert "wide" not in rows  # it was not trained here
     assert "A step of student, by parts (ms): teachers 20.0, loss 30.5." in speed
     assert "A step of control" not in speed
+
+
+def test_early_ends_and_averages_are_told(run_dir: Path) -> None:
+    page = render_markdown(collect_report(run_dir))
+    assert "planned steps" not in page
+    assert "moving average" not in page
+    early = {"planned_steps": 1_200, "ended_by": "early_stopping", "averaged": 0.999}
+    write(run_dir / "student" / "training.json", {**training(1_290_000, 160.0), **early})
+    late = {"planned_steps": 700, "ended_by": "max_minutes"}
+    write(run_dir / "teachers" / "deep" / "training.json", {**training(2_500_000, 125.0), **late})
+    report = collect_report(run_dir)
+    said = (
+        "The training of deep ended after 488 of 700 planned steps: max_minutes. "
+        "The training of student ended after 488 of 1,200 planned steps: early stopping. "
+        "The weights of student are a moving average (decay 0.999)."
+    )
+    assert said in render_markdown(report)
+    assert said in render_model_card(report, "student")
+
+
+def test_a_run_of_before_says_nothing_of_them(run_dir: Path) -> None:
+    for path in run_dir.glob("**/training.json"):
+        old = json.loads(path.read_text())
+        write(path, {k: v for k, v in old.items() if k not in ("planned_steps", "ended_by")})
+    assert "planned steps" not in render_markdown(collect_report(run_dir))
 
 
 def test_without_a_meter_there_is_nothing_on_speed(run_dir: Path) -> None:

@@ -16,16 +16,18 @@ from babyllama_ds.errors import JobError, Problem
 from babyllama_ds.spec.deepspeed import (
     REFUSED,
     DeepSpeedFile,
+    OffloadBlock,
     accumulation_steps,
     check_config,
     deepspeed_config,
     micro_batch,
+    offloads,
     precision,
     read_config,
 )
 from babyllama_ds.spec.job import DeepSpeedSpec, JobSpec
 from babyllama_ds.spec.shipped import shipped_names
-from babyllama_ds.spec.training import TrainingSpec
+from babyllama_ds.spec.training import Muon, TrainingSpec
 
 GOOD: dict[str, Any] = {
     "zero_optimization": {"stage": 2},
@@ -143,6 +145,39 @@ def test_precision() -> None:
     assert precision(changed(bf16=None)) == "fp32"
 
 
+def test_an_offloaded_optimizer_is_torchs() -> None:
+    """DeepSpeed would otherwise insist on its own, which it has to compile."""
+    base = changed(zero_optimization__offload_optimizer={"device": "cpu"})
+    config = deepspeed_config(job(), training(), device="cpu", ranks=1, base=base)
+    assert config["zero_force_ds_cpu_optimizer"] is False
+    assert offloads(config)
+    plain = deepspeed_config(job(), training(), device="cpu", ranks=1, base=GOOD)
+    assert "zero_force_ds_cpu_optimizer" not in plain
+    assert not offloads(plain)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "hint"),
+    [("ratio", 0.5, "stage 3"), ("nvme_path", "/tmp", "NVMe"), ("pipeline_read", True, "NVMe")],
+)
+def test_of_offloading_only_the_host_is_supported(key: str, value: object, hint: str) -> None:
+    block = {"device": "cpu", key: value}
+    (problem,) = problems(changed(zero_optimization__offload_optimizer=block))
+    assert problem.where == f"zero_optimization.offload_optimizer.{key}"
+    assert hint in (problem.hint or "")
+
+
+def test_muon_is_not_offloaded() -> None:
+    base = changed(zero_optimization__offload_optimizer={"device": "cpu"})
+    spec = training(muon=Muon())
+    deepspeed_config(job(), spec, device="cpu", ranks=1, base=GOOD)
+    with pytest.raises(JobError) as caught:
+        deepspeed_config(job(), spec, device="cpu", ranks=1, base=base, where="teachers.a.training")
+    (problem,) = caught.value.problems
+    assert problem.where == "teachers.a.training.muon"
+    assert problem.got == "Muon with an optimizer that is offloaded"
+
+
 # -- batch arithmetic ----------------------------------------------------------------------------
 
 
@@ -201,7 +236,8 @@ def test_batches_that_do_not_divide(
         ("tensor_parallel", {"autotp_size": 2}, "data-parallel"),
         ("elasticity", {}, "removed"),
         ("bfloat16", {"enabled": True}, "`bf16`"),
-        ("zero_optimization__offload_optimizer", {"device": "cpu"}, "not supported yet"),
+        ("zero_optimization__offload_param", {"device": "cpu"}, "`offload_optimizer` to the host"),
+        ("zero_force_ds_cpu_optimizer", False, "torch's AdamW"),
         ("zero_optimization__stage3_max_live_parameters", 1, "stage 3"),
         ("zero_optimization__compute_grad_norm", False, "norm"),
         ("bf16__bf16_master_weights_and_grads", True, "fp32"),
@@ -223,7 +259,7 @@ def test_keys_that_belong_elsewhere(key: str, value: object, hint: str) -> None:
         ("zero_optimisation", "did you mean `zero_optimization`?"),
         ("bf61", "did you mean `bf16`?"),
         ("zero_optimization__overlap_com", "did you mean `overlap_comm`?"),
-        ("zero_optimization__offload_optimiser", "did you mean `offload_optimizer`? offloading"),
+        ("zero_optimization__offload_optimiser", "did you mean `offload_optimizer`?"),
         ("data_types__grad_acum_dtype", "did you mean `grad_accum_dtype`?"),
         ("bf16__enable", "did you mean `enabled`?"),
         ("timers__throughput__sync", "there are: enabled, synchronized"),
@@ -259,6 +295,14 @@ def test_misspelt_keys(key: str, hint: str) -> None:
          "accumulate"),
         ({"zero_optimization__stage": 1}, "zero_optimization.stage", "1", "2 with bf16",
          "another optimizer"),
+        ({"zero_optimization__offload_optimizer": {"device": "nvme"}},
+         "zero_optimization.offload_optimizer.device", "'nvme'", "one of 'cpu'", ""),
+        ({"zero_optimization__offload_optimizer": {}}, "zero_optimization.offload_optimizer.device",
+         "nothing", "a value", ""),
+        ({"zero_optimization__offload_optimizer": {"device": "cpu"}, "bf16": None,
+          "zero_optimization__stage": 1},
+         "zero_optimization.stage", "1", "2 with offload_optimizer",
+         ""),
         ({"fp16__enabled": True}, "fp16.enabled", "true", "false", "loss scaling"),
         ({"bf16__check_grad_overflow": False}, "bf16.check_grad_overflow", "false", "true",
          "reaches the weights"),
@@ -294,6 +338,7 @@ def test_wrong_values(
         {"bf16": None, "zero_optimization__stage": 0},
         {"zero_optimization__reduce_bucket_size": 5e7},
         {"zero_optimization__overlap_comm": True},
+        {"zero_optimization__offload_optimizer": {"device": "cpu", "pin_memory": False}},
         {"fp16__enabled": False},
         {"bf16__check_grad_overflow": True},
         {"log_level": "info", "comms_logger": {"enabled": True, "prof_ops": ["all_reduce"]}},
@@ -462,3 +507,12 @@ def test_data_types_have_deepspeeds_keys() -> None:
 
     names = "GRAD_ACCUM_DTYPE", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_MODULES"
     assert our_keys("data_types.") == {getattr(constants, name) for name in names}
+
+
+def test_the_offloading_block_has_deepspeeds_keys() -> None:
+    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+
+    prefix = "zero_optimization.offload_optimizer."
+    refused = {key.removeprefix(prefix) for key in REFUSED if key.startswith(prefix)}
+    ours = refused | set(OffloadBlock.model_fields)
+    assert ours == set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)

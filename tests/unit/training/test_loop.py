@@ -5,6 +5,7 @@ Run as a script, this file is one of two ranks under the `deepspeed` launcher.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -12,9 +13,11 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,10 +36,11 @@ from babyllama_ds.errors import Stopped, TrainingError
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.spec.distillation import DistillationSpec
-from babyllama_ds.spec.training import TrainingSpec
+from babyllama_ds.spec.training import EarlyStopping, MovingAverage, Muon, TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.teachers.ensemble import Ensemble, Member
-from babyllama_ds.training import loop, objective
+from babyllama_ds.training import clock as clock_module
+from babyllama_ds.training import objective
 from babyllama_ds.training.breakdown import PARTS
 from babyllama_ds.training.loop import Stage, Surroundings, train
 from babyllama_ds.training.meter import Meter
@@ -680,6 +684,201 @@ def test_matched_states_come_closer(every_term: Callable[..., Run]) -> None:
     assert distances[-1] < 0.8 * distances[0]
 
 
+# -- ends before the planned steps -----------------------------------------------------------------
+
+OVERFITTED: dict[str, Any] = {"epochs": 6.0, "learning_rate": 2e-2}
+"""On other tokens than it is trained on, such a model is soon at its best."""
+
+
+def test_early_stopping_ends_a_training_as_done(
+    new_run: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    whole = new_run("whole", **OVERFITTED)
+    whole.train()
+    run = new_run(
+        "ended", early_stopping=EarlyStopping(patience=2), log_every_steps=1, **OVERFITTED
+    )
+    with caplog.at_level(logging.INFO):
+        summary = run.train()
+    assert list(run.dev_ce()) == [4, 8, 12, 16]
+    assert run.folder.saved == [4, 8, 12, 16]
+    assert [summary[key] for key in ("steps", "planned_steps", "ended_by", "best_step")] == [
+        *(16, 24, "early_stopping", 8)
+    ]
+    assert "student ends after step 16 of 24: early stopping, 2 evaluations without" in caplog.text
+    assert_equal_weights(run.weights(), whole.weights())  # the second evaluation's, of both
+    for step, line in run.logged().items():
+        assert line["lr"] == learning_rate(run.training, step - 1, 24), "the schedule is another"
+
+
+def test_a_training_that_still_improves_is_not_ended(new_run: Callable[..., Run]) -> None:
+    run = new_run(early_stopping=EarlyStopping(patience=1), epochs=4.0)
+    tokens = RandomWindows().tokens[:5]  # what it is trained on
+    summary = run.train(dev=dev_windows(tokens))
+    assert [summary[key] for key in ("steps", "planned_steps", "ended_by")] == [16, 16, "steps"]
+
+
+@pytest.mark.parametrize("stop_after", [5, 8, 11])
+def test_patience_goes_on_where_it_was(stop_after: int, new_run: Callable[..., Run]) -> None:
+    options = {**OVERFITTED, "early_stopping": EarlyStopping(patience=2), "of_model": DROPOUT}
+    undisturbed, run = new_run("undisturbed", **options), new_run("stopped", **options)
+    expected = undisturbed.train()
+    with pytest.raises(Stopped):
+        run.train(stop_after=stop_after)
+    assert run.train()["steps"] == expected["steps"] == 16 < expected["planned_steps"]
+    assert_equal_weights(run.weights(), undisturbed.weights())
+
+    def no_step(epoch: int, k: int) -> None:
+        raise AssertionError("it had ended")
+
+    again = run.train(before=no_step)  # killed between the end and the export
+    assert again["ended_by"] == "early_stopping"
+    assert_equal_weights(run.weights(), undisturbed.weights())
+
+
+def seconds_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every stay under the training's clock takes a second."""
+    now = itertools.count()
+    fake = SimpleNamespace(perf_counter=lambda: float(next(now)), monotonic=time.monotonic)
+    monkeypatch.setattr(clock_module, "time", fake)
+
+
+def test_the_minutes_of_all_starts_end_a_training(
+    new_run: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    seconds_by_turns(monkeypatch)
+    # A step takes a second, and one that is logged two: the first.
+    options = {"max_minutes": 4.5 / 60, "evaluate_every_steps": 3, "log_every_steps": 100}
+    undisturbed, run = new_run("undisturbed", **options), new_run("stopped", **options)
+    with caplog.at_level(logging.INFO):
+        summary = undisturbed.train()
+    assert list(undisturbed.dev_ce()) == [3, 4]
+    assert undisturbed.folder.saved == [3, 4]
+    assert [summary[key] for key in ("steps", "planned_steps", "ended_by")] == [4, 8, "max_minutes"]
+    assert summary["seconds"] == 5
+    assert "student ends after step 4 of 8: 0.1 minutes of steps, max_minutes" in caplog.text
+    with pytest.raises(Stopped):
+        run.train(stop_after=2)
+    assert run.train() == summary
+    assert_equal_weights(run.weights(), undisturbed.weights())
+
+
+def test_parts_of_steps_that_were_not_made_are_not_told(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds_by_turns(monkeypatch)
+    run = new_run(max_minutes=2.5 / 60, profile_steps=5)
+    assert run.train()["step_s"] is None
+
+
+# -- a moving average ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_average_is_evaluated_and_leaves(keep: str, new_run: Callable[..., Run]) -> None:
+    options = {**OVERFITTED, "epochs": 3.0, "precision": "fp32", "keep": keep}
+    plain, run = (
+        new_run("plain", **options),
+        new_run("run", ema=MovingAverage(decay=0.8), **options),
+    )
+    raw: dict[str, list[dict[str, torch.Tensor]]] = {"plain": [], "run": []}
+    seen: list[dict[str, torch.Tensor]] = []
+    dev = dev_windows()
+
+    def watched(ids: Sequence[int]) -> NDArray[np.int64]:
+        if 0 in ids:
+            seen.append(run.weights())
+        return np.asarray(dev.windows_of(ids))
+
+    plain.train(before=lambda *_: raw["plain"].append(plain.weights()))
+    summary = run.train(
+        before=lambda *_: raw["run"].append(run.weights()),
+        dev=DevWindows(windows_of=watched, num_windows=5, batch_windows=2),
+    )
+    # Evaluations show the average for a while; the steps never see it.
+    for one, other in zip(raw["plain"], raw["run"], strict=True):
+        assert_equal_weights(one, other)
+    average = {key: weight.double() for key, weight in raw["run"][0].items()}
+    averages = [average]
+    for step, weights in enumerate(raw["run"][1:], start=1):
+        decay = min(0.8, (1 + step) / (10 + step))
+        average = {k: decay * average[k] + (1 - decay) * weights[k].double() for k in average}
+        averages.append(average)
+    for step, shown in ((4, seen[0]), (8, seen[1])):
+        for key, weight in shown.items():
+            torch.testing.assert_close(weight.double(), averages[step][key], rtol=1e-5, atol=1e-6)
+    assert summary["averaged"] == 0.8
+    scores = run.dev_ce()
+    assert summary["best_step"] == min(scores, key=lambda step: scores[step])
+    assert_equal_weights(
+        run.weights(), seen[summary["best_step"] // 4 - 1 if keep == "best" else -1]
+    )
+    assert plain.train()["averaged"] is None
+
+
+# -- options over stops and kills ------------------------------------------------------------------
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ema": {"ema": MovingAverage(decay=0.9)},
+    "muon": {"muon": Muon()},
+    "muon and ema, last": {"muon": Muon(), "ema": MovingAverage(ramp=False), "keep": "last"},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "attention dropout": {"kind": "llama", "of_model": {"attention_dropout": 0.3}},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_options_end_with_the_same_weights_after_a_stop_or_a_kill(
+    end: str, name: str, new_run: Callable[..., Run]
+) -> None:
+    options = {"of_model": DROPOUT, "distilled": True, "checkpoint_every_steps": 2, **OPTIONS[name]}
+    undisturbed, run = new_run("undisturbed", **options), new_run(end, **options)
+    expected = undisturbed.train()
+
+    def kill(epoch: int, k: int) -> None:
+        if (epoch, k) == (1, 1):
+            raise Killed
+
+    with pytest.raises(Stopped if end == "stopped" else Killed):
+        run.train(**({"stop_after": 5} if end == "stopped" else {"before": kill}))
+    torch.manual_seed(99)
+    summary = run.train()
+    assert_equal_weights(run.weights(), undisturbed.weights())
+    assert summary["best_dev_ce"] == expected["best_dev_ce"]
+    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("distilled", [False, True])
+def test_gradient_checkpointing_changes_no_bit(
+    distilled: bool, precision: str, new_run: Callable[..., Run]
+) -> None:
+    """Dropout's masks included: the second time they are those of the first."""
+    options = {"of_model": DROPOUT, "distilled": distilled, "precision": precision}
+    plain = new_run("plain", **options)
+    recomputing = new_run("recomputing", gradient_checkpointing=True, **options)
+    plain.train()
+    recomputing.train()
+    assert_equal_weights(recomputing.weights(), plain.weights())
+    assert without_timing(recomputing.metrics()) == without_timing(plain.metrics())
+
+
+def test_attention_dropout_depends_on_seed_and_step_alone(new_run: Callable[..., Run]) -> None:
+    options = {"kind": "llama", "precision": "fp32"}
+    dropped = [new_run(f"{n}", of_model={"attention_dropout": 0.4}, **options) for n in range(3)]
+    dropped[2].seed += 1
+    plain = new_run("plain", **options)
+    for run in (*dropped, plain):
+        torch.manual_seed(len(run.directory.name))  # nothing depends on it
+        run.train()
+    assert_equal_weights(dropped[0].weights(), dropped[1].weights())
+    for other in (dropped[2], plain):
+        assert not torch.equal(*(r.weights()["lm_head.weight"] for r in (dropped[0], other)))
+
+
 # -- numbers that are not finite -------------------------------------------------------------------
 
 
@@ -834,8 +1033,8 @@ def test_the_engine_is_freed_also_after_an_error(
 
 def test_time_counts_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([100.0, 103.0, 200.0, 201.0])
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(now))
-    clock = loop._Clock(10.0)
+    monkeypatch.setattr(clock_module.time, "perf_counter", lambda: next(now))
+    clock = clock_module.Clock(10.0)
     with clock:
         pass
     assert clock.seconds == 13
@@ -955,6 +1154,13 @@ def test_one_rank_goes_on_where_two_stopped(
 
 
 @pytest.mark.launch
+def test_ranks_with_other_clocks_end_at_the_same_step(two_ranks: Path) -> None:
+    for rank in (0, 1):
+        result = json.loads((two_ranks / f"rank{rank}.json").read_text())
+        assert result["limited"] == [4, "max_minutes"]
+
+
+@pytest.mark.launch
 def test_not_finite_on_one_rank_is_the_same_error_on_both(two_ranks: Path) -> None:
     results = [json.loads((two_ranks / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert results[0]["error"] == results[1]["error"]
@@ -995,6 +1201,16 @@ def run_as_rank(folder: Path) -> None:
     run.train()
     if ranks.rank() == 0:
         save_file(run.weights(), folder / "resumed.safetensors")
+
+    run = run_of(folder, "limited", config, device)
+    run.training = run.training.model_copy(update={"max_minutes": 6.5 / 60})
+    turns = itertools.count(step=1 + 2 * ranks.rank())  # the second rank's clock is fast
+    clock_module.time = SimpleNamespace(  # type: ignore[assignment]
+        perf_counter=lambda: float(next(turns)), monotonic=time.monotonic
+    )
+    summary = run.train()
+    result["limited"] = (summary["steps"], summary["ended_by"])
+    clock_module.time = time
 
     run = run_of(folder, "broken", config, device)
 

@@ -1,0 +1,181 @@
+"""Muon beside AdamW over ZeRO's partitions: fp32 gradients enter, orthogonal steps leave.
+
+For a matrix W of a layer with gradient G (averaged over ranks, clipped), at learning rate r:
+
+    B <- m B + (1 - m) G        U = m B + (1 - m) G        (momentum m, in Nesterov's form)
+    W <- (1 - r * weight_decay) W - r * sqrt(max(1, outputs / inputs)) * NS(U)
+
+NS takes the singular values of U to about one by five steps of a quintic Newton-Schulz iteration
+(Jordan et al., kellerjordan.github.io/posts/muon, 2024; `torch.optim.Muon` computes the same). All
+other parameters, the embedding and the head among them, are AdamW's.
+
+ZeRO gives each rank a slice of all matrices in a row, whose ends may lie inside a matrix. The U of
+such a matrix is put together by an all-reduce; each rank orthogonalises what it owns a part of, so
+the work is divided by ranks, and so is the momentum, which lies in slices as AdamW's moments do.
+
+DeepSpeed has a Muon of its own. It is not used: docs/training.md says what was measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from babyllama_ds import ranks
+from babyllama_ds.spec.training import TrainingSpec
+
+MOMENTUM = "momentum_buffer"
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_STEPS = 5
+_EPSILON = 1e-7
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of a layer, and where this rank's part of it lies."""
+
+    shape: torch.Size
+    inputs_first: bool
+    """Whether rows are inputs (transformers' `Conv1D`), not outputs."""
+    shared: bool
+    """Whether several ranks own a part of it."""
+    start: int
+    """First owned element of the matrix."""
+    at: int
+    """Where that element lies in the rank's slice."""
+    length: int
+    """Owned elements; may be none of a shared matrix."""
+
+
+class AdamWWithMuon(torch.optim.AdamW):
+    """AdamW, and Muon for groups with `muon` set; `cut` says where ZeRO's slices end."""
+
+    def __init__(self, module: nn.Module, training: TrainingSpec) -> None:
+        assert training.muon is not None, "AdamW alone would do"
+        self._matrices: dict[Tensor, list[Matrix]] = {}
+        self._dtype = torch.float32
+        self._inputs_first = dict(layer_matrices(module))
+        others = [
+            parameter
+            for parameter in module.parameters()
+            if parameter.requires_grad and parameter not in self._inputs_first
+        ]
+        groups: list[dict[str, Any]] = [
+            {
+                "params": [p for p in self._inputs_first if p.requires_grad],
+                "weight_decay": training.weight_decay,
+                "muon": True,
+                "momentum": training.muon.momentum,
+                "of_rate": training.muon.learning_rate / training.learning_rate,
+            },
+            {
+                "params": [p for p in others if p.dim() > 1],
+                "weight_decay": training.weight_decay,
+                "muon": False,
+            },
+            {"params": [p for p in others if p.dim() <= 1], "weight_decay": 0.0, "muon": False},
+        ]
+        super().__init__(
+            [group for group in groups if group["params"]],
+            lr=training.learning_rate,
+            betas=training.betas,
+            eps=training.epsilon,
+            fused=True,
+        )
+
+    def cut(self, zero: Any) -> None:
+        """Learn where the slices of ZeRO's optimizer end. A collective."""
+        self._dtype = zero.dtype
+        for group, parameters in zip(self.param_groups, zero.bit16_groups, strict=True):
+            if group["muon"]:
+                self._matrices[group["params"][0]] = list(self._owned(parameters))
+
+    def _owned(self, parameters: list[nn.Parameter]) -> Iterator[Matrix]:
+        mapped = [parameter._hp_mapping for parameter in parameters]  # type: ignore[attr-defined]
+        lengths = [one.lp_fragment_address.numel if one else 0 for one in mapped]
+        of_ranks = list(zip(*ranks.gather_objects(lengths), strict=True))
+        for parameter, mapping, everywhere in zip(parameters, mapped, of_ranks, strict=True):
+            shared = any(0 < length < parameter.numel() for length in everywhere)
+            if shared or mapping is not None:
+                yield Matrix(
+                    shape=parameter.shape,
+                    inputs_first=self._inputs_first[parameter],
+                    shared=shared,
+                    start=mapping.lp_fragment_address.start if mapping else 0,
+                    at=mapping.hp_fragment_address.start if mapping else 0,
+                    length=mapping.lp_fragment_address.numel if mapping else 0,
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every group from its gradients. A collective."""
+        groups = self.param_groups
+        for group in groups:
+            if group["muon"]:
+                self._orthogonal_step(group)
+        # DeepSpeed, too, steps group by group, by giving each in turn.
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            return super().step(closure) if self.param_groups else None
+        finally:
+            self.param_groups = groups
+
+    def _orthogonal_step(self, group: dict[str, Any]) -> None:
+        (weights,) = group["params"]
+        momentum, rate = group["momentum"], group["lr"]
+        moving: Tensor = self.state[weights][MOMENTUM]
+        moving.lerp_(weights.grad, 1 - momentum)
+        update = weights.grad.lerp(moving, momentum)
+        weights.mul_(1 - rate * group["weight_decay"])
+        for matrix in self._matrices[weights]:
+            whole = _whole(update.narrow(0, matrix.at, matrix.length), matrix)
+            if matrix.length == 0:
+                continue
+            outputs, inputs = reversed(matrix.shape) if matrix.inputs_first else matrix.shape
+            orthogonal = orthogonalised(whole, self._dtype).reshape(-1)
+            weights.narrow(0, matrix.at, matrix.length).add_(
+                orthogonal.narrow(0, matrix.start, matrix.length),
+                alpha=-rate * math.sqrt(max(1, outputs / inputs)),
+            )
+
+
+def _whole(own: Tensor, matrix: Matrix) -> Tensor:
+    """The matrix that ranks own parts of. A collective where they are several."""
+    if not matrix.shared:
+        return own.view(matrix.shape)
+    whole = own.new_zeros(matrix.shape.numel())
+    whole.narrow(0, matrix.start, matrix.length).copy_(own)
+    dist.all_reduce(whole)
+    return whole.view(matrix.shape)
+
+
+def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix with singular values of about one, computed in `dtype`."""
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = (matrix.T if tall else matrix).to(dtype)
+    wide = wide / wide.norm().clamp(min=_EPSILON)  # no singular value is above one
+    for _ in range(_STEPS):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if tall else wide
+
+
+def layer_matrices(module: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Weights of linear layers but the head's, each with whether its rows are inputs."""
+    models = (part for part in module.modules() if isinstance(part, PreTrainedModel))
+    model: Any = next(models)
+    kept_out = {model.get_output_embeddings().weight, model.get_input_embeddings().weight}
+    for part in module.modules():
+        if isinstance(part, nn.Linear | Conv1D):
+            weight: Any = part.weight
+            if weight not in kept_out:
+                yield weight, isinstance(part, Conv1D)

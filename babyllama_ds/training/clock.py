@@ -1,0 +1,43 @@
+"""The training's clock: optimizer steps run under it; their seconds, a rate and a beat leave."""
+
+from __future__ import annotations
+
+import math
+import time
+
+PLAIN_LINE_EVERY_S = 10.0
+"""Seconds between lines for people when there is no terminal."""
+
+
+class Clock:
+    """Time spent in optimizer steps, evaluations and checkpoints left out."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._entered = 0.0
+        self._rate_from: tuple[float, int] | None = None
+        self._line_at = -math.inf
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._entered
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second since the last call."""
+        since_s, since_tokens = self._rate_from or (0.0, 0)
+        self._rate_from = (self.seconds, tokens)
+        return (tokens - since_tokens) / max(self.seconds - since_s, 1e-9)
+
+    def seconds_a_step(self, steps: int) -> float:
+        """Seconds of a step, on average over the training so far."""
+        return self.seconds / max(steps, 1)
+
+    def line_due(self, *, last: bool) -> bool:
+        """Whether people should see a line now."""
+        now = time.monotonic()
+        if not last and now - self._line_at < PLAIN_LINE_EVERY_S:
+            return False
+        self._line_at = now
+        return True
