@@ -94,6 +94,25 @@ def read_sources(spec: FilesCorpus, *, check: Callable[[], None] | None = None) 
     return Sources(files=tuple(files), cleaning=spec.cleaning, tail=tail)
 
 
+def read_texts(paths: Sequence[Path], *, cleaning: Cleaning, where: str) -> Sources:
+    """Files that nothing is trained on, each a domain of development text, read once.
+
+    `where` is what named them. Raises `DataError` with all problems of a kind at once: a file that
+    cannot be read, is not UTF-8 or holds no text; two files that would be one domain.
+    """
+    files: list[TextFile] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            files.append(_read_file(path.expanduser(), "dev", None))
+        except DataError as error:
+            problems += error.problems
+    problems = problems or _without_text(files, where) or _one_domain(files, where)
+    if problems:
+        raise DataError.all_of(problems)
+    return Sources(files=tuple(files), cleaning=cleaning, tail=None)
+
+
 def find_files(train: Sequence[str], dev: Sequence[str] = ()) -> list[tuple[Split, Path]]:
     """The files that the patterns of a corpus name, pattern by pattern, each one's matches sorted.
 
@@ -288,6 +307,28 @@ def _empty_splits(files: list[TextFile]) -> list[Problem]:
             got = f"{len(mine)} file(s) without any text, the first {mine[0].path}"
             problems.append(Problem(where=_key(split), got=got, expected="some text"))
     return problems
+
+
+def _without_text(files: list[TextFile], where: str) -> list[Problem]:
+    return [
+        Problem(where=where, got=f"{file.path}, a file without any text", expected="some text")
+        for file in files
+        if not file.has_text
+    ]
+
+
+def _one_domain(files: list[TextFile], where: str) -> list[Problem]:
+    firsts: dict[str, TextFile] = {}
+    return [
+        Problem(
+            where=where,
+            got=f"{file.path}, of the same name as {first.path}",
+            expected="texts with names of their own: a name without its suffix is a domain",
+            hint="rename one, or leave one out",
+        )
+        for file in files
+        if (first := firsts.setdefault(file.domain, file)) is not file
+    ]
 
 
 # -- streaming -----------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from babyllama_ds import ranks
@@ -19,7 +18,7 @@ from babyllama_ds.corpus.windows import DevWindows as DevText
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine import distributed
 from babyllama_ds.evaluation.evaluate import DevWindows
-from babyllama_ds.evaluation.minimal_pairs import Task, load_tasks
+from babyllama_ds.evaluation.pair_files import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.spec import deepspeed
 from babyllama_ds.spec.job import JobSpec
@@ -90,11 +89,9 @@ class Parts:
     def dev_windows(self, corpus: Corpus, limit: int | None) -> DevWindows:
         """The first `limit` windows of the development text; none: all."""
         text = DevText(corpus.shards, length=self.job.windows.length, limit=limit)
-        per_pass = self.job.evaluation.batch_tokens // self.job.windows.length
-        return DevWindows(
-            windows_of=lambda ids: text.windows(np.asarray(ids, dtype=np.int64)),
-            num_windows=text.num_windows,
-            batch_windows=max(1, per_pass),
+        return DevWindows.of(
+            text,
+            batch_tokens=self.job.evaluation.batch_tokens,
             byte_lengths=corpus.byte_lengths,
         )
 
