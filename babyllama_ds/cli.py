@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from babyllama_ds import __version__
-from babyllama_ds.errors import EXIT_CODE, Stopped, UserError
+from babyllama_ds.errors import EXIT_CODE, DataError, Stopped, UserError
 from babyllama_ds.spec.explain import closest, did_you_mean
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.resolved import dump_job
@@ -210,6 +210,8 @@ def _parser() -> Parser:
 
     _add_export(commands.add_parser("export", help="a model or a whole run, for elsewhere"))
 
+    _add_evaluate(commands.add_parser("evaluate", help="measure any causal LM on texts and pairs"))
+
     _add_generate(commands.add_parser("generate", help="let a model go on from a prompt"))
 
     schema = commands.add_parser("schema", help="print the JSON schema of jobs")
@@ -295,6 +297,78 @@ def _add_export(exporter: argparse.ArgumentParser) -> None:
     exporter.set_defaults(command=_export)
 
 
+def _add_evaluate(judge: argparse.ArgumentParser) -> None:
+    judge.add_argument("model", metavar="MODEL", help="a model's directory, a run's, or a hub id")
+    judge.add_argument(
+        "--pairs",
+        type=_named_folder,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=DIR",
+        help="a directory of minimal pairs, one *.jsonl a task: blimp=eval/blimp_filtered",
+    )
+    judge.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="held-out text; its name without suffix is its domain",
+    )
+    judge.add_argument(
+        "--length", type=_window, default=128, metavar="N", help="tokens in a window (default: 128)"
+    )
+    judge.add_argument(
+        "--cleaning",
+        choices=("none", "babylm"),
+        default="none",
+        help="of texts, as in jobs (default: none)",
+    )
+    judge.add_argument(
+        "--prefix",
+        choices=("none", "bos"),
+        default="none",
+        help="the token before each sentence (default: none, so its first is not scored)",
+    )
+    judge.add_argument(
+        "--no-leading-space",
+        action="store_false",
+        dest="leading_space",
+        help="encode sentences as at the start of a text, not as inside one",
+    )
+    judge.add_argument(
+        "--batch-tokens",
+        type=_positive,
+        default=8192,
+        metavar="N",
+        help="tokens in one forward pass (default: 8192)",
+    )
+    judge.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    judge.add_argument(
+        "--runs", type=Path, help="folder of run directories, whose store remembers measurements"
+    )
+    judge.add_argument("--json", action="store_true", help="print the measurement as JSON")
+    judge.set_defaults(command=_evaluate)
+
+
+def _named_folder(word: str) -> tuple[str, Path]:
+    """NAME=DIR, as argparse wants it."""
+    name, _, folder = word.partition("=")
+    if not name or not folder:
+        raise ValueError(word)
+    return name, Path(folder).expanduser()
+
+
+def _window(word: str) -> int:
+    """Tokens in a window, at least one of them with one before it, as argparse wants it."""
+    number = int(word)
+    if number < 2:
+        raise ValueError(word)
+    return number
+
+
 def _not_negative(word: str) -> float:
     """A number from 0 on, as argparse wants it."""
     number = float(word)
@@ -372,6 +446,43 @@ def _export(options: argparse.Namespace) -> None:
         )
     ):
         print(place, flush=True)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import json
+
+    import torch
+
+    from babyllama_ds.console import BatchBar, configure_logging
+    from babyllama_ds.engine.distributed import quiet_known_noise, resolve_device
+    from babyllama_ds.evaluation.measure import Wanted, measure
+    from babyllama_ds.report.measured import render_measured
+    from babyllama_ds.store import Store
+
+    configure_logging(rank=0)
+    quiet_known_noise()
+    wanted = Wanted(
+        texts=tuple(options.text),
+        benchmarks=_by_name(options.pairs),
+        length=options.length,
+        cleaning=options.cleaning,
+        leading_space=options.leading_space,
+        prefix=options.prefix,
+        batch_tokens=options.batch_tokens,
+    )
+    device = torch.device(resolve_device(options.device))
+    store = None if options.runs is None else Store(options.runs / "store")
+    with BatchBar() as tell:
+        result = measure(options.model, wanted, device=device, store=store, on_batch=tell)
+    print(json.dumps(result, indent=2) + "\n" if options.json else render_measured(result), end="")
+
+
+def _by_name(folders: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    names = [name for name, _ in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError.of("--pairs", got=f"two called {name}", expected="a name for each")
+    return dict(folders)
 
 
 def _schema(*, in_words: bool) -> None:

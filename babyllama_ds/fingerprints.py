@@ -5,7 +5,7 @@ Never in a fingerprint: rank count, micro-batch, logging, paths, device.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.spec.base import Spec
 from babyllama_ds.spec.corpus import WindowsSpec
 from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.spec.evaluation import EvaluationSpec
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import LlamaModel, ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
 
 METHOD = 3
 """Raised when a change of the code changes what the same job gives."""
+
+MEASUREMENT = 1
+"""Raised when an evaluation says more of a model, or something else, so that it is made anew."""
 
 HOW_IT_RUNS = {
     "micro_batch",
@@ -42,6 +46,7 @@ NEUTRAL: dict[type[Spec], dict[str, Any]] = {
     PretrainedModel: {"dropout": None, "attention_dropout": None},
     WindowsSpec: {"attention": "window", "order": "seeded"},
     DistillationSpec: {"divergence": {"kind": "forward_kl"}, "hidden_matching": None},
+    EvaluationSpec: {"prefix": "none"},
 }
 """Options that came after METHOD was last raised, with the (JSON) value at which nothing is changed
 by them: there they are left out, so that what was made before still stands."""
@@ -105,27 +110,43 @@ def evaluation_fingerprint(
     model_dir: Path, job: JobSpec, tokens_key: str, pairs_dir: Path | None
 ) -> str:
     """Of a model's measurements: its weights, the text, the benchmarks' files."""
-    folders = [Path(pairs.path) for pairs in job.evaluation.minimal_pairs]
+    benchmarks = [(pairs.name, Path(pairs.path)) for pairs in job.evaluation.minimal_pairs]
     if pairs_dir is not None:
-        folders.append(pairs_dir)
+        benchmarks.append(("nursery", pairs_dir))
+    return measured_fingerprint(
+        model_hashes(model_dir),
+        tokens=tokens_key,
+        length=job.windows.length,
+        settings=_plain(job.evaluation, exclude={"batch_tokens", "minimal_pairs"})
+        | _attention(job.windows),
+        benchmarks=benchmarks,
+    )
+
+
+def measured_fingerprint(
+    model: Mapping[str, str],
+    *,
+    tokens: str | None,
+    length: int | None,
+    settings: Mapping[str, Any],
+    benchmarks: Sequence[tuple[str, Path]],
+) -> str:
+    """Of what is measured of a model (`model_hashes`) on text of which `tokens` is the key (none:
+    no text) and on the files of benchmarks, which are known by their names and contents."""
     return files.hash_json(
         {
             "method": METHOD,
-            "weights": weight_hashes(model_dir),
-            "tokens": tokens_key,
-            "length": job.windows.length,
-            **_attention(job.windows),
-            "evaluation": _plain(job.evaluation, exclude={"batch_tokens", "minimal_pairs"}),
+            "measurement": MEASUREMENT,
+            "weights": model,
+            "tokens": tokens,
+            "length": length,
+            "evaluation": settings,
             "pairs": [
                 [
                     name,
                     {path.name: files.sha256_file(path) for path in sorted(folder.glob("*.jsonl"))},
                 ]
-                for name, folder in zip(
-                    [*(pairs.name for pairs in job.evaluation.minimal_pairs), "nursery"],
-                    folders,
-                    strict=False,
-                )
+                for name, folder in benchmarks
             ],
         }
     )
@@ -134,6 +155,14 @@ def evaluation_fingerprint(
 def _attention(windows: WindowsSpec) -> dict[str, Any]:
     """Of a measurement's windows nothing matters but their length and this."""
     return {key: value for key, value in _plain(windows).items() if key == "attention"}
+
+
+def model_hashes(model_dir: Path) -> dict[str, str]:
+    """SHA-256 of a model directory's weight files and of its `config.json`: the same weights under
+    another configuration are another model."""
+    config = model_dir / "config.json"
+    hashes = weight_hashes(model_dir)
+    return hashes | ({config.name: files.sha256_file(config)} if config.exists() else {})
 
 
 def weight_hashes(model_dir: Path) -> dict[str, str]:
@@ -166,15 +195,11 @@ def _pretrained_content(path: str) -> dict[str, str] | str:
     """A local directory by the content of its weights; a hub id by its name."""
     if not Path(path).is_dir():
         return path
-    hashes = weight_hashes(Path(path))
-    if not hashes:
+    if not weight_hashes(Path(path)):
         raise ModelError.of(
             path,
             got="a directory without *.safetensors",
             expected="a model saved as safetensors",
             hint="save it again with `save_pretrained(..., safe_serialization=True)`",
         )
-    config = Path(path) / "config.json"
-    if config.exists():
-        hashes["config.json"] = files.sha256_file(config)
-    return hashes
+    return model_hashes(Path(path))

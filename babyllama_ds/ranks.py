@@ -13,10 +13,11 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -171,6 +172,18 @@ def on_every_rank(work: Callable[[], T]) -> T:
     if failures:
         _raise_together(failures, own)
     return result
+
+
+@contextmanager
+def held_by_rank_zero(manager: AbstractContextManager[Any]) -> Iterator[None]:
+    """A context that rank 0 holds for all; its error at entry reaches every rank."""
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(manager)
+
+        on_rank_zero(enter)
+        yield
 
 
 # -- helpers -------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ cleaned lines of a split, text by text, in bounded memory. `tokenizer` and `shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
+from pathlib import Path
 
 from babyllama_ds.corpus.checking import DAMAGED, TextFile, read_file
 from babyllama_ds.corpus.cleaning import CLEANING_VERSION, Cleaning, clean
@@ -142,6 +143,25 @@ def read_files(spec: FilesCorpus, *, check: Check | None = None, key: str) -> Fi
     )
 
 
+def read_texts(paths: Sequence[Path], *, cleaning: Cleaning, where: str) -> FileSources:
+    """Files that nothing is trained on, each a domain of development text, read once.
+
+    `where` is what named them. Raises `DataError` with all problems of a kind at once: a file that
+    cannot be read, is not UTF-8 or holds no text; two files that would be one domain.
+    """
+    files: list[TextFile] = []
+    problems: list[Problem] = []
+    for path in paths:
+        try:
+            files.append(read_file(path.expanduser(), "dev", "text", None))
+        except DataError as error:
+            problems += error.problems
+    problems = problems or _without_text(files, where) or _one_domain(files, where)
+    if problems:
+        raise DataError.all_of(problems)
+    return FileSources(files=tuple(files), cleaning=cleaning, tail=None)
+
+
 def _shared_text(files: list[TextFile], key: str) -> list[Problem]:
     """Held-out files that are copies of training files under another name."""
     trained = {file.sha256: file for file in files if file.split == "train"}
@@ -177,6 +197,28 @@ def _tables_as_published(files: list[TextFile], key: str) -> list[Problem]:
         )
         for file in files
         if file.form != "text" and file.domain in PUBLISHED_RULES
+    ]
+
+
+def _without_text(files: list[TextFile], where: str) -> list[Problem]:
+    return [
+        Problem(where=where, got=f"{file.path}, a file without any text", expected="some text")
+        for file in files
+        if not file.has_text
+    ]
+
+
+def _one_domain(files: list[TextFile], where: str) -> list[Problem]:
+    firsts: dict[str, TextFile] = {}
+    return [
+        Problem(
+            where=where,
+            got=f"{file.path}, of the same name as {first.path}",
+            expected="texts with names of their own: a name without its suffix is a domain",
+            hint="rename one, or leave one out",
+        )
+        for file in files
+        if (first := firsts.setdefault(file.domain, file)) is not file
     ]
 
 

@@ -18,14 +18,14 @@ Legend: N windows, L tokens in a window.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from babyllama_ds.corpus.shards import TokenShards
+from babyllama_ds.corpus.shards import DomainSpan, TokenShards
 from babyllama_ds.corpus.starts import DocumentStarts
 from babyllama_ds.errors import DataError
 from babyllama_ds.spec.corpus import Offsets, Phases
@@ -170,11 +170,40 @@ class DevWindows:
         """The token ids of the windows `indices`, each in [0, num_windows): [N, L]."""
         return self._tokens.gather("dev", self._starts[indices], self.length)
 
+    @property
+    def within_documents(self) -> bool:
+        """Whether a position belongs to its document, not to its window."""
+        return self._documents is not None
+
     def begins(self, indices: Indices) -> npt.NDArray[np.bool_] | None:
         """Where in each window the piece of a document begins: [N, L]; none: windows are whole."""
         if self._documents is None:
             return None
         return self._documents.begins(self._starts[indices], self.length)
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The domains of the development text, each once, in the order in which they begin."""
+        return tuple(dict.fromkeys(span.domain for span in self._spans))
+
+    def domain_numbers(self, indices: Indices) -> npt.NDArray[np.int64]:
+        """Which of `domains` each token of the windows `indices` comes from: [N, L]."""
+        positions_NL = self._starts[indices][:, None] + np.arange(self.length)
+        # The first span that ends behind a position holds it: spans leave no gaps.
+        spans_NL = np.searchsorted(self._span_stops, positions_NL, side="right")
+        return self._span_domains[spans_NL]
+
+    @cached_property
+    def _spans(self) -> list[DomainSpan]:
+        return self._tokens.domains("dev")
+
+    @cached_property
+    def _span_stops(self) -> Indices:
+        return np.array([span.stop for span in self._spans], np.int64)
+
+    @cached_property
+    def _span_domains(self) -> Indices:
+        return np.array([self.domains.index(span.domain) for span in self._spans], np.int64)
 
 
 def _kept(tokens: TokenShards, split: str) -> DocumentStarts:

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from babyllama_ds.corpus.tokenizer import load_tokenizer, vocabulary_size
 from babyllama_ds.errors import ModelError
+from babyllama_ds.evaluation.loading import WHERE, model_directory
 from babyllama_ds.models.build import check_vocabulary_fits, load_model
-
-WHERE = "MODEL"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ def generate(
             expected="1, for all would be the same",
             hint="give a higher --temperature",
         )
-    directory = _model_in(path)
+    directory = model_directory(path)
     tokenizer = load_tokenizer(directory, where=WHERE)
     model: Any = load_model(directory, attention="sdpa", where=WHERE).to(device).eval()
     check_vocabulary_fits(model, vocabulary_size(tokenizer), where=WHERE)
@@ -73,30 +71,6 @@ def generate(
         yield from (
             cast(str, tokenizer.decode(ids_S, skip_special_tokens=True)) for ids_S in ids_BS
         )
-
-
-def _model_in(path: str) -> str:
-    """The path itself; of a run's folder, that of its student."""
-    student = Path(path) / "student"
-    if (Path(path) / "config.json").exists():
-        return path
-    if (student / "config.json").exists():
-        return str(student)
-    if (Path(path) / "job.yaml").exists():
-        raise ModelError.of(
-            WHERE,
-            got=f"{path}, a run without a student yet",
-            expected="a model, or a run that has one",
-            hint="one of its teachers may be done: RUN/teachers/NAME",
-        )
-    if Path(path).is_file():
-        raise ModelError.of(
-            WHERE,
-            got=f"{path}, a file",
-            expected="a directory",
-            hint="unpack it first: tar --extract --file" if path.endswith(".tar") else None,
-        )
-    return path
 
 
 def _encoded(prompt: str, tokenizer: Any, model: Any, new_tokens: int) -> torch.Tensor:

@@ -112,12 +112,14 @@ AS_CONFIGURED = Dropouts()
 def load_model(
     path: str,
     *,
-    attention: str,
+    attention: str | None,
     where: str,
     dtype: torch.dtype | str = torch.float32,
     dropouts: Dropouts = AS_CONFIGURED,
 ) -> nn.Module:
     """A causal language model from a Hugging Face directory or hub id; safetensors only.
+
+    No `attention`: PyTorch's fused one, or `eager` in families that have nothing else.
 
     Raises:
         ModelError: nothing loadable at `path`, a file without all of the model's weights, or a

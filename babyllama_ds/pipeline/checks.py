@@ -9,6 +9,7 @@ from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.corpus.tokenizer import differing_ids, load_tokenizer
 from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.errors import ModelError
+from babyllama_ds.evaluation.sentences import prefix_ids
 from babyllama_ds.models.build import build_model, check_positions
 from babyllama_ds.models.documents import check_documents, takes_lengths
 from babyllama_ds.models.parts import HeadKind, check_plain_head, split_causal_lm
@@ -38,6 +39,7 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     _check_trainings(parts, corpus)
     parts.dev_windows(corpus, job.evaluation.dev_windows)
     parts.benchmarks(corpus)
+    prefix_ids(corpus.tokenizer, job.evaluation.prefix)
     for spec in job.teachers:
         if isinstance(spec.model, PretrainedModel):
             where, trainings = f"teachers.{spec.name}", [spec.training]

@@ -6,13 +6,11 @@ Nothing here trains or writes. `where` and `stage` name a stage as people see it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from babyllama_ds import ranks
 from babyllama_ds.corpus.prepare import Corpus
@@ -20,9 +18,8 @@ from babyllama_ds.corpus.tokenizer import ids_of_tokens
 from babyllama_ds.corpus.windows import DevWindows as DevText
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine import distributed
-from babyllama_ds.evaluation.cross_entropy import BeginsOf
 from babyllama_ds.evaluation.evaluate import DevWindows
-from babyllama_ds.evaluation.minimal_pairs import Task, load_tasks
+from babyllama_ds.evaluation.pair_files import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.documents import varies_in_shape
 from babyllama_ds.models.sizes import attention_dropout
@@ -137,13 +134,10 @@ class Parts:
             limit=limit,
             within_documents=self.within_documents,
         )
-        per_pass = self.job.evaluation.batch_tokens // self.job.windows.length
-        return DevWindows(
-            windows_of=lambda ids: text.windows(np.asarray(ids, dtype=np.int64)),
-            num_windows=text.num_windows,
-            batch_windows=max(1, per_pass),
+        return DevWindows.of(
+            text,
+            batch_tokens=self.job.evaluation.batch_tokens,
             byte_lengths=corpus.byte_lengths,
-            begins_of=_begins_of(text) if self.within_documents else None,
         )
 
     def benchmarks(self, corpus: Corpus) -> dict[str, list[Task]]:
@@ -153,15 +147,6 @@ class Parts:
             folders["nursery"] = corpus.entries.pairs_dir
         limit = self.job.evaluation.max_pairs_per_task
         return {name: load_tasks(path, max_pairs=limit) for name, path in folders.items()}
-
-
-def _begins_of(text: DevText) -> BeginsOf:
-    def begins_of(ids: Sequence[int]) -> NDArray[np.bool_]:
-        begins_BS = text.begins(np.asarray(ids, dtype=np.int64))
-        assert begins_BS is not None, "documents are kept apart"
-        return begins_BS
-
-    return begins_of
 
 
 def training_key(stage: str) -> str:

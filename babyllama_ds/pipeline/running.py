@@ -14,7 +14,7 @@ from pathlib import Path
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.errors import Stopped, UserError
-from babyllama_ds.pipeline.stages import Pipeline, held_by_rank_zero
+from babyllama_ds.pipeline.stages import Pipeline
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.stopping import StopRequest, started_by_launcher
@@ -35,7 +35,7 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     device = distributed.start(distributed.resolve_device(job.deepspeed.device))
     directory = RunDirectory(runs / job.run_name)
     try:
-        with held_by_rank_zero(RunLock(directory.path, launcher_pid=stop.launcher_pid)):
+        with ranks.held_by_rank_zero(RunLock(directory.path, launcher_pid=stop.launcher_pid)):
             ranks.on_rank_zero(lambda: directory.open(job))
             with _state_kept(directory):
                 Pipeline(

@@ -8,8 +8,6 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus, CorpusEntries, open_corpus, prepare_corpus
 from babyllama_ds.engine.checkpoint import CheckpointFolder
 from babyllama_ds.evaluation.evaluate import evaluate_model
+from babyllama_ds.evaluation.stored import store_key, stored_evaluation
 from babyllama_ds.fingerprints import (
     evaluation_fingerprint,
     loaded_teacher_fingerprint,
@@ -102,7 +101,7 @@ class Pipeline:
                 stage, key, made_from="its text, weights or precision"
             )
         )
-        with held_by_rank_zero(self.store.lock("teachers", key)):
+        with ranks.held_by_rank_zero(self.store.lock("teachers", key)):
             entry = ranks.on_rank_zero(lambda: self.store.find("teachers", key))
             if entry is None:
                 entry = self._teacher_in_store(spec, corpus, stage, key)
@@ -201,7 +200,7 @@ class Pipeline:
     # -- after training ---------------------------------------------------------------------------
 
     def evaluate(self, name: str, path: Path, corpus: Corpus) -> None:
-        """Measure a finished model, unless the same measurement stands."""
+        """Measure a finished model, unless the same measurement stands here or in the store."""
         result_path = self.run_dir / "evaluation" / f"{name}.json"
         fingerprint = ranks.on_rank_zero(
             lambda: evaluation_fingerprint(
@@ -213,6 +212,17 @@ class Pipeline:
             return
         teachers = {spec.name: spec.model for spec in self.job.teachers}
         spec = teachers.get(name, self.job.student.model)
+        attention = self.parts.attention(name, spec, training=False)
+        result = stored_evaluation(
+            self.store,
+            store_key(fingerprint, device=self.parts.device_kind, attention=attention),
+            lambda: self._measure(name, path, corpus, attention),
+            name=name,
+        )
+        result |= {"fingerprint": fingerprint}
+        ranks.on_rank_zero(lambda: files.write_json(result_path, result))
+
+    def _measure(self, name: str, path: Path, corpus: Corpus, attention: str) -> dict[str, Any]:
         started = time.monotonic()
         result = evaluate_model(
             path.resolve(),
@@ -221,13 +231,13 @@ class Pipeline:
             dev=self.parts.dev_windows(corpus, self.job.evaluation.dev_windows),
             benchmarks=self.parts.benchmarks(corpus),
             leading_space=self.job.evaluation.leading_space,
+            prefix=self.job.evaluation.prefix,
             batch_tokens=self.job.evaluation.batch_tokens,
             device=self.parts.device,
-            attention=self.parts.attention(name, spec, training=False),
+            attention=attention,
             on_batch=lambda _done, _all: self.stop.check(),
         )
-        result |= {"fingerprint": fingerprint, "seconds": time.monotonic() - started}
-        ranks.on_rank_zero(lambda: files.write_json(result_path, result))
+        return {**result, "seconds": time.monotonic() - started}
 
     def report(self) -> None:
         """report/, and the model cards that quote it."""
@@ -238,18 +248,6 @@ class Pipeline:
                 card = render_model_card(report, name)
                 files.write_atomic(self.run_dir / name / "README.md", card)
         log.info("report: %s", self.run_dir / "report" / "report.md")
-
-
-@contextmanager
-def held_by_rank_zero(manager: AbstractContextManager[Any]) -> Iterator[None]:
-    """A context that rank 0 holds for all; its error at entry reaches every rank."""
-    with ExitStack() as stack:
-
-        def enter() -> None:
-            stack.enter_context(manager)
-
-        ranks.on_rank_zero(enter)
-        yield
 
 
 def _stands(result_path: Path, fingerprint: str) -> bool:

@@ -60,6 +60,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         name: _model(role, _read_optional(folder / "training.json"), evaluations.get(name, {}))
         for name, role, folder in _models_of(job, run_dir)
     }
+    measured = {name: evaluations.get(name, {}) for name in models}
     logged = _logged_steps(run_dir / "metrics.jsonl")
     return {
         "name": run_dir.name,
@@ -78,7 +79,8 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         "models": models,
         "weights": {name: _weights(folder) for name, _, folder in _models_of(job, run_dir)},
         "gains": _gains(models),
-        "minimal_pairs": _benchmarks({name: evaluations.get(name, {}) for name in models}),
+        "domains": _domains(measured),
+        "minimal_pairs": _benchmarks(measured),
         "last_logged_step": {line["stage"]: line for line in logged},
     }
 
@@ -213,8 +215,17 @@ def _difference(student: Mapping[str, Any], other: Mapping[str, Any]) -> dict[st
     }
 
 
+def _domains(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Each domain of the development text: a model's cross-entropy, and the tokens it is of."""
+    domains: dict[str, Any] = {}
+    for model, evaluation in evaluations.items():
+        for domain, score in ((evaluation.get("dev") or {}).get("domains") or {}).items():
+            domains.setdefault(domain, {})[model] = {"ce": score["ce"], "tokens": score["tokens"]}
+    return domains
+
+
 def _benchmarks(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Per benchmark: how sentences were presented, and each task's accuracy by model."""
+    """Per benchmark: how sentences were presented, each term's and task's accuracy by model."""
     benchmarks: dict[str, Any] = {}
     for model, evaluation in evaluations.items():
         for name, scores in (evaluation.get("minimal_pairs") or {}).items():
@@ -224,10 +235,14 @@ def _benchmarks(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                     "prefix": scores["prefix"],
                     "leading_space": scores["leading_space"],
                     "pooled_accuracy": {},
+                    "terms": {},
                     "tasks": {},
                 },
             )
             benchmark["pooled_accuracy"][model] = scores["pooled_accuracy"]
+            for term, score in (scores.get("terms") or {}).items():
+                facts = {"tasks": score["tasks"], "pairs": score["pairs"], "accuracy": {}}
+                benchmark["terms"].setdefault(term, facts)["accuracy"][model] = score["accuracy"]
             for task, score in scores["tasks"].items():
                 facts = {"pairs": score["pairs"], "term": score["term"]}
                 entry = benchmark["tasks"].setdefault(task, {**facts, "accuracy": {}, "ties": {}})

@@ -36,6 +36,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         *_ensemble(report),
         *_last_logged(report),
         *_speed(report),
+        *_domains(report),
         *_tasks(report),
         *_environment(report),
         *_loading(),
@@ -253,6 +254,30 @@ def _speed(report: Mapping[str, Any]) -> list[str]:
     return ["## Speed", table(["model", "tokens/s", "GFLOP/s", "mfu"], rows), note, *parts]
 
 
+def _domains(report: Mapping[str, Any]) -> list[str]:
+    domains = report["domains"]
+    if len(domains) < 2:  # one is the whole
+        return []
+    note = (
+        "A token belongs to the file that it comes from itself, also where its window began in the "
+        "one before. The whole is the mean over tokens."
+    )
+    title = "## Dev cross-entropy by domain (nats/token)"
+    return [title, domains_table(domains, report["models"]), note]
+
+
+def domains_table(domains: Mapping[str, Any], models: Mapping[str, Any]) -> str:
+    """Models by domains, the whole last, over the tokens that they were measured on."""
+    measured = [name for name in models if any(name in scores for scores in domains.values())]
+    # The same text in the same tokens for every model of a run.
+    tokens = [max(score["tokens"] for score in scores.values()) for scores in domains.values()]
+    rows = [["tokens", *(number(each, 0) for each in (*tokens, sum(tokens)))]]
+    for name in measured:
+        own = [scores.get(name, {}).get("ce") for scores in domains.values()]
+        rows.append([name, *(number(ce, 4) for ce in (*own, models[name]["dev_ce"]))])
+    return table(["model", *domains, "whole"], rows)
+
+
 def _tasks(report: Mapping[str, Any]) -> list[str]:
     sections: list[str] = []
     for name, benchmark in report["minimal_pairs"].items():
@@ -260,8 +285,25 @@ def _tasks(report: Mapping[str, Any]) -> list[str]:
         if len(benchmark["tasks"]) > MOST_TASKS_SHOWN:
             summary = f"{len(benchmark['tasks'])} tasks"
             tasks = f"<details><summary>{summary}</summary>\n\n{tasks}\n\n</details>"
-        sections += [f"## Minimal pairs: {name} (accuracy, %)", _presentation(benchmark), tasks]
+        terms = [terms_table(benchmark, list(report["models"]))] if benchmark["terms"] else []
+        title = f"## Minimal pairs: {name} (accuracy, %)"
+        sections += [title, _presentation(benchmark), *terms, tasks]
     return sections
+
+
+def terms_table(benchmark: Mapping[str, Any], models: list[str]) -> str:
+    """Each linguistic term's accuracy by model, the unweighted mean over its tasks."""
+    measured = [model for model in models if model in benchmark["pooled_accuracy"]]
+    rows = [
+        [
+            term,
+            number(scores["tasks"], 0),
+            number(scores["pairs"], 0),
+            *(percent(scores["accuracy"].get(model)) for model in measured),
+        ]
+        for term, scores in benchmark["terms"].items()
+    ]
+    return table(["term", "tasks", "pairs", *measured], rows)
 
 
 def tasks_table(benchmark: Mapping[str, Any], models: list[str]) -> str:
@@ -289,17 +331,18 @@ def tasks_table(benchmark: Mapping[str, Any], models: list[str]) -> str:
 
 
 def _presentation(benchmark: Mapping[str, Any]) -> str:
-    prefix = "no prefix token" if benchmark["prefix"] is None else f"prefix {benchmark['prefix']}"
+    scored = (
+        "no prefix token, so the first token is not scored"
+        if benchmark["prefix"] is None
+        else f"behind the prefix token `{benchmark['prefix']}`, every token is scored"
+    )
     space = "a leading space" if benchmark["leading_space"] else "no leading space"
     ties: dict[str, int] = {}
     for scores in benchmark["tasks"].values():
         for model, number_of_ties in scores["ties"].items():
             ties[model] = ties.get(model, 0) + number_of_ties
     counted = ", ".join(f"{model} {n}" for model, n in ties.items() if n) or "none"
-    return (
-        f"Sum of log-probabilities; {prefix}, so the first token is not scored; {space}. "
-        f"Ties count as wrong (ties: {counted})."
-    )
+    return f"Sum of log-probabilities; {scored}; {space}. Ties count as wrong (ties: {counted})."
 
 
 def _environment(report: Mapping[str, Any]) -> list[str]:

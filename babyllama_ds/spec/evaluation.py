@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import PositiveInt, field_validator
 
 from babyllama_ds.spec.base import Name, Spec, consistent, repeated_names
+
+Prefix = Literal["none", "bos"]
 
 
 class MinimalPairs(Spec):
@@ -27,6 +31,9 @@ class EvaluationSpec(Spec):
     """Development windows, evenly spaced, that finished models are measured on; none: all."""
     leading_space: bool = True
     """Whether sentences are tokenized with a leading space, as inside running text."""
+    prefix: Prefix = "none"
+    """What stands before each sentence: `none`, as in the training stream (a sentence's first
+    token is then not scored), or `bos`, the token that begins a text, as in lm-eval."""
     batch_tokens: PositiveInt = 8_192
     """Tokens, padding included, in one forward pass of one rank."""
 

@@ -1,6 +1,7 @@
 """The stack on real English: a few-minute version of `babylm_tiny`, and text through the shards.
 
-Needs BABYLM_DATA: train/*.train, dev/*.dev, eval/blimp_filtered/*.jsonl.
+Needs BABYLM_DATA: train/*.train, dev/*.dev, eval/blimp_filtered/*.jsonl,
+eval/supplement_filtered/*.jsonl.
 """
 
 from __future__ import annotations
@@ -71,6 +72,15 @@ def test_every_model_is_measured_on_all_tasks(run_dir: Path) -> None:
         assert len(tasks) == 67
         assert {task["pairs"] for task in tasks.values()} == {20}
         assert 0.4 < models[name]["minimal_pairs"]["blimp"] < 0.9
+        assert len(result["minimal_pairs"]["blimp"]["terms"]) == 13
+        supplement = result["minimal_pairs"]["supplement"]
+        assert {"hypernym", "turn_taking", "qa_congruence_easy"} < supplement["tasks"].keys()
+        assert len(supplement["tasks"]) == 5
+        assert supplement["terms"] == {}
+        domains = result["dev"]["domains"]
+        assert domains.keys() >= {"childes", "gutenberg", "open_subtitles", "simple_wiki"}
+        tokens = sum(part["tokens"] for part in domains.values())
+        assert tokens == result["dev"]["tokens"] == 512 * 127
 
 
 def test_models_beat_word_frequencies(run_dir: Path) -> None:

@@ -156,6 +156,22 @@ def test_another_job_trains_no_teacher_again(other_student: Any, finished: Any) 
     assert mine == theirs
 
 
+def test_a_shared_teacher_is_measured_once(other_student: Any, finished: Any) -> None:
+    """Its file is the same to the byte, the time that it took included."""
+    words = "  evaluation of gpt2: the same was measured before, found in the store"
+    assert told(other_student.ended[0], words) == 1
+    assert told(finished.ended[0], words) == 0
+    mine, theirs = (
+        (runs / run / "evaluation" / "gpt2.json").read_bytes()
+        for runs, run in ((other_student.runs, "other"), (finished.runs, "tiny-1"))
+    )
+    assert mine == theirs
+    places = [runs / "store" / "evaluations" for runs in (finished.runs, other_student.runs)]
+    before, after = ({entry.parent.name for entry in p.glob("*/manifest.json")} for p in places)
+    assert len(before) == len(MODELS)
+    assert before < after
+
+
 def test_loaded_teacher_is_taken_as_it_is(other_student: Any, finished: Any) -> None:
     elder = other_student.runs / "other" / "teachers" / "elder" / "model.safetensors"
     student = finished.run_dir / "student" / "model.safetensors"

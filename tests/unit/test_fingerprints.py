@@ -287,7 +287,12 @@ DISTILLATION_FREE = {
     "cache_tier": "disk",
     "cache_top_k": 8,  # without `topk`
 }
-EVALUATION_MATTERS = {"max_pairs_per_task": 3, "dev_windows": 4, "leading_space": False}
+EVALUATION_MATTERS = {
+    "max_pairs_per_task": 3,
+    "dev_windows": 4,
+    "leading_space": False,
+    "prefix": "bos",
+}
 
 JOB = """
 name: one
@@ -443,6 +448,7 @@ def test_weights_text_and_benchmarks_are_known_by_content(
 ) -> None:
     before = evaluated()
     assert evaluated(model_dir=saved_model(tmp_path / "other", fill=1.0)) != before
+    assert evaluated(model_dir=saved_model(tmp_path / "config", config='{"a": 1}')) != before
     assert evaluated(tokens_key="u") != before
     assert evaluated(pairs_dir=None) != before
     moved = shutil.copytree(tmp_path / "pairs", tmp_path / "moved")
@@ -455,3 +461,11 @@ def test_weights_text_and_benchmarks_are_known_by_content(
     (moved / "task.jsonl").write_text("{}")
     assert evaluated(pairs_dir=moved) != before
     assert evaluated(f"evaluation.minimal_pairs=[{{name: more, path: {moved}}}]") != with_more[0]
+
+
+def test_an_evaluation_that_says_more_is_made_anew(
+    evaluated: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = evaluated()
+    monkeypatch.setattr(fingerprints, "MEASUREMENT", fingerprints.MEASUREMENT + 1)
+    assert evaluated() != before

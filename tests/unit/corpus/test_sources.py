@@ -22,6 +22,7 @@ from babyllama_ds.corpus.sources import (
     FileSources,
     iter_text,
     read_sources,
+    read_texts,
     train_lines,
 )
 from babyllama_ds.errors import DataError, Stopped
@@ -461,3 +462,32 @@ def test_rows_are_documents_of_a_table_only(tmp_path: Path) -> None:
     assert "b.txt, a text" in refused("b.txt", "rows")
     assert "a.jsonl, a table" in refused("a.jsonl", "lines")
     assert "corpus.documents" in refused("a.jsonl", "blank_lines")
+
+
+# -- texts that are only measured on -------------------------------------------------------------
+
+
+def test_texts_are_development_text_each_a_domain(tmp_path: Path) -> None:
+    paths = [write(tmp_path / "tales.text", "a \n\nb"), write(tmp_path / "switchboard.dev", "c\n")]
+    sources = read_texts(paths, cleaning="none", where="--text")
+    assert texts(sources, "dev") == [("tales", "a \n\nb\n"), ("switchboard", "c\n")]
+    assert texts(sources, "train") == []
+    split = held_out(tmp_path / "switchboard.dev")
+    same = read_sources(corpus(write(tmp_path / "x.train"), split=split)).files[-1]
+    assert sources.files[1] == same
+
+
+def test_texts_that_cannot_be_used_are_all_named(tmp_path: Path) -> None:
+    latin = write(tmp_path / "latin.txt", b"caf\xe9")
+    with pytest.raises(DataError) as caught:
+        read_texts([tmp_path / "no.txt", latin, tmp_path], cleaning="none", where="--text")
+    got = [problem.got for problem in caught.value.problems]
+    assert got[0] == "No such file or directory"
+    assert "0xE9" in got[1]
+    assert got[2] == "Is a directory"
+    blank = write(tmp_path / "blank.txt", " \n\n")
+    with pytest.raises(DataError, match=r"--text: got .*blank\.txt, a file without any text"):
+        read_texts([blank], cleaning="none", where="--text")
+    pair = [write(tmp_path / "one" / "a.txt"), write(tmp_path / "two" / "a.dev")]
+    with pytest.raises(DataError, match=r"two/a\.dev, of the same name as .*one/a\.txt"):
+        read_texts(pair, cleaning="none", where="--text")

@@ -320,3 +320,24 @@ def test_a_limit_keeps_evenly_spaced_windows(limit: int) -> None:
     gaps = np.diff([*starts, 200]) // LENGTH
     assert starts[0] == 0
     assert gaps.max() - gaps.min() <= 1
+
+
+def test_each_token_is_of_the_file_that_it_comes_from() -> None:
+    """A file without tokens, two files of one domain, borders within windows and between them."""
+    lengths = [("diary", 12), ("empty", 0), ("letters", 8), ("diary", 1), ("plays", 30)]
+    stream, spans, start = np.arange(51, dtype="<u4"), [], 0
+    for domain, tokens in lengths:
+        spans.append({"domain": domain, "start": start, "stop": start + tokens})
+        start += tokens
+    index: dict[str, Any] = {"vocab_size": 51, "splits": {"dev": {"domains": spans}}}
+    shards = TokenShards(index, {"dev": [stream[:17], stream[17:]]})
+    of_token = [domain for domain, tokens in lengths for _ in range(tokens)]
+    for limit in (None, 3, 1):
+        windows = DevWindows(shards, LENGTH, limit)
+        assert windows.domains == ("diary", "empty", "letters", "plays")
+        indices = np.arange(windows.num_windows)[::-1]
+        numbers = windows.domain_numbers(indices)
+        assert numbers.shape == (len(indices), LENGTH)
+        tokens = windows.windows(indices)  # an id is its position
+        for number, token in zip(numbers.ravel(), tokens.ravel(), strict=True):
+            assert windows.domains[number] == of_token[token]

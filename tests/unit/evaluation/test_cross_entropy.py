@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError, Stopped
 from babyllama_ds.evaluation.cross_entropy import (
+    Domains,
     bits_per_byte,
     evaluate_cross_entropy,
     perplexity,
@@ -143,7 +144,7 @@ torch.set_num_threads(1)
 from transformers import LlamaForCausalLM
 from babyllama_ds.errors import Stopped
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
-from babyllama_ds.evaluation.minimal_pairs import score_sentences
+from babyllama_ds.evaluation.sentences import score_sentences
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 model = LlamaForCausalLM.from_pretrained(folder + "/model")
@@ -167,7 +168,7 @@ dist.destroy_process_group()
 
 
 def test_two_processes_agree_with_one(tmp_path: Path) -> None:
-    from babyllama_ds.evaluation.minimal_pairs import score_sentences
+    from babyllama_ds.evaluation.sentences import score_sentences
 
     model = tiny_llama()
     model.save_pretrained(tmp_path / "model")
@@ -244,3 +245,85 @@ def test_perplexity_and_bits_per_byte_by_hand() -> None:
     # 6 tokens at ln 8 nats each = 18 bits, over 9 bytes.
     assert perplexity(6 * math.log(8), 6) == pytest.approx(8)
     assert bits_per_byte(6 * math.log(8), 9) == pytest.approx(2)
+
+
+# -- by domain ----------------------------------------------------------------------------------
+
+DOMAINS = ("speech", "books", "never")
+# A stream of seven windows; borders within windows 1 and 4, "books" comes back, "never" is empty.
+DOMAIN_OF_STREAM = np.repeat([0, 1, 0, 1], [S + 5, 3 * S, 8, 7 * S - (S + 5 + 3 * S + 8)])
+NUMBERS = DOMAIN_OF_STREAM.reshape(7, S)
+
+
+def by_domain(model, **options):
+    domains = Domains(names=DOMAINS, numbers_of=lambda indices: NUMBERS[list(indices)])
+    return evaluate(model, domains=domains, byte_lengths=np.arange(V), **options)
+
+
+@torch.no_grad()
+def reference_by_domain(model) -> dict[str, list[float]]:
+    """One label at a time: NLL in float64, tokens and bytes by the domain of its position."""
+    model = model.double().eval()
+    log_probs = model(input_ids=torch.from_numpy(WINDOWS.astype(np.int64))).logits.log_softmax(-1)
+    sums = {name: [0.0, 0, 0] for name in DOMAINS}
+    for row in range(7):
+        for place in range(1, S):
+            token = int(WINDOWS[row, place])
+            own = sums[DOMAINS[NUMBERS[row, place]]]
+            own[0] -= log_probs[row, place - 1, token].item()
+            own[1] += 1
+            own[2] += token  # token id i stands for i bytes
+    model.float()
+    return sums
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("batch_windows", [1, 3, 100])
+def test_domains_agree_with_a_sum_over_labels(build, batch_windows) -> None:
+    model = build()
+    expected = reference_by_domain(model)
+    score = by_domain(model, batch_windows=batch_windows)
+    assert list(score.domains) == ["speech", "books"]  # a domain without a label has no score
+    for name, part in score.domains.items():
+        nll, tokens, num_bytes = expected[name]
+        assert part.nll_nats == pytest.approx(nll, rel=1e-6)
+        assert (part.num_tokens, part.num_bytes) == (tokens, num_bytes)
+
+
+def test_domains_add_up_to_the_whole() -> None:
+    model = tiny_llama()
+    score, whole = by_domain(model), evaluate(model, byte_lengths=np.arange(V))
+    parts = score.domains.values()
+    assert score.num_tokens == sum(part.num_tokens for part in parts) == whole.num_tokens
+    assert score.num_bytes == sum(part.num_bytes for part in parts) == whole.num_bytes
+    assert score.nll_nats == sum(part.nll_nats for part in parts)
+    mean = sum(part.cross_entropy * part.num_tokens for part in parts) / score.num_tokens
+    assert mean == pytest.approx(score.cross_entropy, rel=1e-14)
+    assert score.nll_nats == pytest.approx(whole.nll_nats, rel=1e-12)
+
+
+def test_domains_cost_no_second_pass() -> None:
+    model, rows = tiny_llama(), []
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    by_domain(model)
+    assert sum(rows) == 7
+
+
+@pytest.mark.parametrize("world", [2, 3, 10])
+def test_ranks_share_the_domains_exactly(world, monkeypatch) -> None:
+    model, parts = tiny_llama(), []
+    whole = by_domain(model)
+    monkeypatch.setattr(ranks, "world_size", lambda: world)
+    monkeypatch.setattr(ranks, "on_every_rank", lambda work: work())
+    monkeypatch.setattr(ranks, "sum_floats", lambda *values: parts.append(values) or list(values))
+    for rank in range(world):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        by_domain(model)
+    sums = [sum(column) for column in zip(*parts, strict=True)]
+    monkeypatch.setattr(ranks, "sum_floats", lambda *_: sums)
+    for name, part in by_domain(model).domains.items():
+        assert part.nll_nats == pytest.approx(whole.domains[name].nll_nats, rel=1e-6)
+        assert part.num_tokens == whole.domains[name].num_tokens
+        assert part.num_bytes == whole.domains[name].num_bytes

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from babyllama_ds.errors import ModelError
+from babyllama_ds.evaluation.cross_entropy import Domains
 from babyllama_ds.evaluation.evaluate import DevWindows, evaluate_model
-from babyllama_ds.evaluation.minimal_pairs import Pair, Task
+from babyllama_ds.evaluation.pair_files import Pair, Task
 from babyllama_ds.models.fused import fuse
 
 WORDS = ["<pad>", "the", "cat", "dog", "sees", "see", "dogs"]
@@ -42,11 +43,13 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+DOMAIN_OF = np.repeat([0, 1], [9, 21]).reshape(5, 6)  # the border lies within window 1
 DEV = DevWindows(
     windows_of=lambda indices: WINDOWS[list(indices)],
     num_windows=5,
     batch_windows=2,
     byte_lengths=np.array([0, 4, 4, 4, 5, 4, 5, 0]),
+    domains=Domains(names=("a", "b"), numbers_of=lambda indices: DOMAIN_OF[list(indices)]),
 )
 TASKS = [
     Task(
@@ -71,7 +74,10 @@ def evaluate(model, tokenizer, **changes):
 def test_the_object_that_is_written(model, tokenizer) -> None:
     result = evaluate(model, tokenizer)
     assert json.loads(json.dumps(result)) == result
-    assert list(result) == ["model", "params", "dtype", "dev", "minimal_pairs"]
+    assert list(result) == [
+        *("model", "params", "dtype", "device", "attention", "dev", "minimal_pairs"),
+    ]
+    assert (result["device"], result["attention"]) == ("cpu", "sdpa")
     assert result["model"] == "student"
     assert result["params"] == sum(p.numel() for p in model.parameters())
     dev = result["dev"]
@@ -79,7 +85,12 @@ def test_the_object_that_is_written(model, tokenizer) -> None:
     assert dev["perplexity"] == pytest.approx(math.exp(dev["ce"]))
     num_bytes = sum(int(DEV.byte_lengths[token]) for token in WINDOWS[:, 1:].ravel())
     assert dev["bits_per_byte"] == pytest.approx(25 * dev["ce"] / math.log(2) / num_bytes)
+    assert {name: part["tokens"] for name, part in dev["domains"].items()} == {"a": 7, "b": 18}
+    assert dev["domains"]["a"].keys() == {"ce", "perplexity", "bits_per_byte", "tokens"}
+    mean = sum(part["ce"] * part["tokens"] for part in dev["domains"].values()) / dev["tokens"]
+    assert mean == pytest.approx(dev["ce"], rel=1e-14)
     tiny = result["minimal_pairs"]["tiny"]
+    assert tiny["terms"] == {"subject_verb": {"accuracy": tiny["accuracy"], "tasks": 1, "pairs": 2}}
     assert (tiny["prefix"], tiny["leading_space"]) == (None, True)
     assert tiny["accuracy"] == tiny["pooled_accuracy"] == tiny["tasks"]["agreement"]["accuracy"]
     assert tiny["accuracy"] in (0.0, 0.5, 1.0)

@@ -480,6 +480,91 @@ def test_a_garbled_evaluation_is_an_error(run_dir: Path) -> None:
         collect_report(run_dir)
 
 
+# -- by domain and by term ----------------------------------------------------------------------
+
+
+def say_more(run_dir: Path, name: str, domains: dict, terms: dict) -> None:
+    path = run_dir / "evaluation" / f"{name}.json"
+    result = json.loads(path.read_text())
+    result["dev"]["domains"] = {
+        domain: {"ce": ce, "perplexity": math.exp(ce), "bits_per_byte": None, "tokens": tokens}
+        for domain, (ce, tokens) in domains.items()
+    }
+    result["minimal_pairs"]["blimp"]["terms"] = {
+        term: {"accuracy": accuracy, "tasks": 2, "pairs": 1300} for term, accuracy in terms.items()
+    }
+    write(path, result)
+
+
+def test_domains_by_model(run_dir: Path) -> None:
+    say_more(run_dir, "deep", {"speech": (4.0, 1000), "books": (5.0, 270)}, {})
+    say_more(run_dir, "student", {"speech": (4.25, 1000), "books": (4.5, 270)}, {})
+    report = collect_report(run_dir)
+    assert report["domains"] == {
+        "speech": {"deep": {"ce": 4.0, "tokens": 1000}, "student": {"ce": 4.25, "tokens": 1000}},
+        "books": {"deep": {"ce": 5.0, "tokens": 270}, "student": {"ce": 4.5, "tokens": 270}},
+    }
+    page = render_markdown(report)
+    section = page.split("## Dev cross-entropy by domain (nats/token)")[1].split("\n## ")[0]
+    (domains,) = parsed_tables(section)
+    assert [domains[0], *domains[2:]] == [
+        ["model", "speech", "books", "whole"],
+        ["tokens", "1,000", "270", "1,270"],
+        ["deep", "4.0000", "5.0000", "4.6630"],
+        ["student", "4.2500", "4.5000", "4.6420"],
+    ]
+
+
+def test_a_model_that_lacks_a_domain_has_a_dash_there(run_dir: Path) -> None:
+    say_more(run_dir, "deep", {"speech": (4.0, 1000)}, {})
+    say_more(run_dir, "student", {"speech": (4.25, 1000), "books": (4.5, 270)}, {})
+    page = render_markdown(collect_report(run_dir))
+    table = next(table for table in parsed_tables(page) if "books" in table[0])
+    assert table[3] == ["deep", "4.0000", "–", "4.6630"]
+
+
+def test_one_domain_or_none_makes_no_table(run_dir: Path) -> None:
+    assert collect_report(run_dir)["domains"] == {}
+    assert "by domain" not in render_markdown(collect_report(run_dir))
+    say_more(run_dir, "student", {"town": (4.25, 1270)}, {})
+    assert list(collect_report(run_dir)["domains"]) == ["town"]
+    assert "by domain" not in render_markdown(collect_report(run_dir))
+
+
+def test_terms_by_model(run_dir: Path) -> None:
+    say_more(run_dir, "deep", {}, {"binding": 0.5, "islands": 0.75})
+    say_more(run_dir, "student", {}, {"binding": 0.625, "islands": 0.25})
+    report = collect_report(run_dir)
+    assert report["minimal_pairs"]["blimp"]["terms"] == {
+        "binding": {"tasks": 2, "pairs": 1300, "accuracy": {"deep": 0.5, "student": 0.625}},
+        "islands": {"tasks": 2, "pairs": 1300, "accuracy": {"deep": 0.75, "student": 0.25}},
+    }
+    terms = find_table(render_markdown(report), "term")
+    assert terms[0] == ["term", "tasks", "pairs", "wide", "deep", "control", "student"]
+    assert terms[2:] == [
+        ["binding", "2", "1,300", "–", "50.00", "–", "62.50"],
+        ["islands", "2", "1,300", "–", "75.00", "–", "25.00"],
+    ]
+
+
+def test_a_benchmark_without_terms_has_no_table_of_them(run_dir: Path) -> None:
+    report = collect_report(run_dir)
+    assert report["minimal_pairs"]["blimp"]["terms"] == {}
+    assert all(table[0][0] != "term" for table in parsed_tables(render_markdown(report)))
+
+
+def test_a_prefix_token_is_told(run_dir: Path) -> None:
+    assert "no prefix token, so the first token is not scored" in render_markdown(
+        collect_report(run_dir)
+    )
+    for path in (run_dir / "evaluation").glob("*.json"):
+        result = json.loads(path.read_text())
+        result["minimal_pairs"]["blimp"]["prefix"] = "<s>"
+        write(path, result)
+    page = render_markdown(collect_report(run_dir))
+    assert "behind the prefix token `<s>`, every token is scored; a leading space." in page
+
+
 # -- the ensemble -------------------------------------------------------------------------------
 
 WATCHED = {

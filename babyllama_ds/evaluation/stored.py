@@ -1,0 +1,78 @@
+"""Evaluations in the store: a key and the work of measuring enter, the measurement leaves.
+
+`<runs>/store/evaluations/<key>/evaluation.json` is what a model was measured to be, without its
+name, which is a run's own: ten runs that share a teacher evaluate it once. An entry is checked
+against its manifest each time it is found; one that is damaged is told of and measured anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from babyllama_ds import files, ranks
+from babyllama_ds.errors import RunError
+from babyllama_ds.store import Store
+
+logger = logging.getLogger(__name__)
+
+KIND = "evaluations"
+FILE = "evaluation.json"
+
+Measure = Callable[[], dict[str, Any]]
+
+
+def store_key(fingerprint: str, *, device: str, attention: str) -> str:
+    """Where the measurement of a `fingerprint` lies that was made on such a device and kernel.
+
+    Both change how numbers are rounded, so models that are compared are measured on the same. How
+    many ranks share the work, and how much of it is in a batch, is not in the key.
+    """
+    return files.hash_json([fingerprint, device, attention])
+
+
+def stored_evaluation(store: Store, key: str, measure: Measure, *, name: str) -> dict[str, Any]:
+    """What `measure` gives, made once under its key however many runs ask; called by every rank.
+
+    The result begins with the `name` that the model has here.
+
+    Raises:
+        RunError: the disk refuses; and whatever `measure` raises.
+    """
+    with ranks.held_by_rank_zero(store.lock(KIND, key)):
+        found = ranks.on_rank_zero(lambda: _read(store, key))
+        if found is None:
+            measured = measure()
+            ranks.on_rank_zero(lambda: _publish(store, key, measured))
+        else:
+            logger.info("evaluation of %s: the same was measured before, found in the store", name)
+            measured = found
+    return {"model": name, **_nameless(measured)}
+
+
+def _read(store: Store, key: str) -> dict[str, Any] | None:
+    """The entry; none when there is none, or none that can be trusted."""
+    entry = store.root / KIND / key
+    if not entry.exists():
+        return None
+    try:
+        found = store.find(KIND, key)
+        if found is not None:
+            files.verify_manifest(found)
+            return dict(files.read_json(found / FILE))
+        what = "no manifest of this entry"
+    except RunError as error:
+        what = "; ".join(f"{problem.where}: {problem.got}" for problem in error.problems)
+    logger.warning("%s is damaged (%s): it is measured anew", entry, what)
+    return None
+
+
+def _publish(store: Store, key: str, measured: dict[str, Any]) -> None:
+    directory = store.new_directory(KIND, key)
+    files.write_json(directory / FILE, _nameless(measured))
+    store.publish(KIND, key, directory)
+
+
+def _nameless(measured: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in measured.items() if key != "model"}

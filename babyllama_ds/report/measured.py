@@ -1,0 +1,69 @@
+"""One model's measurement (the object of `evaluation/<model>.json`) enters, tables leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from babyllama_ds.report.formatting import MISSING, count, duration, number, percent, table
+
+
+def render_measured(result: Mapping[str, Any]) -> str:
+    """Text for a terminal: the model, the texts, and the benchmarks by term and by task."""
+    sections = [
+        f"{result['model']}: {count(result['params'])} parameters, {result['dtype']}, on "
+        f"{result['device']}, attention {result['attention']}, {duration(result['seconds'])}"
+    ]
+    if result["dev"] is not None:
+        sections += _texts(result["dev"])
+    for name, benchmark in result["minimal_pairs"].items():
+        sections += _benchmark(name, benchmark)
+    return "\n\n".join(sections) + "\n"
+
+
+def _texts(dev: Mapping[str, Any]) -> list[str]:
+    length = dev["tokens"] // dev["windows"] + 1  # a window's first token is context
+    rows = [
+        [
+            name,
+            number(score["tokens"], 0),
+            number(score["ce"], 4),
+            number(score["perplexity"], 2),
+            number(score["bits_per_byte"], 4),
+        ]
+        for name, score in (*dev["domains"].items(), ("whole", dev))
+    ]
+    return [
+        f"Text, in {dev['windows']:,} windows of {length} tokens",
+        table(["text", "tokens", "CE (nats/token)", "perplexity", "bits/byte"], rows),
+    ]
+
+
+def _benchmark(name: str, benchmark: Mapping[str, Any]) -> list[str]:
+    tasks, terms = benchmark["tasks"], benchmark["terms"]
+    pairs = sum(task["pairs"] for task in tasks.values())
+    ties = sum(task["ties"] for task in tasks.values())
+    space = "a leading space" if benchmark["leading_space"] else "no leading space"
+    scored = (
+        "no prefix token, so a sentence's first token is not scored"
+        if benchmark["prefix"] is None
+        else f"behind {benchmark['prefix']}"
+    )
+    whole = [
+        ["mean over tasks", "", number(pairs, 0), percent(benchmark["accuracy"])],
+        ["share of all pairs", "", number(pairs, 0), percent(benchmark["pooled_accuracy"])],
+    ]
+    by_term = [
+        [term, number(score["tasks"], 0), number(score["pairs"], 0), percent(score["accuracy"])]
+        for term, score in terms.items()
+    ]
+    by_task = [
+        [task, score["term"] or MISSING, number(score["pairs"], 0), percent(score["accuracy"])]
+        for task, score in tasks.items()
+    ]
+    return [
+        f"{name}: {percent(benchmark['accuracy'])} % (mean over {len(tasks)} tasks; {space}; "
+        f"{scored}; ties: {ties}, which count as wrong)",
+        *([table(["term", "tasks", "pairs", "accuracy (%)"], by_term)] if terms else []),
+        table(["task", "term", "pairs", "accuracy (%)"], [*by_task, *whole], left=2),
+    ]

@@ -1,0 +1,276 @@
+"""Sentences: their ids are what was asked for, their scores those of a plain implementation."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from babyllama_ds import ranks
+from babyllama_ds.errors import DataError, ModelError
+from babyllama_ds.evaluation.sentences import length_batches, score_sentences, sentence_encoder
+
+V = 61
+TEXT = ["the cat sees the dogs .", "The dogs see the cat .", "who do the cats see ?"]
+
+
+def tiny_llama():
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=24,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2():
+    torch.manual_seed(4)
+    config = GPT2Config(
+        vocab_size=V, n_embd=24, n_layer=2, n_head=3, n_positions=24, initializer_range=0.3
+    )
+    return GPT2LMHeadModel(config)  # in training mode, with dropout
+
+
+def random_sentences(count=40, longest=24):
+    draw = random.Random(7)
+    return [[draw.randrange(V) for _ in range(draw.randint(0, longest))] for _ in range(count)] + [
+        [5] * longest,
+        [5, 6],
+        [5, 6],
+    ]
+
+
+@torch.no_grad()
+def reference_score(model, ids) -> float:
+    """One sentence at a time, from the model's own full logits."""
+    model.eval()
+    total = 0.0
+    if len(ids) > 1:
+        log_probs = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+        for position, token in enumerate(ids[1:]):
+            total += log_probs[position, token].item()
+    return total
+
+
+def score(model, sentences, batch_tokens=64, **options):
+    return score_sentences(
+        model, sentences, device="cpu", batch_tokens=batch_tokens, vocab_size=V, **options
+    )
+
+
+# -- scoring ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_scores_agree_with_a_plain_implementation(build) -> None:
+    sentences = random_sentences()
+    scores = score(build(), sentences)
+    model = build()
+    expected = [reference_score(model, ids) for ids in sentences]
+    assert scores == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert len({round(value, 3) for value in expected}) > 30  # sentences do differ
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 24, 100_000])
+def test_scores_do_not_depend_on_batching_or_order(batch_tokens) -> None:
+    model = tiny_llama()
+    sentences = random_sentences()
+    expected = score(model, sentences)
+    scores = score(model, sentences[::-1], batch_tokens=batch_tokens)[::-1]
+    assert scores == pytest.approx(expected, rel=1e-5)
+
+
+def test_too_short_sentences_score_zero() -> None:
+    assert score(tiny_llama(), [[], [7]]) == [0.0, 0.0]
+
+
+def test_identical_sentences_are_scored_once_and_equal() -> None:
+    model, rows = tiny_llama(), []
+    model.model.register_forward_hook(
+        lambda module, args, kwargs, out: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    first, other, second = score(model, [[1, 2, 3, 4], [4, 3, 2, 1], [1, 2, 3, 4]])
+    assert first == second != other
+    assert sum(rows) == 2
+
+
+def test_length_batches_are_a_partition_within_the_budget() -> None:
+    lengths = [len(ids) for ids in random_sentences(200)]
+    batches = length_batches(lengths, 50)
+    assert sorted(i for batch in batches for i in batch) == [
+        i for i, length in enumerate(lengths) if length >= 2
+    ]
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert all(len(batch) * width <= 50 for batch, width in zip(batches, longest, strict=True))
+    assert longest == sorted(longest, reverse=True)  # the most memory first
+    assert len(batches) < len(lengths) / 3
+    # A sentence above the budget still gets its batch.
+    assert length_batches([9, 3, 80, 0, 1], 10) == [[2], [0], [1]]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_the_batches(world, monkeypatch) -> None:
+    model, sentences, shares = tiny_llama(), random_sentences(), []
+    expected = score(model, sentences)
+    monkeypatch.setattr(ranks, "world_size", lambda: world)
+    monkeypatch.setattr(ranks, "on_every_rank", lambda work: work())
+    # Simulated ranks hand in their shares one after another; the last sees all of them.
+    monkeypatch.setattr(ranks, "gather_objects", lambda share: [*shares, shares.append(share)][:-1])
+    for rank in range(world):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        score(model, sentences)
+    monkeypatch.setattr(ranks, "gather_objects", lambda share: shares)
+    assert score(model, sentences) == expected
+    indices = [index for share in shares for index in share]
+    assert len(indices) == len(set(indices))  # nobody worked on another's sentences
+    assert all(len(share) > 5 for share in shares)
+
+
+def test_longer_than_the_models_positions_is_an_error() -> None:
+    for build in (tiny_llama, tiny_gpt2):
+        with pytest.raises(DataError, match="sentence 2: got 25 tokens, expected at most 24"):
+            score(build(), [[1, 2], [3] * 25])
+    with pytest.raises(DataError, match=r"tasks/a\.jsonl:9: sentence: got 25 tokens"):
+        score(tiny_llama(), [[1, 2], [3] * 25], sources=["tasks/a.jsonl:1", "tasks/a.jsonl:9"])
+
+
+def test_not_a_number_is_an_error() -> None:
+    model = tiny_llama()
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(ModelError, match="log-probability of nan, expected a finite number"):
+        score(model, [[1, 2, 3]])
+
+
+# -- tokenization -------------------------------------------------------------------------------
+
+
+def byte_level_tokenizer(*, add_prefix_space: bool) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    return trained(tokenizer, pre_tokenizers.ByteLevel.alphabet())
+
+
+def metaspace_tokenizer(*, prepend: bool) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="always" if prepend else "never")]
+    )
+    return trained(tokenizer, [])
+
+
+def prepending_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    return trained(tokenizer, [])
+
+
+def trained(tokenizer: Tokenizer, alphabet: list[str]) -> PreTrainedTokenizerFast:
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([text for text in TEXT for _ in range(5)], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "space"),
+    [
+        (byte_level_tokenizer(add_prefix_space=True), "Ġ"),
+        (byte_level_tokenizer(add_prefix_space=False), "Ġ"),
+        (metaspace_tokenizer(prepend=True), "▁"),
+        (metaspace_tokenizer(prepend=False), "▁"),
+        (prepending_tokenizer(), "▁"),
+    ],
+)
+def test_exactly_one_leading_space_or_none(tokenizer, space) -> None:
+    sentences = ["the cat", " the cat", "\n  the cat"]
+    before = tokenizer.backend_tokenizer.to_str()
+    for leading_space, first in ((True, space + "the"), (False, "the")):
+        encode = sentence_encoder(tokenizer, leading_space=leading_space)
+        for ids in encode(sentences):
+            text = "".join(tokenizer.convert_ids_to_tokens(ids))
+            assert text == f"{first}{space}cat"
+    assert tokenizer.backend_tokenizer.to_str() == before  # the tokenizer itself is as it was
+
+
+def test_with_a_leading_space_ids_are_those_of_running_text() -> None:
+    tokenizer = byte_level_tokenizer(add_prefix_space=True)
+    encode = sentence_encoder(tokenizer, leading_space=True)
+    assert encode(TEXT) == [tokenizer(text).input_ids for text in TEXT]
+
+
+def test_no_special_tokens_padding_or_truncation() -> None:
+    tokenizer = byte_level_tokenizer(add_prefix_space=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    short, long = sentence_encoder(tokenizer, leading_space=True)(["the", "the cat sees the"])
+    assert len(short) == 1
+    assert len(long) == 4
+    assert not {0, 1, 2} & {*short, *long}
+
+
+def test_a_prefix_token_stands_before_each_sentence_and_nothing_else() -> None:
+    tokenizer = byte_level_tokenizer(add_prefix_space=True)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    plain = sentence_encoder(tokenizer, leading_space=True)(TEXT)
+    assert sentence_encoder(tokenizer, leading_space=True, prefix="bos")(TEXT) == [
+        [1, *ids] for ids in plain
+    ]
+
+
+def test_a_prefix_token_that_there_is_not_is_an_error() -> None:
+    tokenizer = byte_level_tokenizer(add_prefix_space=True)
+    tokenizer.bos_token = None
+    with pytest.raises(DataError, match=r"evaluation\.prefix: got bos, and a tokenizer without"):
+        sentence_encoder(tokenizer, leading_space=True, prefix="bos")
+    assert sentence_encoder(tokenizer, leading_space=True)(TEXT)
+
+
+def test_line_breaks_within_a_sentence_stay() -> None:
+    """BabyLM's supplement has dialogues: one speaker a line."""
+    tokenizer = byte_level_tokenizer(add_prefix_space=True)
+    encode = sentence_encoder(tokenizer, leading_space=True)
+    (ids,) = encode(["who do the cats see ?\nthe dogs ."])
+    text = "".join(tokenizer.convert_ids_to_tokens(ids))
+    assert text == "ĠwhoĠdoĠtheĠcatsĠseeĠ?ĊtheĠdogsĠ."
+
+
+def test_a_token_without_an_embedding_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"a\.jsonl:9: sentence: got token id 61, expected ids be"):
+        score(tiny_llama(), [[1, 2], [3, 61]], sources=["a.jsonl:1", "a.jsonl:9"])
+
+
+def test_log_probability_of_a_constant_model_by_hand() -> None:
+    model = tiny_llama()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    assert score(model, [[1, 2, 3, 4]]) == pytest.approx([-3 * math.log(V)], rel=1e-6)
