@@ -14,6 +14,7 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.spec.base import Spec
 from babyllama_ds.spec.corpus import WindowsSpec
 from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.spec.evaluation import EvaluationSpec
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
@@ -23,7 +24,7 @@ METHOD = 3
 
 HOW_IT_RUNS = {"micro_batch", "log_every_steps", "profile_steps", "checkpoint_every_steps"}
 
-NEUTRAL: dict[type[Spec], dict[str, Any]] = {}
+NEUTRAL: dict[type[Spec], dict[str, Any]] = {EvaluationSpec: {"samples": 0}}
 """Options that came after METHOD was last raised, with the (JSON) value at which nothing is changed
 by them: there they are left out, so that what was made before still stands."""
 

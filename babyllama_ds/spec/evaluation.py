@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from babyllama_ds.spec.base import Name, Spec, consistent, repeated_names
 
@@ -27,6 +27,9 @@ class EvaluationSpec(Spec):
     """Development windows, evenly spaced, that finished models are measured on; none: all."""
     leading_space: bool = True
     """Whether sentences are tokenized with a leading space, as inside running text."""
+    samples: NonNegativeInt = 0
+    """Texts that each finished model writes, to be read: a few tokens of as many development
+    windows are given, the model goes on. They stand in the report and in TensorBoard."""
     batch_tokens: PositiveInt = 8_192
     """Tokens, padding included, in one forward pass of one rank."""
 
