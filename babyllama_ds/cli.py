@@ -401,7 +401,8 @@ def _report(run_dir: Path) -> None:
     from babyllama_ds.report.write import write_report
 
     write_report(run_dir)
-    print(run_dir / "report" / "report.md")
+    for name in ("report.html", "report.md"):
+        print(run_dir / "report" / name)
 
 
 def _gains(run_dirs: Sequence[Path]) -> None:

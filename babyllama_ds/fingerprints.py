@@ -46,7 +46,7 @@ NEUTRAL: dict[type[Spec], dict[str, Any]] = {
     PretrainedModel: {"dropout": None, "attention_dropout": None},
     WindowsSpec: {"attention": "window", "order": "seeded"},
     DistillationSpec: {"divergence": {"kind": "forward_kl"}, "hidden_matching": None},
-    EvaluationSpec: {"prefix": "none"},
+    EvaluationSpec: {"prefix": "none", "samples": 0},
 }
 """Options that came after METHOD was last raised, with the (JSON) value at which nothing is changed
 by them: there they are left out, so that what was made before still stands."""

@@ -101,6 +101,7 @@ def tiny_job() -> Callable[..., Path]:
                 "training": {**TRAINING, "learning_rate": 1.5e-2},
             },
             "control": {},
+            "evaluation": {"samples": 2},
             **changes,
         }
         path = folder / "job.yaml"

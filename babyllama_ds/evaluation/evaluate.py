@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,7 @@ from babyllama_ds.evaluation.minimal_pairs import (
     evaluate_minimal_pairs,
 )
 from babyllama_ds.evaluation.pair_files import Task
+from babyllama_ds.evaluation.samples import write_samples
 from babyllama_ds.models.build import count_parameters, load_model
 from babyllama_ds.spec.evaluation import Prefix
 
@@ -100,13 +102,15 @@ def evaluate_model(
     attention: str = "sdpa",
     prefix: Prefix = "none",
     vocab_size: int | None = None,
+    samples: int = 0,
     on_batch: OnBatch | None = None,
 ) -> dict[str, Any]:
     """Everything a model is measured on; called by every rank, the same on every rank.
 
     A directory is loaded in the dtype it was exported in, with `attention` as kernel; a module is
-    taken as it is. `benchmarks` are lists of tasks by name. Rows of the embedding from `vocab_size`
-    on (none: the tokenizer's size) are no tokens and get no probability.
+    taken as it is. `benchmarks` are lists of tasks by name, `samples` the number of texts that it
+    writes (on rank 0) from beginnings of `dev`. Rows of the embedding from `vocab_size` on (none:
+    the tokenizer's size) are no tokens and get no probability.
 
     Raises:
         ModelError: the directory holds no loadable model, or its scores are not finite.
@@ -141,6 +145,18 @@ def evaluate_model(
         )
         result["dev"] = dev_as_json(score)
         logger.info("%s: dev cross-entropy %.4f nats/token", name, score.cross_entropy)
+    if dev is not None and samples:
+        result["samples"] = ranks.on_rank_zero(
+            partial(
+                write_samples,
+                model,
+                tokenizer,
+                dev.windows_of,
+                dev.num_windows,
+                number=samples,
+                device=device,
+            )
+        )
     for benchmark, tasks in benchmarks.items():
         scores = evaluate_minimal_pairs(
             model,

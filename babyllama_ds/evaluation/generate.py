@@ -57,20 +57,31 @@ def generate(
     check_vocabulary_fits(model, vocabulary_size(tokenizer), where=WHERE)
     model.generation_config.max_length = None  # `sampling.tokens` says it, and `_encoded` checks
     torch.manual_seed(sampling.seed)
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     for prompt in prompts:
         ids_1S = _encoded(prompt, tokenizer, model, sampling.tokens).to(device)
-        ids_BS = model.generate(
-            ids_1S,
-            attention_mask=torch.ones_like(ids_1S),
-            max_new_tokens=sampling.tokens,
-            num_return_sequences=sampling.number,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            **({"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}),
-        )
         yield from (
-            cast(str, tokenizer.decode(ids_S, skip_special_tokens=True)) for ids_S in ids_BS
+            cast(str, tokenizer.decode(ids_S, skip_special_tokens=True))
+            for ids_S in continued(model, ids_1S, sampling, pad_id=tokenizer.pad_token_id)
         )
+
+
+def continued(
+    model: Any, ids_1S: torch.Tensor, sampling: Sampling, *, pad_id: int | None
+) -> torch.Tensor:
+    """The ids `[1, S]` and what the model makes follow, `sampling.number` times: `[B, S + new]`.
+
+    Draws from torch's own generator, which the caller seeds.
+    """
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    ids_BS: torch.Tensor = model.generate(
+        ids_1S,
+        attention_mask=torch.ones_like(ids_1S),
+        max_new_tokens=sampling.tokens,
+        num_return_sequences=sampling.number,
+        pad_token_id=pad_id or 0,
+        **({"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}),
+    )
+    return ids_BS
 
 
 def _encoded(prompt: str, tokenizer: Any, model: Any, new_tokens: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ build → settle what is `auto` → the teachers' ensemble → train
 from __future__ import annotations
 
 import logging
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Maker:
         training, compiled = self.settling.settle(stage, model, training, corpus, teachers)
         ensemble = self._ensemble(model, training, compiled, corpus, teachers) if teachers else None
         summary = self._train(stage, model, training, compiled, corpus, checkpoints, ensemble)
+        summary["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         if ensemble is not None:
             summary |= ensemble.closing_facts(model)
             ensemble.destroy()

@@ -30,6 +30,7 @@ from babyllama_ds.pipeline.describing import describe_run
 from babyllama_ds.pipeline.making import Maker
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
+from babyllama_ds.report.board import write_boards
 from babyllama_ds.report.card import render_model_card
 from babyllama_ds.report.write import write_report
 from babyllama_ds.rundir import RunDirectory
@@ -235,19 +236,21 @@ class Pipeline:
             batch_tokens=self.job.evaluation.batch_tokens,
             device=self.parts.device,
             attention=attention,
+            samples=self.job.evaluation.samples,
             on_batch=lambda _done, _all: self.stop.check(),
         )
         return {**result, "seconds": time.monotonic() - started}
 
     def report(self) -> None:
-        """report/, and the model cards that quote it."""
+        """report/, TensorBoard's part of it, and the model cards that quote it."""
         shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
         report = write_report(self.run_dir)
         for name in ("student", "control"):
             if (self.run_dir / name).is_dir():
                 card = render_model_card(report, name)
                 files.write_atomic(self.run_dir / name / "README.md", card)
-        log.info("report: %s", self.run_dir / "report" / "report.md")
+        write_boards(self.run_dir, report)
+        log.info("report: %s", self.run_dir / "report" / "report.html")
 
 
 def _stands(result_path: Path, fingerprint: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from babyllama_ds import __version__
+from babyllama_ds.report import words
 from babyllama_ds.report.formatting import count, duration, flat, number, table
 from babyllama_ds.report.loss import in_words
 from babyllama_ds.report.markdown import (
@@ -21,7 +22,6 @@ from babyllama_ds.report.markdown import (
     headline,
     loading_snippet,
     models_table,
-    trainings,
 )
 
 CITATION = """@misc{timiryasov2023babyllama,
@@ -262,7 +262,7 @@ def _results(report: Mapping[str, Any]) -> list[str]:
     return [
         headline(report),
         models_table(report),
-        *trainings(report),
+        *words.trainings(report),
         gains_table(report),
         report["gains"]["note"],
     ]

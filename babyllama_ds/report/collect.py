@@ -6,7 +6,6 @@ percentage points. What a run does not have (yet) is null or absent, never guess
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import statistics
@@ -20,6 +19,8 @@ import yaml
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import hash_json, read_json, read_manifest
 from babyllama_ds.report.loss import loss_facts
+from babyllama_ds.report.metrics import read_metrics
+from babyllama_ds.report.unfinished import how_it_stands, what_is_missing
 from babyllama_ds.teachers.watch import warnings_of
 
 logger = logging.getLogger(__name__)
@@ -56,32 +57,45 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
     """
     job = _read_job(run_dir / "job.yaml")
     evaluations = _read_evaluations(run_dir / "evaluation")
-    models = {
-        name: _model(role, _read_optional(folder / "training.json"), evaluations.get(name, {}))
+    made = {
+        name: (role, _read_optional(folder / "training.json"))
         for name, role, folder in _models_of(job, run_dir)
+    }
+    models = {
+        name: _model(role, training, evaluations.get(name, {}))
+        for name, (role, training) in made.items()
     }
     measured = {name: evaluations.get(name, {}) for name in models}
     logged = _logged_steps(run_dir / "metrics.jsonl")
+    last_logged = {line["stage"]: line for line in logged}
+    student = made["student"][1]
     return {
         "name": run_dir.name,
         "job": job,
         "job_sha256": hash_json(job),
+        # When the student was finished, in UTC.
+        "finished": student.get("finished"),
+        "unfinished": how_it_stands(
+            _read_optional(run_dir / "state.json"),
+            what_is_missing(made, evaluations, last_logged),
+        ),
         "environment": _read_optional(run_dir / "environment.json"),
         "data": _data(_read_optional(run_dir / "tokens" / "shards.json")),
         "loss": loss_facts(job),
         "ensemble": _ensemble(
             [teacher["name"] for teacher in job["teachers"]],
             [line for line in logged if line["stage"] == "student"],
-            _read_optional(run_dir / "student" / "training.json").get("vocab_size"),
+            student.get("vocab_size"),
         ),
         # How far a top-k cache's targets are from the exact ones; none: they are exact.
-        "topk": _read_optional(run_dir / "student" / "training.json").get("topk"),
+        "topk": student.get("topk"),
         "models": models,
         "weights": {name: _weights(folder) for name, _, folder in _models_of(job, run_dir)},
         "gains": _gains(models),
         "domains": _domains(measured),
         "minimal_pairs": _benchmarks(measured),
-        "last_logged_step": {line["stage"]: line for line in logged},
+        "last_logged_step": last_logged,
+        "samples": _samples(measured),
     }
 
 
@@ -122,11 +136,8 @@ def _logged_steps(path: Path) -> list[dict[str, Any]]:
     A line that a kill cut short is left out; a resumed run has written its step again.
     """
     logged: list[dict[str, Any]] = []
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
+    for number, record in read_metrics(path):
+        if record is None:
             logger.warning("%s:%d: not a JSON object, left out of the report", path, number)
             continue
         if "stage" in record and "loss" in record:
@@ -249,6 +260,15 @@ def _benchmarks(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 entry["accuracy"][model] = score["accuracy"]
                 entry["ties"][model] = score["ties"]
     return benchmarks
+
+
+def _samples(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:
+    """What each model wrote, with how its texts began; of models that were asked to write."""
+    return {
+        name: evaluation["samples"]
+        for name, evaluation in evaluations.items()
+        if evaluation.get("samples")
+    }
 
 
 # -- the ensemble -------------------------------------------------------------------------------

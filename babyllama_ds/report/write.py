@@ -1,4 +1,4 @@
-"""Writing the report: a run's directory enters, `report/report.json` and `report.md` leave."""
+"""Writing the report: a run's directory enters; JSON, Markdown, a page and its figures leave."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 from babyllama_ds.files import write_atomic, write_json
 from babyllama_ds.report.collect import collect_report
+from babyllama_ds.report.html import render_html, view_of
 from babyllama_ds.report.markdown import render_markdown
+from babyllama_ds.report.metrics import collect_curves
 
 
 def write_report(run_dir: Path) -> dict[str, Any]:
@@ -17,6 +19,13 @@ def write_report(run_dir: Path) -> dict[str, Any]:
         RunError: the run's files are missing or garbled, or the directory is not writable.
     """
     report = collect_report(run_dir)
-    write_json(run_dir / "report" / "report.json", report)
-    write_atomic(run_dir / "report" / "report.md", render_markdown(report))
+    folder = run_dir / "report"
+    write_json(folder / "report.json", report)
+    write_atomic(folder / "report.md", render_markdown(report))
+    view = view_of(report, collect_curves(run_dir / "metrics.jsonl", report["models"]))
+    for figure in view.figures:
+        write_atomic(folder / f"{figure.name}.svg", figure.svg)
+    write_atomic(folder / "report.html", render_html(view))
+    for left_over in {*folder.glob("*.svg")} - {folder / f"{one.name}.svg" for one in view.figures}:
+        left_over.unlink()  # of an earlier report, of what is no longer there
     return report

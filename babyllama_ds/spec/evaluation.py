@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import PositiveInt, field_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from babyllama_ds.spec.base import Name, Spec, consistent, repeated_names
 
@@ -34,6 +34,9 @@ class EvaluationSpec(Spec):
     prefix: Prefix = "none"
     """What stands before each sentence: `none`, as in the training stream (a sentence's first
     token is then not scored), or `bos`, the token that begins a text, as in lm-eval."""
+    samples: NonNegativeInt = 0
+    """Texts that each finished model writes, to be read: a few tokens of as many development
+    windows are given, the model goes on. They stand in the report and in TensorBoard."""
     batch_tokens: PositiveInt = 8_192
     """Tokens, padding included, in one forward pass of one rank."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 pytestmark = pytest.mark.launch
 
@@ -58,7 +60,8 @@ def test_output_is_calm_and_comes_from_one_rank(finished: Any) -> None:
 
 def test_run_directory_is_laid_out_as_designed(finished: Any) -> None:
     run = finished.run_dir
-    for name in ("job.yaml", "metrics.jsonl", "state.json", "report/report.md"):
+    written = ("job.yaml", "metrics.jsonl", "state.json", "report/report.md", "report/report.html")
+    for name in written:
         assert (run / name).stat().st_size > 0
     for name in MODELS:
         assert (run / "evaluation" / f"{name}.json").is_file()
@@ -241,6 +244,28 @@ def test_the_card_names_what_the_student_was_made_from(
         environment["hardware"]["cpu_capability"],
     ]
     assert [fact for fact in facts if f"| {fact} " not in card] == []
+
+
+def test_every_model_wrote_as_many_texts_as_it_was_asked_for(
+    finished: Any, report: dict[str, Any]
+) -> None:
+    assert {name: len(texts) for name, texts in report["samples"].items()} == dict.fromkeys(
+        MODELS, 2
+    )
+    page = (finished.run_dir / "report" / "report.html").read_text()
+    for stage in STAGES:
+        board = EventAccumulator(str(finished.run_dir / "tensorboard" / stage))
+        board.Reload()
+        assert "sample/2/text_summary" in board.Tags()["tensors"]
+        (dev_ce,) = board.Scalars("final/dev_ce")
+        name = stage.removeprefix("teachers/")
+        assert dev_ce.value == pytest.approx(report["models"][name]["dev_ce"])
+        assert html.escape(report["samples"][name][0]["prompt"].strip(), quote=False) in page
+
+
+def test_the_log_ends_with_the_page(finished: Any) -> None:
+    last = finished.ended[0].err.splitlines()[-1]
+    assert last.endswith(f"  report: {finished.run_dir / 'report' / 'report.html'}")
 
 
 def test_report_tells_where_it_was_made(finished: Any, report: dict[str, Any]) -> None:

@@ -292,6 +292,7 @@ EVALUATION_MATTERS = {
     "dev_windows": 4,
     "leading_space": False,
     "prefix": "bos",
+    "samples": 2,
 }
 
 JOB = """
@@ -441,6 +442,12 @@ def test_what_changes_a_measurement(override: str, evaluated: Callable[..., str]
 )
 def test_what_does_not_change_a_measurement(override: str, evaluated: Callable[..., str]) -> None:
     assert evaluated(override) == evaluated()
+
+
+def test_an_evaluation_without_samples_is_the_one_from_before_there_were_any() -> None:
+    assert EvaluationSpec().samples == 0
+    assert "samples" not in fingerprints._plain(EvaluationSpec())
+    assert fingerprints._plain(EvaluationSpec(samples=1))["samples"] == 1
 
 
 def test_weights_text_and_benchmarks_are_known_by_content(

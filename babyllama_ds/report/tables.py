@@ -1,0 +1,350 @@
+"""The report's tables: its dictionary enters, headers and rows of text leave.
+
+`markdown` and `html` lay them out; neither makes a number of its own. What is missing is a dash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from babyllama_ds.report.formatting import MISSING, count, duration, flat, number, percent
+from babyllama_ds.report.loss import in_words, name_of_divergence, weights_in_words
+
+Report = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row; its first cell heads it."""
+
+    cells: Sequence[str]
+    role: str = ""
+    """A model's role; `total` sums up the rows above."""
+    best: frozenset[int] = frozenset()
+    """Cells that are the best of their column."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table; all columns but the first `left` are numbers."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Row]
+    left: int = 1
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Quality:
+    """A measure by which models are compared."""
+
+    title: str
+    of: Callable[[Mapping[str, Any]], float | None]
+    shown: Callable[[float | None], str]
+    better: Callable[[list[float]], float]
+    """`min` or `max`."""
+
+
+def models(report: Report, *, mfu: bool = False) -> Table:
+    """Models side by side; the best of each measure is known where several have it."""
+    qualities = _qualities(report)
+    costs = ["parameters", "tokens seen", "training time", "tokens/s", *(["mfu"] if mfu else [])]
+    best = [_best(quality, report["models"].values()) for quality in qualities]
+    return Table(
+        caption="The models of this run. A star marks the best of a measure.",
+        header=["model", "role", *costs, *(quality.title for quality in qualities)],
+        rows=[
+            Row(
+                role=model["role"],
+                cells=[
+                    name,
+                    model["role"],
+                    count(model["params"]),
+                    count(model["train_tokens"]),
+                    duration(model["seconds"]),
+                    number(model["tokens_per_s"], 0),
+                    *([number(model["mfu"], 3)] if mfu else []),
+                    *(quality.shown(quality.of(model)) for quality in qualities),
+                ],
+                best=frozenset(
+                    2 + len(costs) + place
+                    for place, quality in enumerate(qualities)
+                    if best[place] is not None and quality.of(model) == best[place]
+                ),
+            )
+            for name, model in report["models"].items()
+        ],
+        left=2,
+    )
+
+
+def _qualities(report: Report) -> list[_Quality]:
+    def of_key(key: str, title: str, digits: int) -> _Quality:
+        return _Quality(
+            title=title, of=lambda m: m[key], shown=lambda v: number(v, digits), better=min
+        )
+
+    def of_benchmark(name: str) -> _Quality:
+        return _Quality(
+            title=f"{name} (%)",
+            of=lambda m: m["minimal_pairs"].get(name),
+            shown=percent,
+            better=max,
+        )
+
+    return [
+        of_key("dev_ce", "dev CE (nats/token)", 4),
+        of_key("perplexity", "perplexity", 2),
+        of_key("bits_per_byte", "bits/byte", 4),
+        *map(of_benchmark, report["minimal_pairs"]),
+    ]
+
+
+def _best(quality: _Quality, models: Any) -> float | None:
+    values = [value for model in models if (value := quality.of(model)) is not None]
+    return quality.better(values) if len(values) > 1 else None
+
+
+def gains(report: Report) -> Table:
+    """The student's difference from every other model."""
+    benchmarks = list(report["minimal_pairs"])
+    titles = [f"{name} (points)" for name in benchmarks]
+    return Table(
+        caption="The student's difference from every other model.",
+        header=["student minus", "dev CE (nats/token)", *titles],
+        rows=[
+            Row(
+                role=report["models"][name]["role"],
+                cells=[
+                    name,
+                    number(gain["dev_ce"], 4, sign=True),
+                    *(
+                        number(gain["minimal_pairs_points"].get(benchmark), 2, sign=True)
+                        for benchmark in benchmarks
+                    ),
+                ],
+            )
+            for name, gain in report["gains"]["student_minus"].items()
+        ],
+    )
+
+
+# -- measurements ---------------------------------------------------------------------------------
+
+
+def tasks(benchmark: Mapping[str, Any], models: Sequence[str]) -> Table:
+    """Each task's accuracy by model, the unweighted mean over tasks, and the share of all pairs."""
+    measured = [model for model in models if model in benchmark["pooled_accuracy"]]
+    of_task = benchmark["tasks"]
+    num_pairs = number(sum(scores["pairs"] for scores in of_task.values()), 0)
+    means = [
+        sum(scores["accuracy"][model] for scores in of_task.values()) / len(of_task)
+        for model in measured
+    ]
+    pooled = [benchmark["pooled_accuracy"][model] for model in measured]
+    rows = [
+        Row(
+            cells=[
+                task,
+                scores["term"] or MISSING,
+                number(scores["pairs"], 0),
+                *(percent(scores["accuracy"].get(model)) for model in measured),
+            ]
+        )
+        for task, scores in of_task.items()
+    ]
+    sums = {"mean over tasks": means, "share of all pairs": pooled}
+    return Table(
+        caption="Accuracy on each task (%).",
+        header=["task", "term", "pairs", *measured],
+        rows=[
+            *rows,
+            *(
+                Row(role="total", cells=[title, "", num_pairs, *map(percent, shares)])
+                for title, shares in sums.items()
+            ),
+        ],
+        left=2,
+    )
+
+
+def terms(benchmark: Mapping[str, Any], models: Sequence[str]) -> Table:
+    """Each linguistic term's accuracy by model, the unweighted mean over its tasks."""
+    measured = [model for model in models if model in benchmark["pooled_accuracy"]]
+    return Table(
+        caption="Accuracy on each linguistic term (%).",
+        header=["term", "tasks", "pairs", *measured],
+        rows=[
+            Row(
+                cells=[
+                    term,
+                    number(scores["tasks"], 0),
+                    number(scores["pairs"], 0),
+                    *(percent(scores["accuracy"].get(model)) for model in measured),
+                ]
+            )
+            for term, scores in benchmark["terms"].items()
+        ],
+    )
+
+
+def domains(report: Report) -> Table:
+    """Development cross-entropy by domain and of the whole, models side by side."""
+    of_domain, models = report["domains"], report["models"]
+    measured = [name for name in models if any(name in by for by in of_domain.values())]
+    # The same text in the same tokens for every model of a run.
+    tokens = {
+        domain: max(scores["tokens"] for scores in by.values()) for domain, by in of_domain.items()
+    }
+    return Table(
+        caption="Development cross-entropy by domain (nats/token).",
+        header=["domain", "tokens", *measured],
+        rows=[
+            *(
+                Row(
+                    cells=[
+                        domain,
+                        number(tokens[domain], 0),
+                        *(number(by.get(name, {}).get("ce"), 4) for name in measured),
+                    ]
+                )
+                for domain, by in of_domain.items()
+            ),
+            Row(
+                role="total",
+                cells=[
+                    "whole",
+                    number(sum(tokens.values()), 0),
+                    *(number(models[name]["dev_ce"], 4) for name in measured),
+                ],
+            ),
+        ],
+    )
+
+
+# -- teachers and loss ----------------------------------------------------------------------------
+
+
+def ensemble(watched: Mapping[str, Any]) -> Table:
+    """Each teacher beside their ensemble."""
+    return Table(
+        caption="Each teacher beside their ensemble.",
+        header=["teacher", "own CE (nats/token)", "KL(teacher ‖ ensemble)", "same choice (%)"],
+        rows=[
+            Row(cells=[name, number(own["ce"], 4), number(own["kl"], 4), percent(own["agreement"])])
+            for name, own in watched["teachers"].items()
+        ],
+    )
+
+
+def loss(settings: Mapping[str, Any]) -> Table:
+    """What the loss was made of."""
+    name = name_of_divergence(settings)
+    return Table(
+        caption="What the loss was made of.",
+        header=["setting", "value"],
+        rows=[
+            Row(cells=["alpha", in_words(settings["alpha"])]),
+            Row(cells=["temperature", in_words(settings["temperature"])]),
+            Row(cells=["soft_reduction", settings["soft_reduction"]]),
+            Row(cells=["mean of the teachers'", settings["mean_of"]]),
+            Row(cells=["weight of a token's CE", weights_in_words(settings, "ce")]),
+            Row(cells=[f"weight of a token's {name}", weights_in_words(settings, "kl")]),
+        ],
+    )
+
+
+# -- how it went ----------------------------------------------------------------------------------
+
+
+def last_steps(report: Report) -> Table:
+    """The last logged step of each training."""
+    name, kind = name_of_divergence(report["loss"]), report["loss"]["divergence"]["kind"]
+    soft = "kl" if kind == "forward_kl" else kind
+    columns = {"loss": 4, "ce": 4, soft: 4, "grad_norm": 3, "tokens_per_s": 0}
+    return Table(
+        caption="The last logged step of each training.",
+        header=[
+            "stage",
+            "step",
+            "loss",
+            "CE (nats)",
+            f"{name} (nats)",
+            "gradient norm",
+            "tokens/s",
+        ],
+        rows=[
+            Row(
+                cells=[
+                    stage,
+                    number(line.get("step"), 0),
+                    *(number(line.get(key), digits) for key, digits in columns.items()),
+                ]
+            )
+            for stage, line in report["last_logged_step"].items()
+        ],
+    )
+
+
+def speed(report: Report) -> Table:
+    """The rates of models whose training was metered."""
+    return Table(
+        caption="How fast the models were trained.",
+        header=["model", "tokens/s", "GFLOP/s", "mfu"],
+        rows=[
+            Row(
+                role=model["role"],
+                cells=[
+                    name,
+                    number(model["tokens_per_s"], 0),
+                    number(model["flops_per_s"] / 1e9, 1),
+                    number(model["mfu"], 3),
+                ],
+            )
+            for name, model in report["models"].items()
+            if model["mfu"] is not None
+        ],
+    )
+
+
+def steps(report: Report) -> Table:
+    """Where a step's time went, of every profiled model."""
+    models = {name: model["step_s"] for name, model in report["models"].items() if model["step_s"]}
+    parts = dict.fromkeys(part for step_s in models.values() for part in step_s)
+    timed = [(step_s, sum(step_s.values())) for step_s in models.values()]
+    return Table(
+        caption="Where a step's time went, in ms; a mean over ranks and profiled steps.",
+        header=["part", *models],
+        rows=[
+            *(
+                Row(cells=[part, *(_ms(of.get(part), whole_s) for of, whole_s in timed)])
+                for part in parts
+            ),
+            *(
+                [Row(role="total", cells=["step", *(_ms(whole_s) for _, whole_s in timed)])]
+                if parts
+                else []
+            ),
+        ],
+    )
+
+
+def _ms(seconds: float | None, whole_s: float = 0.0) -> str:
+    """Milliseconds; with `whole_s`, their share of it too."""
+    share = f" ({seconds / whole_s:.0%})" if seconds is not None and whole_s else ""
+    return number(None if seconds is None else 1e3 * seconds, 1) + share
+
+
+def environment(report: Report) -> Table:
+    """Where it was made, and of what: key paths and values."""
+    return Table(
+        caption="Where it was made, and of what.",
+        header=["what", "value"],
+        rows=[Row(cells=pair) for pair in flat(report["environment"])],
+        left=2,
+    )

@@ -1,0 +1,208 @@
+"""The report's sentences: its dictionary enters, plain text leaves, the same in every page.
+
+`markdown`, `card` and `html` dress them; none of them words a number anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from babyllama_ds.report.formatting import MISSING, count, flat, number, percent
+
+CAVEAT = (
+    "One run, one seed: a difference between two of its models says little before it is seen over "
+    "several seeds."
+)
+LAST_STEP_NOTE = (
+    "Training loss; with teachers it is the weighted sum of the section above, so compare models "
+    "by CE, not by loss."
+)
+DOMAINS_NOTE = (
+    "A token belongs to the file that it comes from itself, also where its window began in the one "
+    "before. The whole is the mean over tokens."
+)
+ENDED = {"early_stopping": "early stopping", "max_minutes": "max_minutes"}
+SPEED_NOTE = (
+    "GFLOP/s of the matrix products that training has to compute; mfu is their part of what this "
+    "machine's bf16 products were measured to reach at the same shapes."
+)
+
+
+# -- the result -----------------------------------------------------------------------------------
+
+
+def result(report: Mapping[str, Any]) -> list[str]:
+    """What came out, a sentence for each measure; the first is the dev cross-entropy's if any."""
+    student = report["models"]["student"]
+    size = f" ({count(student['params'])} parameters)" if student["params"] is not None else ""
+    if student["dev_ce"] is None and not student["minimal_pairs"]:
+        return [f"The student{size} has not been evaluated."]
+    sentences = []
+    if student["dev_ce"] is not None:
+        sentences.append(
+            f"The student{size} reaches a dev cross-entropy of {student['dev_ce']:.4f} "
+            f"nats/token{_compared(report)}."
+        )
+    for benchmark, accuracy in student["minimal_pairs"].items():
+        points = _points_over_control(report, benchmark)
+        sentences.append(f"It is right on {100 * accuracy:.2f} % of {benchmark}{points}.")
+    return sentences
+
+
+def key_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The student's measures: value, what it is, and how it stands to the control's ("" without).
+
+    Dev cross-entropy first, then each set of minimal pairs.
+    """
+    student = report["models"]["student"]
+    gain = report["gains"]["student_minus"].get("control", {})
+    numbers = []
+    if student["dev_ce"] is not None:
+        difference = gain.get("dev_ce")
+        against = "" if difference is None else f"{_than(difference)} the control"
+        numbers.append((f"{student['dev_ce']:.4f}", "dev cross-entropy, nats/token", against))
+    for benchmark, accuracy in student["minimal_pairs"].items():
+        points = gain.get("minimal_pairs_points", {}).get(benchmark)
+        against = "" if points is None else f"{points:+.2f} points against the control"
+        numbers.append((f"{100 * accuracy:.2f} %", f"right on {benchmark}", against))
+    return numbers
+
+
+def _compared(report: Mapping[str, Any]) -> str:
+    """The student's dev CE beside the control's and the best teacher's."""
+    models = report["models"]
+    gains = report["gains"]["student_minus"]
+    measured = [name for name, gain in gains.items() if gain["dev_ce"] is not None]
+    teachers = [name for name in measured if models[name]["role"] == "teacher"]
+    phrases = []
+    if "control" in measured and models["control"]["role"] == "control":
+        phrases.append(f"{_than(gains['control']['dev_ce'])} its undistilled control")
+    if teachers:
+        best = min(teachers, key=lambda name: models[name]["dev_ce"])
+        role = "the best of its teachers" if len(teachers) > 1 else "its teacher"
+        phrases.append(f"{_than(gains[best]['dev_ce'])} {role} ({best})")
+    return ", " + " and ".join(phrases) if phrases else ""
+
+
+def _than(difference: float) -> str:
+    if f"{abs(difference):.4f}" == "0.0000":
+        return "level with"
+    word = "better (lower)" if difference < 0 else "worse (higher)"
+    return f"{abs(difference):.4f} {word} than"
+
+
+def _points_over_control(report: Mapping[str, Any], benchmark: str) -> str:
+    gain = report["gains"]["student_minus"].get("control", {})
+    points = gain.get("minimal_pairs_points", {}).get(benchmark)
+    if points is None:
+        return ""
+    return f" ({points:+.2f} points against the control)"
+
+
+def trainings(report: Mapping[str, Any]) -> list[str]:
+    """What the tables do not show: trainings that ended early, weights that are an average."""
+    models = report["models"].items()
+    sentences = [
+        f"The training of {name} ended after {model['steps']:,} of {model['planned_steps']:,} "
+        f"planned steps: {ENDED[model['ended_by']]}."
+        for name, model in models
+        if model["ended_by"] in ENDED
+    ]
+    sentences += [
+        f"The weights of {name} are a moving average (decay {model['averaged']:g})."
+        for name, model in models
+        if model["averaged"] is not None
+    ]
+    return [" ".join(sentences)] if sentences else []
+
+
+# -- what it belongs to ---------------------------------------------------------------------------
+
+
+def origin(report: Mapping[str, Any]) -> str:
+    """What the numbers belong to: commit, job, tokenizer, text (as tokens), seed, hardware."""
+    environment = report["environment"]
+    made_from = environment.get("fingerprints") or {}
+    hashes = {"job": report["job_sha256"], **{k: made_from.get(k) for k in ("tokenizer", "tokens")}}
+    return (
+        f"commit {environment.get('commit') or MISSING} · "
+        + "".join(f"{what} sha256 {(h or MISSING)[:12]} · " for what, h in hashes.items())
+        + f"seed {report['job']['seed']} · {_hardware(environment.get('hardware'))}"
+    )
+
+
+def _hardware(hardware: Any) -> str:
+    if isinstance(hardware, Mapping):
+        return ", ".join(f"{key} {value}" for key, value in flat(hardware))
+    return str(hardware) if hardware else f"hardware {MISSING}"
+
+
+# -- teachers and loss ----------------------------------------------------------------------------
+
+
+def topk_error(error: Mapping[str, Any]) -> str:
+    """What it cost to keep the teachers' most likely tokens only."""
+    return (
+        f"The teachers' targets are approximate, the top-k of their mixture (k {error['k']}, all "
+        f"other tokens one bucket). With the student's final weights, on {error['windows']} "
+        f"windows of the training text, the KL is {error['topk_kl']:.4g} nats/token instead of "
+        f"{error['exact_kl']:.4g} (relative error {error['relative_kl_error']:.2g}), and its "
+        "gradient with respect to the student's hidden states has a cosine of "
+        f"{error['gradient_cosine']:.4f} with the exact one."
+    )
+
+
+def ensemble_sentences(ensemble: Mapping[str, Any]) -> list[str]:
+    """Where the means were taken, the targets, the student's agreement, teachers' distances."""
+    chance = ensemble["chance_ce"]
+    return [
+        f"Means over steps {ensemble['first_step']} to {ensemble['last_step']} of the "
+        f"distillation ({ensemble['logged_steps']} logged), on its training windows, at T = 1"
+        + (f"; a uniform guess has a CE of {chance:.4f}." if chance is not None else "."),
+        f"The targets' entropy is {number(ensemble['target_entropy'], 4)} nats/token.",
+        f"The student's likeliest token is the ensemble's at "
+        f"{percent(ensemble['student_agreement'])} % of positions; KL(ensemble ‖ student) is "
+        f"{number(ensemble['student_kl'], 4)} nats/token.",
+        *(
+            f"{pair.replace('/', ' and ')} are {number(distance, 4)} apart (total variation, "
+            "0 to 1)."
+            for pair, distance in ensemble["distances"].items()
+        ),
+    ]
+
+
+# -- measurements ---------------------------------------------------------------------------------
+
+
+def presentation(benchmark: Mapping[str, Any]) -> str:
+    """How sentences were presented and scored, and how often neither of a pair won."""
+    scored = (
+        "no prefix token, so the first token is not scored"
+        if benchmark["prefix"] is None
+        else f"behind the prefix token `{benchmark['prefix']}`, every token is scored"
+    )
+    space = "a leading space" if benchmark["leading_space"] else "no leading space"
+    ties: dict[str, int] = {}
+    for scores in benchmark["tasks"].values():
+        for model, number_of_ties in scores["ties"].items():
+            ties[model] = ties.get(model, 0) + number_of_ties
+    counted = ", ".join(f"{model} {n}" for model, n in ties.items() if n) or "none"
+    return f"Sum of log-probabilities; {scored}; {space}. Ties count as wrong (ties: {counted})."
+
+
+# -- what is missing ------------------------------------------------------------------------------
+
+
+def unfinished(report: Mapping[str, Any]) -> list[str]:
+    """What the run has not done (yet), a sentence each; nothing for a run that is done."""
+    facts = report["unfinished"]
+    if facts is None:
+        return []
+    why = (facts["why"] or "it does not say why").rstrip(". \n")
+    state = {
+        "failed": f"The run failed: {why}.",
+        "stopped": f"The run was stopped: {why}. The same command goes on from there.",
+        "running": "The run was going on when this was written.",
+    }.get(facts["status"], "The run is not complete.")
+    return [state, *(f"Missing: {missing}." for missing in facts["missing"])]
