@@ -20,7 +20,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data bench bench-grid grid-objectives check format seeds reference lock clean
+.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives check format seeds reference lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -42,6 +42,10 @@ test: setup  ## run the tests (no GPU, no corpus needed)
 
 test-data: setup  ## run the tests on real text: BABYLM_DATA=…
 	$(BIN)/pytest -m data
+
+test-lm-eval: setup  ## compare minimal pairs with lm-eval's, item by item (installs it)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
+	$(BIN)/pytest tests/parity/test_lm_eval.py
 
 bench: setup  ## our trainer against the textbook's, on a quiet machine: ARGS="--rounds 5"
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
