@@ -402,3 +402,14 @@ def test_the_exit_status_is_the_processs(words: list[str]) -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: command line: seed=x")
+
+
+def test_as_a_module_it_is_the_same_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "babyllama_ds.cli", "check", "nursary"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "did you mean `nursery`" in done.stderr

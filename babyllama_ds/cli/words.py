@@ -1,112 +1,20 @@
-"""The command line: words enter, an exit status leaves.
+"""The words of the command line: what there is to type enters argparse, options leave.
 
-Commands import what they need when they run, so that `check` answers at once and needs neither
-torch nor a device.
+A misspelt command, option or field is answered with what was meant.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from babyllama_ds import __version__
-from babyllama_ds.errors import EXIT_CODE, DataError, Stopped, UserError
+from babyllama_ds.cli import commands as does
 from babyllama_ds.spec.explain import closest, did_you_mean
-from babyllama_ds.spec.loading import load_job
-from babyllama_ds.spec.resolved import dump_job
-from babyllama_ds.spec.shipped import find_job
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    """`babyllama-ds COMMAND ...`."""
-    arguments = parse(_parser(), words)
-    command: Callable[[argparse.Namespace], None] = arguments.command
-    return exit_code_of(lambda: command(arguments))
-
-
-def check(job: str, overrides: Sequence[str]) -> None:
-    """Validate a job and print it with every default spelled out; on rank 0 only."""
-    resolved = load_job(find_job(job), overrides)
-    if _is_lead():
-        print(dump_job(resolved), end="")
-
-
-def run(job: str, overrides: Sequence[str], *, runs: Path) -> None:
-    """Run a job on the ranks that the launcher started (one, without it)."""
-    resolved = load_job(find_job(job), overrides)
-    from babyllama_ds.console import configure_logging
-    from babyllama_ds.pipeline import run_job
-
-    configure_logging(rank=int(os.environ.get("RANK", "0")))
-    run_job(resolved, runs=runs)
-
-
-def plan(job: str, overrides: Sequence[str], options: argparse.Namespace) -> None:
-    """Print what a job will cost; a job that fits nowhere it was planned for is an error."""
-    resolved = load_job(find_job(job), overrides)
-    from babyllama_ds.plan.planner import Question, plan_job
-    from babyllama_ds.plan.rates import read_rate
-    from babyllama_ds.plan.remedies import check_fits
-    from babyllama_ds.plan.text import render_json, render_plan
-
-    question = Question(
-        ranks=options.ranks,
-        gpu=options.gpu,
-        rate=None if options.rate is None else read_rate(options.rate),
-        tokens=options.tokens,
-        runs=options.runs,
-    )
-    planned = plan_job(resolved, question)
-    print(render_json(planned) if options.json else render_plan(planned), end="")
-    check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
-
-
-def doctor(options: argparse.Namespace) -> None:
-    """Examine this machine and print what was found; a failed check is an error."""
-    import time
-
-    from babyllama_ds.doctor.examine import examine
-    from babyllama_ds.doctor.findings import refuse_failures
-    from babyllama_ds.doctor.table import as_json, as_table
-    from babyllama_ds.engine.distributed import resolve_device
-
-    print("examining this machine ...", file=sys.stderr)
-    start_s = time.monotonic()
-    device = resolve_device(options.device)
-    findings = examine(options.runs, device, compiled=options.compile)
-    show = as_json if options.json else as_table
-    print(show(findings, seconds=time.monotonic() - start_s), end="")
-    refuse_failures(findings)
-
-
-def exit_code_of(work: Callable[[], None]) -> int:
-    """Do `work`; an expected end is told once, by rank 0, and becomes the exit status.
-
-    0: done. 2: an error that a user can mend, the same on every rank. 128 + signal: stopped as
-    asked. 1: our own mistake, with its trace from the rank where it happened.
-    """
-    try:
-        work()
-    except UserError as error:
-        if _is_lead():
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except Stopped as stop:
-        if _is_lead():
-            print(f"stopped ({stop}); the same command goes on from here", file=sys.stderr)
-        return stop.exit_code
-    except Exception as error:
-        # On the other ranks the same failure arrives as a RemoteError: one trace is enough.
-        if type(error).__name__ != "RemoteError":
-            traceback.print_exc()
-        return 1
-    return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -179,7 +87,8 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _parser() -> Parser:
+def command_line() -> Parser:
+    """Every command with its options; the one that was typed is `command` of what was parsed."""
     parser = Parser(
         prog="babyllama-ds",
         description="Distil small LLaMA models from ensembles of teachers, on little text.",
@@ -190,7 +99,7 @@ def _parser() -> Parser:
 
     checker = commands.add_parser("check", help="validate a job and print it resolved")
     add_job_arguments(checker)
-    checker.set_defaults(command=lambda args: check(args.job, args.overrides))
+    checker.set_defaults(command=lambda args: does.check(args.job, args.overrides))
 
     _add_plan(commands.add_parser("plan", help="what a job will cost, with no GPU and no weights"))
 
@@ -198,15 +107,15 @@ def _parser() -> Parser:
 
     runner = commands.add_parser("run", help="run a job in this process alone (one rank)")
     add_job_arguments(runner)
-    runner.set_defaults(command=lambda args: run(args.job, args.overrides, runs=args.runs))
+    runner.set_defaults(command=lambda args: does.run(args.job, args.overrides, runs=args.runs))
 
     reporter = commands.add_parser("report", help="write a run's report anew")
     reporter.add_argument("run_dir", type=Path, metavar="RUN", help="a run directory")
-    reporter.set_defaults(command=lambda args: _report(args.run_dir))
+    reporter.set_defaults(command=lambda args: does.report(args.run_dir))
 
     gains = commands.add_parser("gains", help="gains of distillation over several runs")
     gains.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run directories")
-    gains.set_defaults(command=lambda args: _gains(args.run_dirs))
+    gains.set_defaults(command=lambda args: does.gains(args.run_dirs))
 
     _add_export(commands.add_parser("export", help="a model or a whole run, for elsewhere"))
 
@@ -218,7 +127,7 @@ def _parser() -> Parser:
     schema.add_argument(
         "--reference", action="store_true", help="print docs/jobs.md instead, the same in words"
     )
-    schema.set_defaults(command=lambda args: _schema(in_words=args.reference))
+    schema.set_defaults(command=lambda args: does.schema(in_words=args.reference))
     return parser
 
 
@@ -241,7 +150,7 @@ def _add_plan(planner: argparse.ArgumentParser) -> None:
         "--tokens", type=_positive, metavar="N", help="tokens of the training text, if known"
     )
     planner.add_argument("--json", action="store_true", help="print the plan as JSON")
-    planner.set_defaults(command=lambda args: plan(args.job, args.overrides, args))
+    planner.set_defaults(command=lambda args: does.plan(args.job, args.overrides, args))
 
 
 def _add_doctor(examiner: argparse.ArgumentParser) -> None:
@@ -255,7 +164,7 @@ def _add_doctor(examiner: argparse.ArgumentParser) -> None:
         "--compile", action="store_true", help="prove torch.compile too (about a minute more)"
     )
     examiner.add_argument("--json", action="store_true", help="print the findings as JSON")
-    examiner.set_defaults(command=doctor)
+    examiner.set_defaults(command=does.doctor)
 
 
 def _add_generate(speaker: argparse.ArgumentParser) -> None:
@@ -269,7 +178,7 @@ def _add_generate(speaker: argparse.ArgumentParser) -> None:
     speaker.add_argument("--top-p", type=_share, default=0.95, help="default: 0.95")
     speaker.add_argument("--seed", type=int, default=0, help="default: 0")
     speaker.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    speaker.set_defaults(command=_generate)
+    speaker.set_defaults(command=does.generate)
 
 
 def _add_export(exporter: argparse.ArgumentParser) -> None:
@@ -294,7 +203,7 @@ def _add_export(exporter: argparse.ArgumentParser) -> None:
     exporter.add_argument(
         "--bundle", type=Path, metavar="PATH", help="copy the whole run, to a directory or a .tar"
     )
-    exporter.set_defaults(command=_export)
+    exporter.set_defaults(command=does.export)
 
 
 def _add_evaluate(judge: argparse.ArgumentParser) -> None:
@@ -350,7 +259,7 @@ def _add_evaluate(judge: argparse.ArgumentParser) -> None:
         "--runs", type=Path, help="folder of run directories, whose store remembers measurements"
     )
     judge.add_argument("--json", action="store_true", help="print the measurement as JSON")
-    judge.set_defaults(command=_evaluate)
+    judge.set_defaults(command=does.evaluate)
 
 
 def _named_folder(word: str) -> tuple[str, Path]:
@@ -395,106 +304,3 @@ def _positive(word: str) -> int:
 
 def _positive_numbers(words: str) -> tuple[int, ...]:
     return tuple(sorted({_positive(word) for word in words.split(",")}))
-
-
-def _report(run_dir: Path) -> None:
-    from babyllama_ds.report.write import write_report
-
-    write_report(run_dir)
-    for name in ("report.html", "report.md"):
-        print(run_dir / "report" / name)
-
-
-def _gains(run_dirs: Sequence[Path]) -> None:
-    from babyllama_ds.report.gains import render_gains
-
-    print(render_gains(run_dirs), end="")
-
-
-def _generate(options: argparse.Namespace) -> None:
-    import torch
-
-    from babyllama_ds.engine.distributed import quiet_known_noise, resolve_device
-    from babyllama_ds.evaluation.generate import Sampling, generate
-
-    quiet_known_noise()
-    sampling = Sampling(
-        tokens=options.tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        number=options.number,
-        seed=options.seed,
-    )
-    device = torch.device(resolve_device(options.device))
-    for text in generate(options.model, options.prompts, sampling, device=device):
-        print(text, flush=True)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from babyllama_ds.export.command import Export, export_run
-
-    for place in export_run(
-        Export(
-            run_dir=options.run_dir,
-            model=options.model,
-            to=options.to,
-            push=options.push,
-            private=options.private,
-            replace=options.replace,
-            license_id=options.license,
-            language=options.language,
-            bundle=options.bundle,
-        )
-    ):
-        print(place, flush=True)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    import json
-
-    import torch
-
-    from babyllama_ds.console import BatchBar, configure_logging
-    from babyllama_ds.engine.distributed import quiet_known_noise, resolve_device
-    from babyllama_ds.evaluation.measure import Wanted, measure
-    from babyllama_ds.report.measured import render_measured
-    from babyllama_ds.store import Store
-
-    configure_logging(rank=0)
-    quiet_known_noise()
-    wanted = Wanted(
-        texts=tuple(options.text),
-        benchmarks=_by_name(options.pairs),
-        length=options.length,
-        cleaning=options.cleaning,
-        leading_space=options.leading_space,
-        prefix=options.prefix,
-        batch_tokens=options.batch_tokens,
-    )
-    device = torch.device(resolve_device(options.device))
-    store = None if options.runs is None else Store(options.runs / "store")
-    with BatchBar() as tell:
-        result = measure(options.model, wanted, device=device, store=store, on_batch=tell)
-    print(json.dumps(result, indent=2) + "\n" if options.json else render_measured(result), end="")
-
-
-def _by_name(folders: Sequence[tuple[str, Path]]) -> dict[str, Path]:
-    names = [name for name, _ in folders]
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError.of("--pairs", got=f"two called {name}", expected="a name for each")
-    return dict(folders)
-
-
-def _schema(*, in_words: bool) -> None:
-    import json
-
-    from babyllama_ds.spec.reference import job_reference
-    from babyllama_ds.spec.schema import job_schema
-
-    schema = job_schema()
-    print(job_reference(schema) if in_words else json.dumps(schema, indent=2))
-
-
-def _is_lead() -> bool:
-    return os.environ.get("RANK", "0") == "0"

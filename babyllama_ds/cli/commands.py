@@ -1,0 +1,184 @@
+"""What each command does: its options enter, lines for people or JSON leave.
+
+Commands import what they need when they run, so that `check` answers at once and needs neither
+torch nor a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from babyllama_ds.errors import DataError
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.resolved import dump_job
+from babyllama_ds.spec.shipped import find_job
+
+
+def check(job: str, overrides: Sequence[str]) -> None:
+    """Validate a job and print it with every default spelled out; on rank 0 only."""
+    resolved = load_job(find_job(job), overrides)
+    if is_lead():
+        print(dump_job(resolved), end="")
+
+
+def run(job: str, overrides: Sequence[str], *, runs: Path) -> None:
+    """Run a job on the ranks that the launcher started (one, without it)."""
+    resolved = load_job(find_job(job), overrides)
+    from babyllama_ds.console import configure_logging
+    from babyllama_ds.pipeline import run_job
+
+    configure_logging(rank=int(os.environ.get("RANK", "0")))
+    run_job(resolved, runs=runs)
+
+
+def plan(job: str, overrides: Sequence[str], options: argparse.Namespace) -> None:
+    """Print what a job will cost; a job that fits nowhere it was planned for is an error."""
+    resolved = load_job(find_job(job), overrides)
+    from babyllama_ds.plan.planner import Question, plan_job
+    from babyllama_ds.plan.rates import read_rate
+    from babyllama_ds.plan.remedies import check_fits
+    from babyllama_ds.plan.text import render_json, render_plan
+
+    question = Question(
+        ranks=options.ranks,
+        gpu=options.gpu,
+        rate=None if options.rate is None else read_rate(options.rate),
+        tokens=options.tokens,
+        runs=options.runs,
+    )
+    planned = plan_job(resolved, question)
+    print(render_json(planned) if options.json else render_plan(planned), end="")
+    check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
+
+
+def doctor(options: argparse.Namespace) -> None:
+    """Examine this machine and print what was found; a failed check is an error."""
+    import time
+
+    from babyllama_ds.doctor.examine import examine
+    from babyllama_ds.doctor.findings import refuse_failures
+    from babyllama_ds.doctor.table import as_json, as_table
+    from babyllama_ds.engine.distributed import resolve_device
+
+    print("examining this machine ...", file=sys.stderr)
+    start_s = time.monotonic()
+    device = resolve_device(options.device)
+    findings = examine(options.runs, device, compiled=options.compile)
+    show = as_json if options.json else as_table
+    print(show(findings, seconds=time.monotonic() - start_s), end="")
+    refuse_failures(findings)
+
+
+def report(run_dir: Path) -> None:
+    """Write a run's report anew and say where it is."""
+    from babyllama_ds.report.write import write_report
+
+    write_report(run_dir)
+    for name in ("report.html", "report.md"):
+        print(run_dir / "report" / name)
+
+
+def gains(run_dirs: Sequence[Path]) -> None:
+    """Print the gains of several runs."""
+    from babyllama_ds.report.gains import render_gains
+
+    print(render_gains(run_dirs), end="")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Print prompts and how a model goes on from them."""
+    import torch
+
+    from babyllama_ds.engine.distributed import quiet_known_noise, resolve_device
+    from babyllama_ds.evaluation.generate import Sampling
+    from babyllama_ds.evaluation.generate import generate as texts_of
+
+    quiet_known_noise()
+    sampling = Sampling(
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        number=options.number,
+        seed=options.seed,
+    )
+    device = torch.device(resolve_device(options.device))
+    for text in texts_of(options.model, options.prompts, sampling, device=device):
+        print(text, flush=True)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Export a model or a run and say where it is."""
+    from babyllama_ds.export.command import Export, export_run
+
+    for place in export_run(
+        Export(
+            run_dir=options.run_dir,
+            model=options.model,
+            to=options.to,
+            push=options.push,
+            private=options.private,
+            replace=options.replace,
+            license_id=options.license,
+            language=options.language,
+            bundle=options.bundle,
+        )
+    ):
+        print(place, flush=True)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Measure a model and print what came out."""
+    import json
+
+    import torch
+
+    from babyllama_ds.console import BatchBar, configure_logging
+    from babyllama_ds.engine.distributed import quiet_known_noise, resolve_device
+    from babyllama_ds.evaluation.measure import Wanted, measure
+    from babyllama_ds.report.measured import render_measured
+    from babyllama_ds.store import Store
+
+    configure_logging(rank=0)
+    quiet_known_noise()
+    wanted = Wanted(
+        texts=tuple(options.text),
+        benchmarks=_by_name(options.pairs),
+        length=options.length,
+        cleaning=options.cleaning,
+        leading_space=options.leading_space,
+        prefix=options.prefix,
+        batch_tokens=options.batch_tokens,
+    )
+    device = torch.device(resolve_device(options.device))
+    store = None if options.runs is None else Store(options.runs / "store")
+    with BatchBar() as tell:
+        result = measure(options.model, wanted, device=device, store=store, on_batch=tell)
+    print(json.dumps(result, indent=2) + "\n" if options.json else render_measured(result), end="")
+
+
+def _by_name(folders: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+    names = [name for name, _ in folders]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError.of("--pairs", got=f"two called {name}", expected="a name for each")
+    return dict(folders)
+
+
+def schema(*, in_words: bool) -> None:
+    """Print the JSON schema of jobs; with `in_words`, the same as a document."""
+    import json
+
+    from babyllama_ds.spec.reference import job_reference
+    from babyllama_ds.spec.schema import job_schema
+
+    schema = job_schema()
+    print(job_reference(schema) if in_words else json.dumps(schema, indent=2))
+
+
+def is_lead() -> bool:
+    """Whether this rank speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
