@@ -198,7 +198,7 @@ def test_unknown_words_are_refused(
         (["chekc", "nursery"], "unknown COMMAND 'chekc'; did you mean `check`?"),
         (["exprot", "runs/nursery-1"], "unknown COMMAND 'exprot'; did you mean `export`?"),
         (["Run", "nursery"], "unknown COMMAND 'Run'; did you mean `run`?"),
-        (["zzz"], "unknown COMMAND 'zzz'; there are: check, doctor, export, "),
+        (["zzz"], "unknown COMMAND 'zzz'; there are: check, doctor, evaluate, "),
         (["run", "nursery", "--rnus", "there"], "--rnus there; did you mean `--runs`?"),
         (["export", "r", "--privat3", "--to", "d"], "--privat3; did you mean `--private`?"),
         (["generate", "m", "p", "--temprature=1"], "--temprature=1; did you mean `--temperature`?"),

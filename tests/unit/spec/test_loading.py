@@ -240,7 +240,7 @@ def test_a_file_that_is_not_a_mapping(tmp_path: Path, text: str, got: str) -> No
         ("length: 64", "seq_length: 64", "windows.seq_length", "an unknown key", "a known one",
          "it is called `length` here"),
         ("length: 64", "zzz: 64", "windows.zzz", "an unknown key", "a known one",
-         "there are: length, offsets"),
+         "there are: attention, length, offsets, order"),
         ("      num_heads: 4\n", "", "teachers[0].model.num_heads", "nothing", "a value",
          "Attention heads"),
         ("num_heads: 2", "num_heads: 2\n    tied_embeddings: 1",
