@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
+from babyllama_ds.errors import JobError
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
 
@@ -192,14 +193,20 @@ def test_python(block: Block, home: Path) -> None:
 
 @pytest.mark.parametrize("block", list(blocks("yaml")), ids=str)
 def test_a_part_of_a_job(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole job is valid; so is a part, put into the nursery job in place of its own."""
+    """A whole job is valid; so is a part, put into a shipped job in place of its own."""
     monkeypatch.setenv("BABYLM_DATA", "/path/to/it")
     part = yaml.safe_load(block.text)
-    nursery = yaml.safe_load(find_job("nursery").read_text(encoding="utf-8"))
-    whole = part if {"name", "corpus", "student"} <= part.keys() else merged(nursery, part)
-    path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(whole), encoding="utf-8")
-    load_job(path, [])
+    refused = []
+    for name in ("nursery", "babylm_tiny"):
+        shipped = yaml.safe_load(find_job(name).read_text(encoding="utf-8"))
+        whole = part if {"name", "corpus", "student"} <= part.keys() else merged(shipped, part)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(whole), encoding="utf-8")
+        try:
+            load_job(path, [])
+        except JobError as error:
+            refused.append(str(error))
+    assert len(refused) < 2, f"{block} fits no shipped job:\n" + "\n".join(refused)
 
 
 def merged(base: Any, part: Any) -> Any:
