@@ -68,7 +68,7 @@ class TextFile:
     @property
     def form(self) -> Form:
         """What it holds: text, or rows of which each is a document."""
-        return cast(Form, form_of(self.path))
+        return form_of(self.path) or "text"
 
     def read_as(self) -> list[str]:
         """What decides its text beside its bytes: nothing, or of a table its form and column."""
@@ -83,7 +83,7 @@ def read_file(
     Raises `DataError`: it cannot be read or unpacked, is not UTF-8, or is a table without text in
     `column` in every row.
     """
-    form = form_of(path)
+    form = form_of(path) or "text"
     content = _Content(path, is_text=form != "parquet")
     try:
         modified_ns = path.stat().st_mtime_ns

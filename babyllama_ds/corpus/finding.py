@@ -79,7 +79,7 @@ def form_of(path: Path) -> Form | None:
 def domain_of(path: Path) -> str:
     """The file's name without its suffixes: `childes.train.gz`, `childes.dev.jsonl` → `childes`."""
     name = Path(_unpacked(path).stem)
-    while form_of(path) != "text" and name.suffix.lower() in TEXT_SUFFIXES:
+    while form_of(path) not in ("text", None) and name.suffix.lower() in TEXT_SUFFIXES:
         name = name.with_suffix("")
     return name.name
 

@@ -64,11 +64,11 @@ def blocks(*languages: str) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Command:
-    """What is typed after a `$`, and whether what follows is an error."""
+    """What is typed after a `$`, and the error that follows, up to what was got; none: it works."""
 
     where: str
     words: tuple[str, ...]
-    fails: bool
+    error: str | None
 
 
 def commands() -> Iterator[Command]:
@@ -76,8 +76,8 @@ def commands() -> Iterator[Command]:
         joined = block.text.replace("\\\n", " ")
         for typed, answer in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", joined, re.M):
             words = tuple(shlex.split(typed, comments=True))
-            fails = re.search(r"^error:", answer, re.M) is not None
-            yield Command(str(block), words, fails)
+            error = re.search(r"^error: .*?: got ", answer, re.M)
+            yield Command(str(block), words, error and error[0])
 
 
 COMMANDS = list(dict.fromkeys(commands()))
@@ -93,9 +93,11 @@ def home(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "runs" / "tiny-1").rename(folder / "runs" / "nursery-1")
     shutil.copy(finished.job, folder / "my.yaml")
     data = folder / "data"
-    for part in ("train", "dev"):
+    for part, copies in (("train", 1000), ("dev", 10)):
         (data / part).mkdir(parents=True)
-        shutil.copy(finished.folder / f"town.{part}", data / part / f"childes.{part}")
+        text = (finished.folder / f"town.{part}").read_text(encoding="utf-8")
+        # As long as the published trainings' warm-up needs.
+        (data / part / f"childes.{part}").write_text(text * copies, encoding="utf-8")
     for benchmark in ("blimp_filtered", "supplement_filtered"):
         (data / "eval" / benchmark).mkdir(parents=True)
         pair = {"sentence_good": "mara paints a blue boat", "sentence_bad": "mara a paints boat"}
@@ -125,19 +127,27 @@ def test_a_command(command: Command, home: Path) -> None:
         "deepspeed": of_the_launcher,
         "make": of_make,
         "python": of_a_script,
+        "tar": lambda words, home: ask(["tar", *words], home),
+        "cd": lambda words, home: ask(["bash", "-c", " ".join(["cd", *words])], home),
     }
     name = program.removeprefix(".venv/bin/")
     if name in NOT_TYPED:
         pytest.skip(NOT_TYPED[name])
+    if "mix.yaml" in words:
+        pytest.skip("the texts of that job are made up")
     assert name in typists, f"{command.where}: nobody knows how to try {program}"
     done = typists[name](words, home)
     told = f"{command.where}: exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert (done.returncode != 0) == command.fails, told
+    if command.error is None:
+        assert done.returncode == 0, told
+    else:
+        assert done.returncode == 2, told
+        assert command.error in done.stderr, told
 
 
 def of_ours(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
     """A usage line, with places to fill in, is asked for its options; all others are run."""
-    if any(re.fullmatch(r"\[?[A-Z_]+\]?", word) or word.startswith("[") for word in words):
+    if any(re.fullmatch(r"\[?[A-Z_/]+\]?", word) or word.startswith("[") for word in words):
         done = ask([str(BIN / "babyllama-ds"), words[0], "--help"], home)
         return knows_options(done, words)
     if words[0] == "generate" and "--tokens" not in words:
@@ -219,7 +229,7 @@ def merged(base: Any, part: Any) -> Any:
 
 def test_the_documents_are_read() -> None:
     assert len(COMMANDS) > 20
-    assert any(command.fails for command in COMMANDS), "a refusal is shown somewhere"
+    assert any(command.error for command in COMMANDS), "a refusal is shown somewhere"
     assert list(blocks("python"))
     assert list(blocks("yaml"))
 
