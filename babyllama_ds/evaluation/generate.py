@@ -55,7 +55,6 @@ def generate(
     tokenizer = load_tokenizer(directory, where=WHERE)
     model: Any = load_model(directory, attention="sdpa", where=WHERE).to(device).eval()
     check_vocabulary_fits(model, vocabulary_size(tokenizer), where=WHERE)
-    model.generation_config.max_length = None  # `sampling.tokens` says it, and `_encoded` checks
     torch.manual_seed(sampling.seed)
     for prompt in prompts:
         ids_1S = _encoded(prompt, tokenizer, model, sampling.tokens).to(device)
@@ -73,14 +72,19 @@ def continued(
     Draws from torch's own generator, which the caller seeds.
     """
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-    ids_BS: torch.Tensor = model.generate(
-        ids_1S,
-        attention_mask=torch.ones_like(ids_1S),
-        max_new_tokens=sampling.tokens,
-        num_return_sequences=sampling.number,
-        pad_token_id=pad_id or 0,
-        **({"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}),
-    )
+    settings = model.generation_config
+    named, settings.max_length = settings.max_length, None  # `sampling.tokens` says how long
+    try:
+        ids_BS: torch.Tensor = model.generate(
+            ids_1S,
+            attention_mask=torch.ones_like(ids_1S),
+            max_new_tokens=sampling.tokens,
+            num_return_sequences=sampling.number,
+            pad_token_id=pad_id or 0,
+            **({"do_sample": True, **drawn} if sampling.temperature else {"do_sample": False}),
+        )
+    finally:
+        settings.max_length = named
     return ids_BS
 
 

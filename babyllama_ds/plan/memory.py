@@ -235,13 +235,13 @@ def _engine(stage: StageShape) -> dict[Item, int]:
 
 def _moments(stage: StageShape) -> int:
     """Numbers of all moments."""
-    twice = _MOMENTS * stage.model.params
+    twice = _MOMENTS * stage.trained
     return twice - stage.model.backbone_weights if stage.muon else twice
 
 
 def _state_bytes(stage: StageShape) -> int:
     """Of a checkpoint: masters, moments, and the moving average."""
-    return _FP32 * ((1 + stage.averaged) * stage.model.params + _moments(stage))
+    return _FP32 * ((1 + stage.averaged) * stage.trained + _moments(stage))
 
 
 def _parts(stage: StageShape) -> int:
@@ -256,7 +256,7 @@ def _offloading(stage: StageShape) -> int:
     """What it takes where the model is: a buffer for the largest matrix, and on a CPU the rest."""
     if not _offloads(stage):
         return 0
-    e, params = stage.micro.element_bytes, stage.model.params
+    e, params = stage.micro.element_bytes, stage.trained
     rest = (_FP32 + e) * params // _parts(stage) if stage.micro.device == "cpu" else 0
     return e * stage.model.head_weights + rest
 
@@ -265,7 +265,7 @@ def _host_share(stage: StageShape) -> int:
     """A rank's optimizer in the host's memory, its gradients and new weights beside it."""
     if not _offloads(stage):
         return 0
-    beside = (_FP32 + stage.micro.element_bytes) * stage.model.params
+    beside = (_FP32 + stage.micro.element_bytes) * stage.trained
     return (_state_bytes(stage) + beside) // _parts(stage)
 
 

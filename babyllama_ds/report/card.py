@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from babyllama_ds import __version__
 from babyllama_ds.report import words
 from babyllama_ds.report.formatting import count, duration, flat, number, table
-from babyllama_ds.report.loss import in_words
+from babyllama_ds.report.loss import in_words, name_of_divergence, weights_in_words
 from babyllama_ds.report.markdown import (
     gains_table,
     headline,
@@ -218,7 +218,9 @@ def _training(report: Mapping[str, Any], model_name: str) -> list[str]:
             f"Teachers: {'; '.join(_teachers(report))}.",
             f"Loss: `{loss['formula']}` with alpha {in_words(loss['alpha'])}, "
             f"T {in_words(loss['temperature'])}, the mean of the teachers' "
-            f"{loss['mean_of']}, `soft_reduction: {loss['soft_reduction']}`. {loss['explanation']}",
+            f"{loss['mean_of']}, `soft_reduction: {loss['soft_reduction']}`. For one token that is "
+            f"{weights_in_words(loss, 'ce')} CE + {weights_in_words(loss, 'kl')} "
+            f"{name_of_divergence(loss)}. {loss['explanation']}",
         ]
     settings = _spec(report, model_name).get("training") or {}
     rows = [[key, value] for key, value in flat(settings) if settings.get(key) is not None]

@@ -71,6 +71,7 @@ class Distilled(nn.Module):
             input_ids_BS=tokens_BS,
             labels_N=labels_BS.flatten(),
             valid_N=torch.ones(tokens_BS.numel(), dtype=torch.bool),
+            pieces=None,
         )
         # Divided by the micro-batch's own counts, the loss is a mean: the engine's scale is 1.
         counts = Counts(ce=len(tokens_BS) * (LENGTH - 1), kl=tokens_BS.numel(), scale=1.0)

@@ -42,6 +42,7 @@ def test_new_keys_leave_a_corpus_of_files_as_it_was(tmp_path: Path) -> None:
         "split": {"kind": "tail", "fraction": 0.05},
         "column": "text",
         "cleaning": "babylm",
+        "documents": "none",
     }
 
 
