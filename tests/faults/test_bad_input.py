@@ -171,17 +171,18 @@ def test_a_document_token_that_the_tokenizer_lacks(
 def test_a_teacher_that_cannot_keep_documents_apart(
     job: Path, tmp_path: Path, refuse: Refuse, saved_model: Path
 ) -> None:
-    """A Mamba reads on from one document into the next, whatever the positions say."""
-    from transformers import MambaConfig, MambaForCausalLM
+    """BLOOM takes distances between tokens, and no positions."""
+    from transformers import BloomConfig, BloomForCausalLM
 
     reader = tmp_path / "reader"
     shutil.copytree(saved_model, reader)
-    config = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
-    MambaForCausalLM(config).save_pretrained(reader)
+    config = BloomConfig(vocab_size=300, hidden_size=16, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(reader)
     apart = ("corpus.documents=lines", "windows.attention=document")
     tokenizer = f"tokenizer={{kind: pretrained, path: {reader}}}"
-    said = refuse(job, loaded(reader), tokenizer, *apart)
-    assert "teachers.elder.model: got a MambaForCausalLM" in said
+    plain = loaded(reader).replace("}}", ", attention: eager}}")
+    said = refuse(job, plain, tokenizer, *apart)
+    assert "teachers.elder.model: got a BloomForCausalLM" in said
     assert "expected a model that keeps documents apart by their positions" in said
     assert nothing_trained(tmp_path / "runs")
 
