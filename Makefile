@@ -74,6 +74,7 @@ reference: setup  ## write docs/jobs.md and the jobs' JSON schema anew
 	$(BIN)/babyllama-ds schema --reference > docs/jobs.md
 
 lock: setup  ## write the versions installed here to constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
 	$(BIN)/pip freeze --exclude-editable --exclude babyllama_ds --exclude triton | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
 	@touch $(VENV)/.ready
 
