@@ -243,6 +243,11 @@ class PlainTeacher:
     def hidden_states(self, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
         return split_causal_lm(self._model)[0](input_ids_BS, pieces)
 
+    def hidden_states_and_layers(
+        self, input_ids_BS: Tensor, pieces: Pieces | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        return self.hidden_states(input_ids_BS, pieces), {}
+
 
 def plain(side: dict[str, Any], sizes: Sizes) -> Built:
     """The same computation in one process: bf16 weights, fp32 master weights, fused AdamW."""
