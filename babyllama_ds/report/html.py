@@ -195,7 +195,7 @@ def _by_term(benchmark: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def _domains(report: Report, styles: Mapping[str, Style]) -> Figure | None:
     domains = report.get("domains")
-    if not domains:
+    if not domains or len(domains) < 2:  # one is the whole
         return None
     rows = {
         domain: {model: scores["ce"] for model, scores in by_model.items() if model in styles}
