@@ -85,8 +85,9 @@ class HubSources:
 
     def _name_of(self, split: Split) -> str:
         held_out = self.spec.split
-        is_dev = split == "dev" and isinstance(held_out, HeldOutSplit)
-        return held_out.dev if is_dev else self.spec.train  # type: ignore[union-attr]
+        if split == "dev" and isinstance(held_out, HeldOutSplit):
+            return held_out.dev
+        return self.spec.train
 
     def _domains_of(self, name: str) -> tuple[str | None, ...]:
         return (None,) if self.spec.domain_column is None else _domain_values(self, name)

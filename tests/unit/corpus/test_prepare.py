@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from babyllama_ds.corpus.prepare import CorpusEntries, open_corpus, prepare_corpus
@@ -73,6 +75,38 @@ def test_the_nurserys_scenes_are_documents(prepare: Prepare) -> None:
         assert ids.count(1) == ids.count(2) == len(scenes)
         assert (ids[0], ids[-1]) == (1, 2)
     assert open_corpus(plain).shards.documents("train") is None
+
+
+def test_rows_of_a_mix_are_documents_beside_the_lines_of_a_text(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    rows = ["mara paints a blue boat .\nand laughs .", "old tim mends the long ladder ."]
+    table = tmp_path / "rows.jsonl"
+    table.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    tail = "split: {kind: tail, fraction: 0.3}"
+    of_rows = f"{{kind: files, train: [{table}], {tail}, documents: rows}}"
+    of_lines = f"{{kind: files, train: ['{tmp_path}/job/*.train'], {tail}, documents: lines}}"
+    entries = prepare(
+        "corpus={kind: mix, sources: ["
+        f"{{name: a, corpus: {of_rows}, words: 8}}, {{name: b, corpus: {of_lines}, words: 60}}]}}",
+        "tokenizer.document_tokens=end",
+    )
+    corpus = open_corpus(entries)
+    end = corpus.tokenizer.eos_token_id
+    tokens = corpus.shards.gather("train", np.array([0]), corpus.shards.num_tokens("train"))[0]
+    texts = [[]]  # type: ignore[var-annotated]
+    for token in tokens.tolist():
+        if token == end:
+            texts.append([])
+        else:
+            texts[-1].append(token)
+    # Each is encoded by itself, so the tokenizer puts its space before each.
+    documents = [corpus.tokenizer.decode(ids) for ids in texts[:-1]]
+    assert texts[-1] == []
+    assert documents[0] == f" {rows[0]}\n"
+    of_text = (tmp_path / "job" / "town.train").read_text().splitlines(keepends=True)
+    assert documents[1:] == [f" {line}" for line in of_text[: len(documents) - 1]]
+    assert len(documents) > 5
 
 
 def test_boundaries_that_are_nowhere_are_refused_before_work_begins(

@@ -111,6 +111,21 @@ def test_a_job_of_every_kind_reads_back_as_it_was(corpus: dict[str, Any], tmp_pa
             "number 0 has it too",
         ),
         (
+            {**FILES, "cleaning": "published", "documents": "lines"},
+            "corpus.documents",
+            "lines",
+            "cleaning: babylm has the same rules and keeps them",
+        ),
+        (
+            mix(
+                {"name": "a", "corpus": {**FILES, "documents": "lines"}, "words": 5},
+                {"name": "b", "corpus": HUB, "words": 5},
+            ),
+            "corpus.sources[1].corpus.documents",
+            "none",
+            "",
+        ),
+        (
             mix({"name": "a", "corpus": {"kind": "nursery"}, "words": 5}),
             "corpus.sources[0].corpus.kind",
             "'nursery'",
