@@ -20,7 +20,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives check format seeds reference lock clean
+.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives check format seeds reference dist lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -73,9 +73,17 @@ reference: setup  ## write docs/jobs.md and the jobs' JSON schema anew
 	$(BIN)/babyllama-ds schema > launcher/jobs/job.schema.json
 	$(BIN)/babyllama-ds schema --reference > docs/jobs.md
 
+dist: setup  ## build the sdist and the wheel of the last commit into dist/
+	@git diff --quiet HEAD || echo "changes that are not committed are left out" >&2
+	rm -rf build dist
+	mkdir -p build/source
+	git archive HEAD | tar -x -C build/source
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PIP_CONSTRAINT=$(CURDIR)/constraints.txt \
+	  $(BIN)/pyproject-build --outdir dist build/source
+
 lock: setup  ## write the versions installed here to constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
-	$(BIN)/pip freeze --exclude-editable --exclude babyllama_ds --exclude triton | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
+	$(BIN)/pip freeze --all --exclude pip --exclude-editable --exclude babyllama_ds --exclude triton | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
 	@touch $(VENV)/.ready
 
 clean:  ## remove the environment, caches and builds (runs stay)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,10 +39,10 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, `+changes` when the tree differs; none outside a checkout."""
+    """The checkout's commit, `+changes` when the tree differs; elsewhere that of the build."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return _commit_of_build()
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -54,6 +55,15 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _commit_of_build() -> str | None:
+    """What `git archive` wrote into `commit.txt`; none where the package was built otherwise."""
+    try:
+        text = Path(__file__).with_name("commit.txt").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return text if re.fullmatch(r"[0-9a-f]{40,64}", text) else None
 
 
 def _version(package: str) -> str | None:

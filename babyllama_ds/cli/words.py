@@ -105,7 +105,12 @@ def command_line() -> Parser:
 
     _add_doctor(commands.add_parser("doctor", help="whether this machine computes rightly"))
 
-    runner = commands.add_parser("run", help="run a job in this process alone (one rank)")
+    runner = commands.add_parser(
+        "run",
+        help="run a job in this process alone (one rank)",
+        description="Run a job in this process alone. On several ranks, one for each GPU of the "
+        "machine: deepspeed --module babyllama_ds.cli.launch JOB [KEY=VALUE ...] [--runs DIR]",
+    )
     add_job_arguments(runner)
     runner.set_defaults(command=lambda args: does.run(args.job, args.overrides, runs=args.runs))
 
