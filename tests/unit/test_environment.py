@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -106,3 +107,32 @@ def test_without_git_there_is_no_commit(
 def test_a_broken_checkout_has_no_commit(checkout: Path) -> None:
     (checkout / ".git").mkdir()
     assert environment._commit() is None
+
+
+def test_a_built_package_knows_its_commit(checkout: Path) -> None:
+    written = checkout / "babyllama_ds" / "commit.txt"
+    written.write_text("0123456789abcdef" * 2 + "01234567\n")
+    assert environment._commit() == "0123456789abcdef" * 2 + "01234567"
+    # As it stands in a checkout: what was built from this was no `git archive`.
+    written.write_text("$Format:%H$\n")
+    assert environment._commit() is None
+
+
+@needs_git
+def test_a_checkout_is_asked_first(git: Git, checkout: Path) -> None:
+    (checkout / "babyllama_ds" / "commit.txt").write_text("0123456789abcdef" * 2 + "01234567\n")
+    assert environment._commit() == git("rev-parse", "HEAD")
+
+
+@needs_git
+def test_an_archive_of_the_checkout_names_the_commit(git: Git, checkout: Path) -> None:
+    package = Path(babyllama_ds.__file__).parent
+    for name in (".gitattributes", "babyllama_ds/commit.txt"):
+        shutil.copy(package.parent / name, checkout / name)
+    git("add", ".")
+    git("commit", "--quiet", "--message", "second")
+    git("archive", "--format=zip", f"--output={checkout}/archive.zip", "HEAD")
+    shutil.rmtree(checkout / ".git")
+    assert environment._commit() is None
+    shutil.unpack_archive(checkout / "archive.zip", checkout)
+    assert re.fullmatch("[0-9a-f]{40}", environment._commit() or "")
