@@ -1,6 +1,8 @@
 # Every habit of the project is a target. `make help` lists them.
 
 PYTHON ?= python3
+# Of `wheelhouse`, PYTHON is the version on the machine that the wheels are for.
+HOST_PYTHON := $(if $(filter wheelhouse,$(MAKECMDGOALS)),python3,$(PYTHON))
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
@@ -10,6 +12,10 @@ RUNS   ?= runs
 GPUS   := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | wc -l)
 NPROC  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS   ?=
+# The machine that `wheelhouse` is for, and where its wheels are put: docs/offline.md
+PLATFORM ?= manylinux_2_28_x86_64
+TORCH    ?= system
+OUT      ?= wheelhouse
 # Options of the `deepspeed` launcher itself: --hostfile, --master_port, ...
 LAUNCH ?=
 
@@ -20,7 +26,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives check format seeds reference dist lock clean
+.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives check format seeds reference dist wheelhouse lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -28,9 +34,9 @@ help:  ## list the targets
 setup: $(VENV)/.ready  ## make the virtual environment with pinned packages
 
 $(VENV)/.ready: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), expected Python >= 3.11: make setup PYTHON=python3.11" >&2; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(HOST_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(HOST_PYTHON) is $$($(HOST_PYTHON) -V 2>&1), expected Python >= 3.11: make setup PYTHON=python3.11" >&2; exit 2; }
+	test -x $(BIN)/python || $(HOST_PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
@@ -81,11 +87,16 @@ dist: setup  ## build the sdist and the wheel of the last commit into dist/
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) PIP_CONSTRAINT=$(CURDIR)/constraints.txt \
 	  $(BIN)/pyproject-build --outdir dist build/source
 
+wheelhouse: dist  ## collect wheels for a machine without internet (docs/offline.md): PYTHON=3.12 …
+	$(BIN)/python .ci/wheelhouse/collect.py dist/*.whl --out "$(OUT)" --torch "$(TORCH)" \
+	  $(if $(filter file,$(origin PYTHON)),,--python "$(PYTHON)") --platform "$(PLATFORM)" \
+	  --extras "$(EXTRAS)" --have "$(HAVE)" $(if $(SYSTEM),--system "$(SYSTEM)")
+
 lock: setup  ## write the versions installed here to constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
 	$(BIN)/pip freeze --all --exclude pip --exclude-editable --exclude babyllama_ds --exclude triton | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
 	@touch $(VENV)/.ready
 
 clean:  ## remove the environment, caches and builds (runs stay)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist wheelhouse *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

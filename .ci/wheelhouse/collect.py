@@ -50,7 +50,7 @@ def main() -> None:
     if options.torch != "system":
         pins["torch"] = options.torch
     with tempfile.TemporaryDirectory() as scratch:
-        index = Index(target, pins, options.constraints, Path(scratch))
+        index = Index(target, pins, options.constraints.resolve(), Path(scratch))
         closure = follow(options.own, words_of(options.extras), target, machine, index)
         check_words(options.have, closure)
         write_house(options.out, target, closure)
@@ -285,8 +285,9 @@ class Index:
             self._pip(["download", "--no-deps", *only, *ready])
         for word in built:
             # Anew: a cached wheel may hold kernels, built for the torch of this machine.
-            anew = ["--no-cache-dir", "--no-binary=:all:", "--wheel-dir", str(self.folder)]
-            self._pip(["wheel", "--no-deps", *anew, word])
+            name = word.partition("=")[0]
+            anew = ["--no-cache-dir", f"--no-binary={name}", "--wheel-dir", str(self.folder)]
+            self._pip(["wheel", "--no-deps", *anew, word], PIP_CONSTRAINT=str(self.constraints))
         found = {about(path).name: path for path in set(self.folder.glob("*.whl")) - before}
         for name in set(FROM_SOURCE) & found.keys():
             if not found[name].name.endswith("-none-any.whl"):
@@ -300,12 +301,12 @@ class Index:
     def _pinned(self, name: str, bounds: SpecifierSet) -> str:
         return f"{name}=={self.pins[name]}" if name in self.pins else f"{name}{bounds}"
 
-    def _pip(self, words: Sequence[str]) -> None:
+    def _pip(self, words: Sequence[str], **environment: str) -> None:
         # Nothing of DS_*: kernels are compiled on the machine that they run on.
         kept = {key: value for key, value in os.environ.items() if not key.startswith("DS_")}
         done = subprocess.run(
             [sys.executable, "-m", "pip", "--disable-pip-version-check", *words],
-            env={**kept, "DS_BUILD_OPS": "0", "PIP_CONSTRAINT": str(self.constraints.resolve())},
+            env={**kept, "DS_BUILD_OPS": "0", **environment},
             capture_output=True,
             text=True,
             check=False,
@@ -364,7 +365,9 @@ def follow(
     for extra in extras:
         if canonicalize_name(extra) not in ours.extras:
             hint = did_you_mean(extra, sorted(ours.extras))
-            raise UserError.of("EXTRAS", got=repr(extra), expected="extras", hint=hint)
+            raise UserError.of(
+                "EXTRAS", got=repr(extra), expected="extras of babyllama_ds", hint=hint
+            )
     closure = Closure(house={ours.name: own})
     told = {ours.name: own}
     pending = [Requirement(f"{ours.name}[{','.join(extras)}]")]
@@ -455,7 +458,7 @@ def check_words(have: str, closure: Closure) -> None:
                 "HAVE",
                 got=repr(word),
                 expected="packages that would be in the house",
-                hint=did_you_mean(name, sorted(names)),
+                hint=did_you_mean(name, names),
             )
 
 

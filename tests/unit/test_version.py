@@ -35,7 +35,7 @@ def disagreements(version: str, citation: dict[str, Any], changelog: str) -> lis
         found.append(f"CHANGELOG.md: {newest} is the newest release")
     if citation.get("version") != version:
         found.append(f"CITATION.cff: version {citation.get('version')}")
-    if str(citation.get("date-released", None)) != str(date):
+    if str(citation.get("date-released")) != str(date):
         found.append(f"CITATION.cff: date-released {citation.get('date-released')}, not {date}")
     return found
 
