@@ -278,14 +278,13 @@ class Index:
             return {}
         before = set(self.folder.glob("*.whl"))
         words = {name: self._pinned(name, bounds) for name, bounds in wanted.items()}
-        built = [word for name, word in words.items() if name in FROM_SOURCE]
+        built = {name: word for name, word in words.items() if name in FROM_SOURCE}
         ready = [word for name, word in words.items() if name not in FROM_SOURCE]
         if ready:
             only = ["--only-binary=:all:", *self.target.pip_options, "--dest", str(self.folder)]
             self._pip(["download", "--no-deps", *only, *ready])
-        for word in built:
+        for name, word in built.items():
             # Anew: a cached wheel may hold kernels, built for the torch of this machine.
-            name = word.partition("=")[0]
             anew = ["--no-cache-dir", f"--no-binary={name}", "--wheel-dir", str(self.folder)]
             self._pip(["wheel", "--no-deps", *anew, word], PIP_CONSTRAINT=str(self.constraints))
         found = {about(path).name: path for path in set(self.folder.glob("*.whl")) - before}

@@ -54,7 +54,7 @@ class Block:
 
 
 def blocks(*languages: str) -> Iterator[Block]:
-    for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
             if found[1] in languages:
@@ -156,7 +156,8 @@ def of_ours(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
 
 
 def of_the_launcher(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
-    script = words.index("launcher/run.py")
+    by_module = "--module" in words
+    script = words.index("babyllama_ds.cli.launch" if by_module else "launcher/run.py")
     job, *overrides = [word for word in words[script + 1 :] if not word.startswith("--")]
     return checked(job, [word for word in overrides if "=" in word], home)
 
