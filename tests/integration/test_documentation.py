@@ -54,7 +54,7 @@ class Block:
 
 
 def blocks(*languages: str) -> Iterator[Block]:
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for path in [*sorted(ROOT.glob("[RC]*.md")), *sorted((ROOT / "docs").rglob("*.md"))]:
         text = path.read_text(encoding="utf-8")
         for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
             if found[1] in languages:
