@@ -36,6 +36,10 @@ from babyllama_ds.spec.explain import did_you_mean
 FROM_SOURCE = ("deepspeed",)
 """Published as source alone. Built here, where it has to become a wheel for any machine."""
 
+OF_ENVIRONMENTS = "setuptools"
+"""Never left to the machine: a new environment of Python 3.11 has one of its own, which hides the
+machine's and is older than torch asks for."""
+
 LEAST_GLIBC = 5
 LEGACY_TAGS = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 HEADER = "# Wheels of babyllama_ds"
@@ -154,6 +158,7 @@ Machine = Mapping[str, Version | None]
 def machine_of(torch: str, have: str, system: Path | None) -> Machine:
     """From TORCH, HAVE and SYSTEM. Raises `UserError`."""
     there: dict[str, Version | None] = {} if system is None else read_freeze(system)
+    there.pop(OF_ENVIRONMENTS, None)
     for word in words_of(have):
         found = installed(word if "=" in word else f"{word} @ there")
         if found is None:
