@@ -83,26 +83,31 @@ class LayerTap:
 
 
 @torch.no_grad()
-def check_layers(model: nn.Module, layers: Iterable[int], *, where: str) -> None:
+def check_layers(
+    model: nn.Module, states: Callable[[Tensor], Tensor], layers: Iterable[int], *, where: str
+) -> None:
     """The states of the named layers can be had, and are as wide as the model says: tried.
+
+    `states` is the model's backbone (`parts.split_causal_lm`).
 
     Raises:
         ModelError: they cannot, or are not (of some OPT the last layer's are projected).
     """
+    layers = sorted(set(layers))
     tap = LayerTap(model, layers, where=where)
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     device = next(model.parameters()).device
     probe_BS = torch.arange(PROBE_TOKENS, device=device)[None] % rows
     try:
-        _, kept = tap.collect(lambda: model(input_ids=probe_BS, use_cache=False).logits)
+        _, kept = tap.collect(lambda: states(probe_BS))
     finally:
         tap.remove()
-    for layer, states_BSD in kept.items():
-        if states_BSD.shape != (*probe_BS.shape, hidden_width(model)):
+    for layer in layers:
+        shape = tuple(kept[layer].shape) if layer in kept else "no"
+        if shape != (*probe_BS.shape, hidden_width(model)):
             raise ModelError.of(
                 where,
-                got=f"{type(model).__name__}, whose layer {layer} gives states of shape "
-                f"{tuple(states_BSD.shape)}",
+                got=f"{type(model).__name__}, whose layer {layer} gives states of shape {shape}",
                 expected=f"a width of {hidden_width(model)}, as config.json has it",
                 hint="match another layer in distillation.hidden_matching",
             )

@@ -122,7 +122,7 @@ def _check_loaded(
         check_recomputable(model, where=f"{training_key(stage)}.gradient_checkpointing")
     kind = check_plain_head(model, where=where)
     if layers:
-        check_layers(model, layers, where=where)
+        check_layers(model, split_causal_lm(model)[0], layers, where=where)
     if varies_in_shape(kernel):
         model.to(parts.device, parts.dtype).set_attn_implementation(kernel)  # type: ignore[operator]
     if parts.within_documents:
