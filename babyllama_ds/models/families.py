@@ -73,7 +73,7 @@ def check_runs(model: nn.Module, *, where: str) -> None:
             where,
             got=f"{type(model).__name__}, which does not run in {kind} ({reason})",
             expected="a model that runs in the job's precision",
-            hint="train in fp32 (deepspeed.config), or use another model",
+            hint="use another precision (deepspeed.config), attention kernel or model",
         ) from error
 
 
