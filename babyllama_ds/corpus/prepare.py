@@ -36,7 +36,9 @@ from babyllama_ds.corpus.tokenizer import (
     token_bytes,
     tokenizer_fingerprint,
     train_tokenizer,
+    vocabulary_size,
 )
+from babyllama_ds.errors import DataError
 from babyllama_ds.files import hash_json
 from babyllama_ds.spec.corpus import CorpusSpec, LoadedTokenizer, NurseryCorpus
 from babyllama_ds.spec.job import JobSpec
@@ -153,6 +155,7 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
     spec = job.tokenizer
     if isinstance(spec, LoadedTokenizer):
         loaded = load_tokenizer(spec.path)
+        _check_without_gaps(loaded, spec.path)
         key = tokenizer_fingerprint(loaded)
         return key, store.build("tokenizers", key, lambda folder: save_tokenizer(loaded, folder))
     vocabulary = spec.model_dump(mode="json", exclude={"document_tokens"})
@@ -163,6 +166,18 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
         train_tokenizer(spec, _lines(sources), directory, check=check)
 
     return key, store.build("tokenizers", key, make)
+
+
+def _check_without_gaps(tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    """A model has as many logits as there are tokens: an id beyond their number has none."""
+    size = vocabulary_size(tokenizer)
+    if size != len(tokenizer):
+        raise DataError.of(
+            "tokenizer.path",
+            got=f"{path}: ids up to {size - 1}, of {len(tokenizer)} tokens",
+            expected="a token for every id from 0 on",
+            hint="give the missing ids tokens of their own: `tokenizer.json` lists all",
+        )
 
 
 def _lines(sources: Sources) -> Iterator[str]:

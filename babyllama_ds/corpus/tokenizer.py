@@ -20,9 +20,9 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from babyllama_ds.errors import DataError, JobError, Problem
 from babyllama_ds.files import cannot_write, hash_json, read_json, write_json
@@ -73,10 +73,14 @@ def train_tokenizer(
 def load_tokenizer(path_or_id: str, *, where: str = "tokenizer.path") -> PreTrainedTokenizerFast:
     """The tokenizer at a directory, in a `tokenizer.json`, or of a hub id; no remote code runs.
 
+    Where there is a `tokenizer.json`, it is that one, as it is. transformers would take a class by
+    the family of the model beside it, and some (Qwen 2's, LLaMA's) put a normalizer and splitting
+    of their own in the place of the file's.
+
     `where` is the key that named it. Raises `DataError` when there is none, when it is damaged, or
     when it is not a fast one.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(path_or_id).expanduser()
     if not path.exists() and _is_local(path_or_id):
@@ -85,7 +89,8 @@ def load_tokenizer(path_or_id: str, *, where: str = "tokenizer.path") -> PreTrai
         if path.is_file():
             return _load_file(path)
         name = str(path) if path.exists() else path_or_id
-        tokenizer = AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+        reader = PreTrainedTokenizerFast if _is_whole(name) else AutoTokenizer
+        tokenizer = reader.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # the libraries raise a bare Exception for damaged files
         raise _cannot_load(where, path_or_id, _reason(path, error)) from error
     if not tokenizer.is_fast:
@@ -183,6 +188,80 @@ def differing_ids(
     return {index: pair for index, pair in enumerate(pairs) if pair[0] != pair[1]}
 
 
+class Splits(NamedTuple):
+    """What two tokenizers make of the same text."""
+
+    tokens: int
+    """Of the first."""
+    otherwise: int
+    """Those that the second does not have at the same place."""
+    example: str
+    """The first place that differs, with both splits; empty where there is none."""
+
+
+def compare_splits(
+    ours: PreTrainedTokenizerFast, theirs: PreTrainedTokenizerFast, ids: Sequence[int]
+) -> Splits:
+    """How two tokenizers of the same vocabulary split the text of a stream of ids, line by line.
+
+    Tokens are compared by where they begin and end, in bytes.
+    """
+    meanings = token_bytes(ours)
+    ours_encodes, theirs_encodes = _encoder(ours), _encoder(theirs)
+    tokens, otherwise, example = 0, 0, ""
+    for line in _lines_of(ids, meanings):
+        text = b"".join(line).decode(errors="replace")
+        one, other = ours_encodes(text), theirs_encodes(text)
+        tokens += len(one)
+        if one != other:
+            otherwise += len(_spans(one, meanings) - _spans(other, meanings))
+            example = example or _example(one, other, meanings)
+    return Splits(tokens, otherwise, example)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerFast) -> Callable[[str], list[int]]:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, to be set
+    backend.no_truncation()
+    backend.no_padding()
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
+
+
+def _lines_of(ids: Sequence[int], meanings: Sequence[bytes]) -> Iterator[list[bytes]]:
+    """The tokens of each whole line; all as one where no token ends a line."""
+    line: list[bytes] = []
+    whole = False
+    for index in map(int, ids):
+        line.append(meanings[index])
+        if line[-1].endswith(b"\n"):
+            whole = True
+            yield line
+            line = []
+    if not whole:
+        yield line
+
+
+def _spans(ids: Sequence[int], meanings: Sequence[bytes]) -> set[tuple[int, int]]:
+    ends = accumulate((len(meanings[index]) for index in ids), initial=0)
+    return set(pairwise(ends))
+
+
+def _example(one: Sequence[int], other: Sequence[int], meanings: Sequence[bytes]) -> str:
+    """From the first token that differs on, three of each."""
+    pairs = zip(one, other, strict=False)
+    first = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    shown = [
+        " ".join(repr(meanings[index]) for index in ids[first : first + 3]) for ids in (one, other)
+    ]
+    return f"{shown[0]}, not {shown[1]}"
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 of all that decides the ids of a text: vocabulary, merges, normalizer and so on."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -244,6 +323,20 @@ def _load_file(path: Path) -> PreTrainedTokenizerFast:
     return _as_fast(Tokenizer.from_file(str(path)))
 
 
+def _is_whole(name: str) -> bool:
+    """Whether a directory or hub id has a `tokenizer.json`, and names no code of its own."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+    from transformers.utils import cached_file
+
+    quietly = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    if cached_file(name, "tokenizer.json", **quietly) is None:
+        return False
+    return "auto_map" not in get_tokenizer_config(name)
+
+
 def _is_local(path_or_id: str) -> bool:
     """Whether it can only be a path: a hub id is `name` or `owner/name`."""
     return path_or_id.startswith(("/", "./", "../", "~")) or path_or_id.count("/") > 1
@@ -284,7 +377,12 @@ def _is_byte_level(backend: Any) -> bool:
 
 
 def _byte_level(token: str) -> bytes:
-    """The bytes of a token written in GPT-2's byte alphabet."""
+    """The bytes of a token written in GPT-2's byte alphabet; of another, as it is written.
+
+    Some vocabularies have such (special tokens in signs of their own); their decoder does the same.
+    """
+    if not all(character in _BYTE_OF for character in token):
+        return token.encode()
     return bytes(_BYTE_OF[character] for character in token)
 
 

@@ -15,6 +15,7 @@ from babyllama_ds.corpus.tokenizer import load_tokenizer, vocabulary_size
 from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.loading import WHERE, model_directory
 from babyllama_ds.models.build import check_vocabulary_fits, load_model
+from babyllama_ds.models.families import positions_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ def generate(
         )
     directory = model_directory(path)
     tokenizer = load_tokenizer(directory, where=WHERE)
-    model: Any = load_model(directory, attention="sdpa", where=WHERE).to(device).eval()
+    model: Any = load_model(directory, attention=None, where=WHERE).to(device).eval()
     check_vocabulary_fits(model, vocabulary_size(tokenizer), where=WHERE)
     torch.manual_seed(sampling.seed)
     for prompt in prompts:
@@ -90,7 +91,7 @@ def continued(
 
 def _encoded(prompt: str, tokenizer: Any, model: Any, new_tokens: int) -> torch.Tensor:
     ids: list[int] = tokenizer(prompt, add_special_tokens=False).input_ids
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if not ids:
         raise ModelError.of(
             "PROMPT", got=f"{prompt!r}, which has no tokens", expected="a word to go on from"

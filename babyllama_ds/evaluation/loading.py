@@ -7,16 +7,16 @@ safetensors are read, and no code of theirs runs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import load_model
+from babyllama_ds.models.directories import check_weight_files
+from babyllama_ds.models.families import check_causal
 
 WHERE = "MODEL"
-_PROBE_TOKENS = 8
 
 
 def model_directory(path: str) -> str:
@@ -60,14 +60,7 @@ def check_model_directory(path: str, *, where: str = WHERE) -> None:
         return
     if not (directory / "config.json").exists():
         raise _no_model(path, "a directory without config.json", where)
-    if not any(directory.glob("*.safetensors")):
-        pickles = sorted(file.name for file in directory.glob("*.bin"))
-        raise ModelError.of(
-            where,
-            got=f"{path}: {f'pickled weights only ({pickles[0]})' if pickles else 'no weights'}",
-            expected="weights as safetensors, since a pickle can run any code when it is read",
-            hint="load the model with transformers where you trust it, and `save_pretrained` it",
-        )
+    check_weight_files(path, where=where)
 
 
 def load_causal_lm(path: str, *, device: torch.device, where: str = WHERE) -> nn.Module:
@@ -77,26 +70,8 @@ def load_causal_lm(path: str, *, device: torch.device, where: str = WHERE) -> nn
         ModelError: not loadable, or its predictions look at later tokens.
     """
     model = load_model(path, attention=None, where=where, dtype="auto").to(device).eval()
-    _check_causal(model, where=where)
+    check_causal(model, where=where)
     return model
-
-
-@torch.no_grad()
-def _check_causal(model: nn.Module, *, where: str) -> None:
-    """An encoder's head loads as a causal LM too, but sees the tokens it is asked about."""
-    device = next(model.parameters()).device
-    rows = embedding_rows(model)
-    first_S = torch.arange(_PROBE_TOKENS, device=device) % rows
-    other_S = first_S.clone()
-    other_S[-1] = (first_S[-1] + 1) % rows
-    logits_2SV: Any = model(input_ids=torch.stack([first_S, other_S]), use_cache=False).logits
-    seen_SV, unseen_SV = logits_2SV[:, :-1].float()
-    if not torch.allclose(seen_SV, unseen_SV, rtol=1e-2, atol=1e-2, equal_nan=True):
-        raise ModelError.of(
-            where,
-            got=f"{type(model).__name__}, whose predictions change with later tokens",
-            expected="a causal language model: each token predicted from those before it",
-        )
 
 
 def embedding_rows(model: nn.Module) -> int:

@@ -47,6 +47,7 @@ from babyllama_ds.evaluation.sentences import prefix_ids
 from babyllama_ds.evaluation.stored import store_key, stored_evaluation
 from babyllama_ds.files import hash_json
 from babyllama_ds.fingerprints import measured_fingerprint, model_hashes
+from babyllama_ds.models.families import positions_of
 from babyllama_ds.spec.evaluation import Prefix
 from babyllama_ds.store import Store
 
@@ -161,7 +162,7 @@ def _windows(
 
 
 def _check_length(model: nn.Module, length: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     if positions is not None and length > positions:
         raise DataError.of(
             "--length",

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds.evaluation.cross_entropy import WindowsOf
 from babyllama_ds.evaluation.generate import Sampling, continued
+from babyllama_ds.models.families import positions_of
 
 PROMPT_TOKENS = 12
 """Given of a window; of a shorter one, half."""
@@ -61,7 +62,7 @@ def _spread(number: int, num_windows: int) -> list[int]:
 
 
 def _room(model: Any, given: int) -> int:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     return SAMPLE_TOKENS if positions is None else max(1, min(SAMPLE_TOKENS, positions - given))
 
 

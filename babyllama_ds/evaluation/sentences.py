@@ -21,6 +21,7 @@ from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
 from babyllama_ds.evaluation.forward import Likelihood, OnBatch, likelihood_of
 from babyllama_ds.evaluation.loading import embedding_rows
+from babyllama_ds.models.families import positions_of
 from babyllama_ds.spec.evaluation import Prefix
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -191,7 +192,7 @@ def _score_batch(
 def _check_positions(
     model: nn.Module, token_ids: Sequence[Sequence[int]], sources: Sequence[str] | None
 ) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)
     longest = max(range(len(token_ids)), key=lambda i: len(token_ids[i]), default=None)
     if positions is None or longest is None or len(token_ids[longest]) <= positions:
         return

@@ -5,13 +5,14 @@ A kernel asked for by name is honoured or refused; only `auto` chooses.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from functools import cache
 from typing import Literal
 
 import torch
 from transformers.utils import import_utils
 
-from babyllama_ds.errors import MachineError
+from babyllama_ds.errors import MachineError, ModelError
 from babyllama_ds.spec.models import Attention
 
 Device = Literal["cpu", "cuda"]
@@ -36,16 +37,20 @@ def resolve_attention(
     training: bool,
     where: str,
     dropout: float = 0.0,
+    missing: Set[str] = frozenset(),
 ) -> str:
     """The kernel to give to transformers as `attn_implementation`.
 
     `auto` is the newest usable FlashAttention, else PyTorch's fused SDPA; but a model trained in
     bf16 on a CPU takes `eager`: there the backward pass of PyTorch's fused kernel is slower than
-    the plain products by a factor of four to six at windows of 64 and 128 tokens.
+    the plain products by a factor of four to six at windows of 64 and 128 tokens. So does a family
+    that has nothing else.
 
-    `dropout` is that of attention, which has an effect in training alone.
+    `dropout` is that of attention, which has an effect in training alone; `missing` are the kinds
+    of kernels that the model's family has not (`families.missing_kernels`).
 
     Raises:
+        ModelError: the family has not what is asked for by name.
         MachineError: a FlashAttention asked for by name is not usable here, with the reason.
     """
     dropout = dropout if training else 0.0
@@ -53,10 +58,18 @@ def resolve_attention(
         usable = (
             kernel
             for kernel in FLASH_KERNELS
-            if not why_unusable(kernel, device, precision, dropout)
+            if kind_of(kernel) not in missing
+            and not why_unusable(kernel, device, precision, dropout)
         )
         slow_backward = training and device == "cpu" and precision == "bf16"
-        return next(usable, "eager" if slow_backward else "sdpa")
+        return next(usable, "eager" if slow_backward or "sdpa" in missing else "sdpa")
+    if kind_of(requested) in missing:
+        raise ModelError.of(
+            where,
+            got=f"{requested}, which transformers has not for models of this family",
+            expected="a kernel that the family has",
+            hint="ask for `auto` or `eager`",
+        )
     if requested in FLASH_KERNELS:
         reason = why_unusable(requested, device, precision, dropout)
         if reason:
@@ -67,6 +80,11 @@ def resolve_attention(
                 hint="ask for `auto` or `sdpa`, or install the kernel (extra `flash`)",
             )
     return requested
+
+
+def kind_of(kernel: str) -> str:
+    """Its name, FlashAttention's without the version."""
+    return "flash_attention" if kernel in FLASH_KERNELS else kernel
 
 
 def why_unusable(kernel: str, device: Device, precision: str, dropout: float = 0.0) -> str | None:

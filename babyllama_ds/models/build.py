@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -23,6 +22,8 @@ from transformers import (
 )
 
 from babyllama_ds.errors import ModelError
+from babyllama_ds.models.directories import check_weight_files, read_config
+from babyllama_ds.models.families import positions_of
 from babyllama_ds.models.fused import fuse
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
@@ -125,10 +126,13 @@ def load_model(
         ModelError: nothing loadable at `path`, a file without all of the model's weights, or a
             dropout that the family does not have.
     """
+    config = read_config(path, where=where)
+    check_weight_files(path, where=where)
+    set_dropouts(config, dropouts, where=where)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
-            **_changed_config(path, dropouts, where=where),
+            config=config,
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
@@ -148,14 +152,6 @@ def load_model(
     loaded: nn.Module = model
     fuse(loaded)
     return loaded
-
-
-def _changed_config(path: str, dropouts: Dropouts, *, where: str) -> dict[str, PretrainedConfig]:
-    if dropouts == AS_CONFIGURED:
-        return {}
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    set_dropouts(config, dropouts, where=where)
-    return {"config": config}
 
 
 REST_DROPOUTS = (
@@ -222,7 +218,7 @@ def check_positions(model: nn.Module, length: int, *, where: str) -> None:
     Raises:
         ModelError: windows are longer than the model's positions.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model.config)  # type: ignore[arg-type]
     if positions is not None and positions < length:
         raise ModelError.of(
             where,

@@ -14,6 +14,7 @@ from torch import nn
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
 from babyllama_ds.models.build import count_parameters
+from babyllama_ds.models.families import positions_of
 
 
 def export_model(
@@ -39,7 +40,7 @@ def export_model(
     model.config.dtype = dtype
     generation: Any = model.generation_config
     if generation.max_length is None:
-        generation.max_length = getattr(model.config, "max_position_embeddings", None)
+        generation.max_length = positions_of(model.config)
     try:
         model.save_pretrained(directory)  # type: ignore[operator]
         for path in tokenizer_dir.glob("*.json"):

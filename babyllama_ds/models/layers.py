@@ -12,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from babyllama_ds.errors import ModelError
+from babyllama_ds.models.families import PROBE_TOKENS
 
 
 def num_layers(model: nn.Module) -> int:
@@ -78,6 +80,37 @@ class LayerTap:
             return blocks[0].register_forward_pre_hook(before)
         tapped: nn.Module = model.base_model if layer == last else blocks[layer - 1]  # type: ignore[assignment]
         return tapped.register_forward_hook(after)
+
+
+@torch.no_grad()
+def check_layers(
+    model: nn.Module, states: Callable[[Tensor], Tensor], layers: Iterable[int], *, where: str
+) -> None:
+    """The states of the named layers can be had, and are as wide as the model says: tried.
+
+    `states` is the model's backbone (`parts.split_causal_lm`).
+
+    Raises:
+        ModelError: they cannot, or are not (of some OPT the last layer's are projected).
+    """
+    layers = sorted(set(layers))
+    tap = LayerTap(model, layers, where=where)
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    device = next(model.parameters()).device
+    probe_BS = torch.arange(PROBE_TOKENS, device=device)[None] % rows
+    try:
+        _, kept = tap.collect(lambda: states(probe_BS))
+    finally:
+        tap.remove()
+    for layer in layers:
+        shape = tuple(kept[layer].shape) if layer in kept else "no"
+        if shape != (*probe_BS.shape, hidden_width(model)):
+            raise ModelError.of(
+                where,
+                got=f"{type(model).__name__}, whose layer {layer} gives states of shape {shape}",
+                expected=f"a width of {hidden_width(model)}, as config.json has it",
+                hint="match another layer in distillation.hidden_matching",
+            )
 
 
 def _blocks(model: nn.Module, where: str) -> nn.ModuleList:

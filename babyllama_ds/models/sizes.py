@@ -16,23 +16,27 @@ left out, as is customary; embedding rows are looked up, not multiplied.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import (
     ATTENTION_DROPOUTS,
+    REST_DROPOUTS,
     Dropouts,
     count_parameters,
     model_config,
     set_dropouts,
 )
+from babyllama_ds.models.directories import read_config
+from babyllama_ds.models.families import missing_kernels
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
 
@@ -58,6 +62,14 @@ class ModelSizes:
     """Probability in residuals and embeddings."""
     attention_dropout: float = 0.0
     """Probability in attention."""
+    projected_size: int | None = None
+    """Width that final hidden states are projected to before the head (some OPT); none: they are
+    not."""
+
+    @property
+    def state_size(self) -> int:
+        """Width of what the head multiplies."""
+        return self.projected_size or self.hidden_size
 
     @property
     def attention_size(self) -> int:
@@ -72,7 +84,7 @@ class ModelSizes:
     @property
     def head_weights(self) -> int:
         """Weights of the head."""
-        return self.head_rows * self.hidden_size
+        return self.head_rows * self.state_size
 
     def backbone_flops(self, length: int) -> int:
         """FLOPs of one token's way through the backbone, in a window of `length` tokens."""
@@ -80,7 +92,7 @@ class ModelSizes:
 
     def head_flops(self, vocab_size: int) -> int:
         """FLOPs of one position's logits; a padded head's spare rows are not computed."""
-        return 2 * vocab_size * self.hidden_size
+        return 2 * vocab_size * self.state_size
 
     def forward_flops(self, length: int, vocab_size: int) -> int:
         """FLOPs of a token's forward pass, head included."""
@@ -97,9 +109,17 @@ def model_sizes(spec: ModelSpec, vocab_size: int, *, where: str) -> ModelSizes:
     A loaded model's `config.json` is read, nothing of its weights.
 
     Raises:
-        ModelError: a path that holds no readable configuration, or fewer rows than tokens.
+        ModelError: a path that holds no readable configuration, a family that is no transformer,
+            or fewer rows than tokens.
     """
-    sizes = sizes_of(_config(spec, vocab_size, where=where))
+    config = _config(spec, vocab_size, where=where)
+    if not hasattr(config, "num_attention_heads"):
+        raise ModelError.of(
+            where,
+            got=f"a model of the family {config.model_type}, whose layers have no attention heads",
+            expected="a transformer: of others neither cost nor memory is known here",
+        )
+    sizes = sizes_of(config)
     if sizes.head_rows < vocab_size:
         raise ModelError.of(
             where,
@@ -123,13 +143,12 @@ def sizes_of(config: PretrainedConfig) -> ModelSizes:
     """The sizes of a causal language model, built on the meta device: shapes without storage."""
     model = _on_meta(config)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    products = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     heads, hidden = config.num_attention_heads, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     return ModelSizes(
         family=config.model_type,
         params=count_parameters(model),
-        backbone_weights=sum(m.weight.numel() for m in products),
+        backbone_weights=sum(_weights(m, config) for m in model.modules() if m is not head),
         head_rows=head.weight.shape[0],
         hidden_size=hidden,
         num_layers=config.num_hidden_layers,
@@ -137,8 +156,28 @@ def sizes_of(config: PretrainedConfig) -> ModelSizes:
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_size=getattr(config, "head_dim", None) or hidden // heads,
         intermediate_size=inner or 4 * hidden,
-        dropout=float(getattr(config, "resid_pdrop", 0.0)),
+        dropout=_first(config, REST_DROPOUTS),
         attention_dropout=attention_dropout_of(config),
+        projected_size=None if head.weight.shape[1] == hidden else head.weight.shape[1],
+    )
+
+
+def _weights(module: nn.Module, config: PretrainedConfig) -> int:
+    """Weights that a token is multiplied by in `module` itself.
+
+    Experts, [E, …, …], are counted as many as a token goes to; their router is a product, too.
+    """
+    if isinstance(module, nn.Linear | Conv1D):
+        return module.weight.numel()
+    num_experts = getattr(module, "num_experts", None)
+    if not isinstance(num_experts, int) or isinstance(module, nn.Embedding):
+        return 0
+    chosen: int = getattr(config, "num_experts_per_tok", num_experts)
+    own = list(module.parameters(recurse=False))
+    return sum(
+        weight.numel() if weight.dim() == 2 else weight.numel() // num_experts * chosen
+        for weight in own
+        if weight.dim() > 1
     )
 
 
@@ -155,9 +194,26 @@ def attention_dropout(spec: ModelSpec, *, where: str) -> float:
     return attention_dropout_of(_config(spec, 0, where=where))
 
 
+def absent_kernels(spec: ModelSpec, *, where: str) -> frozenset[str]:
+    """Kinds of attention kernels that a model's family has not; of a loaded one its `config.json`
+    is read.
+
+    Raises:
+        ModelError: a path that holds no readable configuration.
+    """
+    if not isinstance(spec, PretrainedModel):
+        return frozenset()  # LLaMA and GPT-2 have all
+    return missing_kernels(read_config(spec.path, where=where))
+
+
 def attention_dropout_of(config: PretrainedConfig) -> float:
     """Dropout of attention by a configuration of any family."""
-    found = (getattr(config, name, None) for name in ATTENTION_DROPOUTS)
+    return _first(config, ATTENTION_DROPOUTS)
+
+
+def _first(config: PretrainedConfig, names: Sequence[str]) -> float:
+    """The first of these probabilities that the family has; none: 0."""
+    found = (getattr(config, name, None) for name in names)
     return float(next((p for p in found if p is not None), 0.0))
 
 
@@ -188,19 +244,7 @@ def _on_meta(config: PretrainedConfig) -> nn.Module:
 
 def _config(spec: ModelSpec, vocab_size: int, *, where: str) -> PretrainedConfig:
     if isinstance(spec, PretrainedModel):
-        config = _loaded_config(spec.path, where=where)
+        config = read_config(spec.path, where=where)
         set_dropouts(config, Dropouts(spec.dropout, spec.attention_dropout), where=where)
         return config
     return model_config(spec, cast(PreTrainedTokenizerBase, _Vocabulary(vocab_size)))
-
-
-def _loaded_config(path: str, *, where: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError.of(
-            where,
-            got=f"{path}: {reason}",
-            expected="a causal language model's directory with its config.json, or a hub id",
-        ) from error

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from babyllama_ds.corpus.prepare import Corpus
-from babyllama_ds.corpus.tokenizer import differing_ids, load_tokenizer
+from babyllama_ds.corpus.tokenizer import compare_splits, differing_ids, load_tokenizer
 from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.sentences import prefix_ids
 from babyllama_ds.models.build import build_model, check_positions
-from babyllama_ds.models.documents import check_documents, takes_lengths
+from babyllama_ds.models.documents import check_documents, varies_in_shape
+from babyllama_ds.models.families import check_causal, check_runs, check_trainable
+from babyllama_ds.models.layers import check_layers
 from babyllama_ds.models.parts import HeadKind, check_plain_head, split_causal_lm
 from babyllama_ds.models.recomputing import check_recomputable
 from babyllama_ds.models.sizes import model_sizes
+from babyllama_ds.pipeline.ensembles import matched_layers
 from babyllama_ds.pipeline.parts import Parts, training_key
 from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
 from babyllama_ds.training.batches import check_warmup
-from babyllama_ds.training.matching import check_layers
+from babyllama_ds.training.matching import check_layers as check_matched_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+_COMPARED_TOKENS = 20_000
 
 
 def check_job(parts: Parts, corpus: Corpus) -> None:
@@ -43,14 +55,17 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     for spec in job.teachers:
         if isinstance(spec.model, PretrainedModel):
             where, trainings = f"teachers.{spec.name}", [spec.training]
-            head = _check_loaded(parts, where, spec.model, trainings, corpus)
+            layers = matched_layers(job.distillation, spec.name)
+            head = _check_loaded(parts, where, spec.model, trainings, layers, corpus)
             if job.distillation.cache == "hidden":
                 check_head(head, teacher=spec.name)
     check_top_k(job.distillation, len(corpus.tokenizer))
     _check_matched_layers(parts, corpus)
     if isinstance(job.student.model, PretrainedModel):
         trainings = [job.student.training, job.control.training if job.control else None]
-        _check_loaded(parts, "student", job.student.model, trainings, corpus)
+        pairs = job.distillation.hidden_matching.layers if job.distillation.hidden_matching else ()
+        layers = [pair.student_layer for pair in pairs]
+        _check_loaded(parts, "student", job.student.model, trainings, layers, corpus)
 
 
 def _check_matched_layers(parts: Parts, corpus: Corpus) -> None:
@@ -62,7 +77,7 @@ def _check_matched_layers(parts: Parts, corpus: Corpus) -> None:
     def depth(spec: ModelSpec, where: str) -> int:
         return model_sizes(spec, len(corpus.tokenizer), where=where).num_layers
 
-    check_layers(
+    check_matched_layers(
         job.distillation.hidden_matching,
         {spec.name: depth(spec.model, f"teachers.{spec.name}.model") for spec in job.teachers},
         depth(job.student.model, "student.model"),
@@ -84,21 +99,35 @@ def _check_loaded(
     stage: str,
     spec: PretrainedModel,
     trainings: Sequence[TrainingSpec | None],
+    layers: Sequence[int],
     corpus: Corpus,
 ) -> HeadKind:
-    """The vocabulary, positions and head of a loaded model fit; what kind of head it has."""
+    """A loaded model can do what the job asks of it; what kind of head it has.
+
+    `layers` are those whose hidden states are matched. What a model does is tried, with a few
+    tokens: in fp32 here, then as it will run.
+    """
     where = f"{stage}.model"
     _check_vocabulary(spec, corpus, where=where)
-    attention = parts.attention(where, spec, training=False)
-    model = build_model(spec, corpus.tokenizer, seed=0, attention=attention, where=where)
+    kernel = parts.attention(stage, spec, training=False)
+    # FlashAttention is for cards, and for bf16: here, the plain products compute the same.
+    tried = "eager" if varies_in_shape(kernel) else kernel
+    model = build_model(spec, corpus.tokenizer, seed=0, attention=tried, where=where)
+    model_sizes(spec, len(corpus.tokenizer), where=where)
     check_positions(model, parts.job.windows.length, where=where)
+    check_causal(model, where=where)
+    if any(training is not None for training in trainings):
+        check_trainable(model.config, where=where)  # type: ignore[arg-type]
     if any(training and training.gradient_checkpointing for training in trainings):
         check_recomputable(model, where=f"{training_key(stage)}.gradient_checkpointing")
     kind = check_plain_head(model, where=where)
+    if layers:
+        check_layers(model, split_causal_lm(model)[0], layers, where=where)
+    if varies_in_shape(kernel):
+        model.to(parts.device, parts.dtype).set_attn_implementation(kernel)  # type: ignore[operator]
     if parts.within_documents:
-        # Flash kernels are for accelerators, and for bf16.
-        tried = model.to(parts.device, parts.dtype) if takes_lengths(model) else model
-        check_documents(tried, split_causal_lm(tried)[0], where=where)
+        check_documents(model, split_causal_lm(model)[0], where=where)
+    check_runs(model.to(parts.dtype), where=where)
     return kind
 
 
@@ -114,4 +143,24 @@ def _check_vocabulary(spec: PretrainedModel, corpus: Corpus, *, where: str) -> N
             f"{len(corpus.tokenizer)} ids ({'; '.join(shown + more)})",
             expected="the job's: the same bytes for every id",
             hint=f"use this model's tokenizer: tokenizer={{kind: pretrained, path: {spec.path}}}",
+        )
+    _tell_other_splits(corpus, theirs, where=where)
+
+
+def _tell_other_splits(corpus: Corpus, theirs: PreTrainedTokenizerFast, *, where: str) -> None:
+    """Say so where a model's own tokenizer, of the same vocabulary, splits the text otherwise.
+
+    Its logits mean what they should; but it was trained on other splits than it will be shown.
+    """
+    length = min(_COMPARED_TOKENS, corpus.shards.num_tokens("dev"))
+    compared = compare_splits(corpus.tokenizer, theirs, corpus.shards.read("dev", 0, length))
+    if compared.otherwise:
+        log.warning(
+            "%s: its tokenizer has the job's vocabulary, but splits the text otherwise: %.1f %% of "
+            "%d tokens are not as it would have them (%s). It is less sure of such text than of "
+            "its own; tokenizer={kind: pretrained, path: …} takes its tokenizer for the job",
+            where,
+            100 * compared.otherwise / compared.tokens,
+            compared.tokens,
+            compared.example,
         )

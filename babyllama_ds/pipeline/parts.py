@@ -22,7 +22,7 @@ from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.pair_files import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.documents import varies_in_shape
-from babyllama_ds.models.sizes import attention_dropout
+from babyllama_ds.models.sizes import absent_kernels, attention_dropout
 from babyllama_ds.spec import deepspeed
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.models import ModelSpec
@@ -67,6 +67,7 @@ class Parts:
 
         Raises:
             MachineError: one asked for by name is not usable.
+            ModelError: a model to be loaded is of a family without it, or cannot be read.
         """
         return resolve_attention(
             model.attention,
@@ -78,6 +79,7 @@ class Parts:
             dropout=attention_dropout(model, where=f"{where}.model")
             if training and self.device_kind == "cuda"
             else 0.0,
+            missing=absent_kernels(model, where=f"{where}.model"),
         )
 
     def shapes_vary(self) -> bool:

@@ -79,7 +79,7 @@ def cache_bytes(
     loss, length = job.distillation, job.windows.length
     windows = work.distinct_windows or 0
     if loss.cache == "hidden":
-        widths = [teacher.sizes.hidden_size for teacher in work.teachers]
+        widths = [teacher.sizes.state_size for teacher in work.teachers]
         return [windows * padded_bytes(length * width * element_bytes) for width in widths]
     if loss.cache == "topk":
         return [windows * record_bytes(loss.cache_top_k, length, corpus.vocab_size)]

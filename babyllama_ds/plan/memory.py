@@ -303,7 +303,7 @@ def _forward(stage: StageShape) -> dict[Item, int]:
 def _joined_heads(stage: StageShape) -> int:
     if not stage.summed:
         return 0
-    widths = sum(teacher.sizes.hidden_size for teacher in stage.teachers)
+    widths = sum(teacher.sizes.state_size for teacher in stage.teachers)
     return stage.vocab_size * widths * stage.micro.element_bytes
 
 
@@ -374,7 +374,7 @@ def _passing(sizes: ModelSizes, micro: MicroBatchShape) -> int:
 
 
 def _teacher_states(stage: StageShape) -> int:
-    widths = sum(teacher.sizes.hidden_size for teacher in stage.teachers)
+    widths = sum(teacher.sizes.state_size for teacher in stage.teachers)
     return stage.micro.tokens * widths * stage.micro.element_bytes
 
 

@@ -18,7 +18,7 @@ from babyllama_ds.errors import JobError
 from babyllama_ds.losses.chunks import votes_are_summed
 from babyllama_ds.losses.rows import work_of_divergence
 from babyllama_ds.models.attention import resolve_attention
-from babyllama_ds.models.sizes import ModelSizes
+from babyllama_ds.models.sizes import ModelSizes, absent_kernels
 from babyllama_ds.plan.activations import MicroBatchShape
 from babyllama_ds.plan.corpus import PlannedCorpus, plan_corpus
 from babyllama_ds.plan.disk import DiskItem, cache_bytes, disk_items
@@ -301,12 +301,20 @@ class _Planner:
         return 2 if self.precision == "bf16" else 4
 
     def _kernel(self, spec: ModelSpec, *, where: str) -> str:
+        missing = absent_kernels(spec, where=where)
         if self.machine.device == "cpu":
             return resolve_attention(
-                spec.attention, device="cpu", precision=self.precision, training=True, where=where
+                spec.attention,
+                device="cpu",
+                precision=self.precision,
+                training=True,
+                where=where,
+                missing=missing,
             )
+        if spec.attention != "auto":
+            return spec.attention
         # Whatever is installed there: FlashAttention and the fused kernel keep the same tensors.
-        return "sdpa" if spec.attention == "auto" else spec.attention
+        return "eager" if "sdpa" in missing else "sdpa"
 
     def _seconds(self, ranks: int) -> dict[str, float] | None:
         speed = self._flops_a_second()

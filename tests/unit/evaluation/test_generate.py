@@ -96,7 +96,7 @@ def test_a_directory_without_a_model_is_refused(model_dir: Path, tmp_path: Path)
     with pytest.raises(DataError, match="no such file or directory"):
         list(generate(str(tmp_path / "nothing"), ["the"], GREEDY, device=CPU))
     load_tokenizer(str(model_dir)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="a causal language model directory"):
+    with pytest.raises(ModelError, match="a causal language model's directory"):
         list(generate(str(tmp_path), ["the"], GREEDY, device=CPU))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from babyllama_ds.errors import MachineError
+from babyllama_ds.errors import MachineError, ModelError
 from babyllama_ds.models import attention
 from babyllama_ds.models.attention import FLASH_KERNELS, resolve_attention
 
@@ -121,6 +121,39 @@ def test_transformers_is_asked_about_each_kernel(kernel: str) -> None:
 
     expected = getattr(import_utils, f"is_flash_attn_{kernel[-1]}_available")()
     assert attention._installed(kernel) is bool(expected)
+
+
+# -- families --------------------------------------------------------------------------------------
+
+
+def resolve_lacking(requested: Any, *missing: str, device: Any = "cuda") -> str:
+    return resolve_attention(
+        requested,
+        device=device,
+        precision="bf16",
+        training=False,
+        where=WHERE,
+        missing=frozenset(missing),
+    )
+
+
+def test_auto_takes_what_the_family_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, capability=9, installed=FLASH_KERNELS)
+    assert resolve_lacking("auto", "sdpa") == "flash_attention_4"
+    assert resolve_lacking("auto", "flash_attention") == "sdpa"
+    assert resolve_lacking("auto", "sdpa", "flash_attention") == "eager"
+    assert resolve_lacking("auto", "sdpa", device="cpu") == "eager"
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", *FLASH_KERNELS])
+def test_a_kernel_that_the_family_has_not_is_refused(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, capability=9, installed=FLASH_KERNELS)
+    assert resolve_lacking(kernel) == kernel
+    missing = "sdpa" if kernel == "sdpa" else "flash_attention"
+    with pytest.raises(ModelError, match=f"{kernel}, which transformers has not for models of"):
+        resolve_lacking(kernel, missing)
 
 
 # -- dropout ---------------------------------------------------------------------------------------

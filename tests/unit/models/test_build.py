@@ -263,6 +263,18 @@ def another_task(directory: Path) -> None:
     change_config(directory, model_type="t5")
 
 
+def no_language_model(directory: Path) -> None:
+    change_config(directory, model_type="vit")
+
+
+def quantised(directory: Path) -> None:
+    change_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
+
+
+def of_more_than_text(directory: Path) -> None:
+    change_config(directory, model_type="gemma3")
+
+
 def own_code(directory: Path) -> None:
     change_config(directory, model_type="own", auto_map={"AutoModelForCausalLM": "own.Own"})
     (directory / "own.py").write_text("raise SystemExit('remote code ran')")
@@ -291,15 +303,27 @@ def change_tensors(directory: Path, changes: dict[str, torch.Tensor | None]) -> 
 DAMAGES: dict[Callable[[Path], None], str] = {
     cut_short: "incomplete metadata",
     overwritten: "header",
-    without_weights: "no file named model.safetensors",
-    only_pickled: "no file named model.safetensors",
+    without_weights: "no weights, expected weights as safetensors",
+    only_pickled: r"pickled weights only \(pytorch_model.bin\), expected weights as safetensors",
     without_config: "config.json",
     garbled_config: "not a valid JSON",
     unknown_family: "nonesuch",
-    another_task: "Unrecognized configuration class",
-    own_code: "trust_remote_code|own",
+    another_task: r"an encoder-decoder \(t5\), expected a causal language model",
+    no_language_model: "vit, of which transformers has no causal language model",
+    own_code: r"a family \(own\) that is defined by code of its own, .* no code of a model's",
+    quantised: r"quantised weights \(gptq\), expected weights in fp32, bf16 or fp16",
+    of_more_than_text: r"a model of more than text \(gemma3, with text_config, vision_config\)",
     one_missing: r"1 weights are missing or of another shape \(lm_head.weight\)",
     one_of_another_shape: r"1 weights are missing or of another shape \(lm_head.weight\)",
+}
+
+
+HINTS = {
+    without_weights: "`save_pretrained` it",
+    only_pickled: "`save_pretrained` it",
+    own_code: "save it again as that",
+    quantised: "`model.dequantize()`",
+    of_more_than_text: "save its language model by itself",
 }
 
 
@@ -314,7 +338,10 @@ def test_what_cannot_be_loaded_whole_is_refused(
     assert problem.where == "teachers.a.model"
     assert str(saved) in problem.got
     assert "\n" not in problem.got
-    assert problem.hint is None
+    if damage in HINTS:
+        assert HINTS[damage] in str(problem.hint)
+    else:
+        assert problem.hint is None
 
 
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:

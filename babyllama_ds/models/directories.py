@@ -1,0 +1,117 @@
+"""A model's directory before its weights are read: a path or hub id enters, its configuration
+leaves, or the reason why the model cannot be taken.
+
+Neither pickles nor code of a model's own are read, so what would need them is refused here, in
+words, and not wherever transformers comes to it. The same is done for what loads without an error
+and would be another model than its directory holds: the decoder of an encoder-decoder, the
+language part of a model that sees or hears, weights that are quantised.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from babyllama_ds.errors import ModelError
+
+_OF_ONE_MODEL = {"attn_config", "ffn_config"}
+"""Parts of a configuration that describe no model of their own (MPT, DBRX)."""
+
+
+def read_config(path: str, *, where: str) -> PretrainedConfig:
+    """The configuration of the causal language model in a directory, or of a hub id.
+
+    Raises:
+        ModelError: none that can be read, a family of its own code or one that transformers does
+            not know, an encoder-decoder, a model of more than text, quantised weights.
+    """
+    try:
+        found, _ = PretrainedConfig.get_config_dict(path)
+        _check_found(found, path, where=where)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError.of(
+            where,
+            got=f"{path}: {reason}",
+            expected="a causal language model's directory with its config.json, or a hub id",
+            hint=None if Path(path).exists() else "no such directory here: is the path right?",
+        ) from error
+    _check_config(config, path, where=where)
+    return config
+
+
+def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that transformers makes a causal language model of."""
+    found: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found
+
+
+def check_weight_files(path: str, *, where: str) -> None:
+    """A local directory has weights that can be read; hub ids are left to the hub.
+
+    Raises:
+        ModelError: no weights, or none but pickles.
+    """
+    directory = Path(path)
+    if not directory.is_dir() or any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in directory.glob("*.bin"))
+    raise ModelError.of(
+        where,
+        got=f"{path}: {f'pickled weights only ({pickles[0]})' if pickles else 'no weights'}",
+        expected="weights as safetensors, since a pickle can run any code when it is read",
+        hint="load the model with transformers where you trust it, and `save_pretrained` it",
+    )
+
+
+def _check_found(found: dict[str, Any], path: str, *, where: str) -> None:
+    """What config.json says of its own, before transformers makes a configuration of it."""
+    family = found.get("model_type")
+    if family not in CONFIG_MAPPING and found.get("auto_map"):
+        raise ModelError.of(
+            where,
+            got=f"{path}: a family ({family}) that is defined by code of its own",
+            expected="a family of transformers' own: no code of a model's directory is ever run",
+            hint="if transformers knows it under another name, save it again as that",
+        )
+    if quantised := found.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise ModelError.of(
+            where,
+            got=f"{path}: quantised weights ({method or 'quantization_config'})",
+            expected="weights in fp32, bf16 or fp16",
+            hint="take the model it was quantised from; or `model.dequantize()` it with "
+            "transformers, and `save_pretrained` it",
+        )
+
+
+def _check_config(config: PretrainedConfig, path: str, *, where: str) -> None:
+    parts = sorted(set(config.sub_configs) - _OF_ONE_MODEL)
+    if config.is_encoder_decoder:
+        raise ModelError.of(
+            where,
+            got=f"{path}: an encoder-decoder ({config.model_type})",
+            expected="a causal language model: each token predicted from those before it alone",
+        )
+    if parts:
+        raise ModelError.of(
+            where,
+            got=f"{path}: a model of more than text ({config.model_type}, with {', '.join(parts)})",
+            expected="a causal language model of text alone",
+            hint="save its language model by itself, with its own config.json",
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError.of(
+            where,
+            got=f"{path}: {config.model_type}, of which transformers has no causal language model",
+            expected="a causal language model: each token predicted from those before it",
+        )

@@ -1,0 +1,112 @@
+"""What families of transformers differ in: a configuration or a loaded model enters; whether and
+how this stack can use it leaves.
+
+Shapes: S positions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from babyllama_ds.errors import ModelError
+from babyllama_ds.models.directories import causal_lm_class
+
+PROBE_TOKENS = 8
+
+_POSITIONS = ("max_position_embeddings", "max_seq_len")
+"""What families call the number of positions; the second: MPT."""
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """The longest sequence; none: the family has no limit (BLOOM)."""
+    found = (getattr(config, name, None) for name in _POSITIONS)
+    return next((int(positions) for positions in found if positions is not None), None)
+
+
+def missing_kernels(config: PretrainedConfig) -> frozenset[str]:
+    """Kinds of attention kernels, `sdpa` and `flash_attention`, that the family has not."""
+    family = causal_lm_class(config)
+    has = {"sdpa": family._supports_sdpa, "flash_attention": family._supports_flash_attn}
+    return frozenset(kind for kind, there in has.items() if not there)
+
+
+# -- by trying -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, *, where: str) -> None:
+    """No prediction looks at later tokens.
+
+    An encoder's head (BERT's) loads as a causal language model too, but sees what it is asked.
+
+    Raises:
+        ModelError: it does.
+    """
+    first_S = _probe(model)
+    other_S = first_S.clone()
+    other_S[-1] = first_S[-2]
+    logits_2SV: Tensor = _run(model, torch.stack([first_S, other_S]))
+    seen_SV, unseen_SV = logits_2SV[:, :-1].float()
+    if not torch.allclose(seen_SV, unseen_SV, rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise ModelError.of(
+            where,
+            got=f"{type(model).__name__}, whose predictions change with later tokens",
+            expected="a causal language model: each token predicted from those before it",
+        )
+
+
+@torch.no_grad()
+def check_runs(model: nn.Module, *, where: str) -> None:
+    """A forward pass in the type of the model's own parameters.
+
+    Raises:
+        ModelError: it fails, as in families that keep some of their numbers in fp32.
+    """
+    try:
+        _run(model, _probe(model)[None])
+    except (RuntimeError, ValueError, TypeError) as error:
+        kind = str(next(model.parameters()).dtype).removeprefix("torch.")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError.of(
+            where,
+            got=f"{type(model).__name__}, which does not run in {kind} ({reason})",
+            expected="a model that runs in the job's precision",
+            hint="use another precision (deepspeed.config), attention kernel or model",
+        ) from error
+
+
+def check_trainable(config: PretrainedConfig, *, where: str) -> None:
+    """A training goes through every layer.
+
+    Ranks that left out different layers would give each other no gradients of them.
+
+    Raises:
+        ModelError: the configuration leaves layers out at random.
+    """
+    chance = getattr(config, "layerdrop", None) or 0.0
+    if chance:
+        raise ModelError.of(
+            where,
+            got=f"layers left out at random in training (layerdrop {chance:g})",
+            expected="no layerdrop: ranks would leave out different ones",
+            hint='set "layerdrop": 0.0 in its config.json',
+        )
+
+
+def _probe(model: nn.Module) -> Tensor:
+    """A few tokens that differ, [S]."""
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    return torch.arange(PROBE_TOKENS, device=next(model.parameters()).device) % rows
+
+
+def _run(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        logits: Tensor = model(input_ids=input_ids_BS, use_cache=False).logits
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return logits
