@@ -127,12 +127,16 @@ def _skip_looks_at_windows() -> None:
     look.
 
     It would look in every forward pass of every model, and wait for the device to know: at the
-    positions, and in GPT-2 at the tokens. (Under torch.compile it cannot look, and masks attention
+    positions, with FlashAttention in every layer (where there is one window: others are never
+    packed), and in GPT-2 at the tokens. (Under torch.compile it cannot look, and masks attention
     as if there were several sequences.) Documents that are kept apart are known by the type of
     their positions. Sentences that are padded, in evaluation, are padded on the right, where no
     causal model sees it.
     """
-    from transformers import PreTrainedModel, masking_utils  # bring all of torch's compiler
+    # Bring all of torch's compiler.
+    from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils
 
+    # Lengths of documents are given with their positions (`models.documents`).
+    modeling_flash_attention_utils._is_packed_sequence = lambda *_, **__: False
     masking_utils.find_packed_sequence_indices = sequences_of
     PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_: None
