@@ -13,7 +13,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from babyllama_ds.doctor import attention as module
 from babyllama_ds.models.fused import PLAIN_ATTENTION, FusedRMSNorm
 
-
 REAL_DEVICE = torch.device
 
 
