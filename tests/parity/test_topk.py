@@ -36,16 +36,7 @@ from references.topk import (
 
 
 def assert_close(got: Outcome, expected: Outcome, tolerance: float) -> None:
-    pairs = {
-        "loss": (got.loss, expected.loss),
-        "ce_sum": (got.ce_sum, expected.ce_sum),
-        "kl_sum": (got.kl_sum, expected.kl_sum),
-        **{
-            name: (got.gradients[k], expected.gradients[k])
-            for k, name in enumerate(("hidden", "weight", "bias"))
-        },
-    }
-    errors = {name: relative_error(*pair) for name, pair in pairs.items()}
+    errors = got.errors(expected)
     assert all(error <= tolerance for error in errors.values()), errors
 
 

@@ -96,6 +96,14 @@ def buckets(p: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([p.gather(1, ids.long()), torch.where(is_tail, p, 0).sum(1, keepdim=True)], 1)
 
 
+def kept(targets: TopKTargets, p: Tensor) -> Tensor:
+    """p as targets have it: their own probabilities for the k, the rest as it is in the tail."""
+    of_targets = targets.log_probs_NK.double().exp()
+    tail = p.scatter(1, targets.token_ids_NK.long(), 0)
+    tail = tail * ((1 - of_targets.sum(1, keepdim=True)) / tail.sum(1, keepdim=True))
+    return tail.scatter(1, targets.token_ids_NK.long(), of_targets)
+
+
 @dataclass
 class Outcome:
     loss: Tensor
@@ -103,11 +111,36 @@ class Outcome:
     kl_sum: Tensor
     gradients: tuple[Tensor, ...]
 
+    def errors(self, right: Outcome) -> dict[str, float]:
+        """‖got − right‖ / ‖right‖ of each number and each whole gradient."""
+        pairs = {
+            "loss": (self.loss, right.loss),
+            "ce_sum": (self.ce_sum, right.ce_sum),
+            "kl_sum": (self.kl_sum, right.kl_sum),
+            **{
+                name: (self.gradients[k], right.gradients[k])
+                for k, name in enumerate(("hidden", "weight", "bias"))
+            },
+        }
+        return {name: relative_error(*pair) for name, pair in pairs.items()}
 
-def reference(case: Case, p: Tensor, ids: Tensor, alpha: float, temperature: float) -> Outcome:
-    leaves = [t.double().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
+
+def reference(
+    case: Case,
+    p: Tensor,
+    ids: Tensor,
+    alpha: float,
+    temperature: float,
+    *,
+    dtype: torch.dtype = torch.float64,
+) -> Outcome:
+    """In float64; or logits in the case's dtype and everything after them in `dtype`."""
+    if dtype == torch.float64:
+        case = case.to(dtype)
+    leaves = [t.detach().clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
     hidden, weight, bias = leaves
-    z = hidden @ weight[:V].T + bias[:V]
+    z = (hidden @ weight[:V].T + bias[:V]).to(dtype)
+    p = p.to(dtype)
     p_buckets, q_buckets = (buckets(each, ids) for each in (p, F.softmax(z / temperature, -1)))
     kl = (torch.special.xlogy(p_buckets, p_buckets) - p_buckets * q_buckets.log()).sum(-1)
     kl_sum = kl[case.valid].sum()

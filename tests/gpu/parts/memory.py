@@ -1,0 +1,53 @@
+"""Peak memory of whole stages beside the estimate of `babyllama-ds plan`.
+
+The estimate should be no less than what was needed, and not much more. Measured by
+tests/benchmarks/plan_memory.py, on the card as torch's allocator counts it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from gpu.measures import Measure, told
+from gpu.parts.runs import environment
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "plan_memory.py"
+BOUNDS = (0.9, 1.5)
+"""Estimate over measured, of a plan that one can go by."""
+
+
+def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
+    cases = ["one rank"] if device.type == "cpu" else ["small", "student of 58 M", "published"]
+    for case in cases:
+        with tempfile.TemporaryDirectory(prefix="babyllama-proof-") as folder:
+            out = Path(folder) / "memory.json"
+            words = [sys.executable, str(SCRIPT), case, "--device", device.type, "--out", str(out)]
+            done = subprocess.run(
+                words, env=environment(), capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                last = (done.stderr or done.stdout).strip().splitlines() or ["without a word"]
+                yield Measure(check=case, found=last[-1], allowed="is measured", passed=False)
+                continue
+            for row in json.loads(out.read_text(encoding="utf-8")):
+                yield from _judged(case, row)
+
+
+def _judged(case: str, row: dict[str, float]) -> Iterator[Measure]:
+    planned, measured = row["planned_bytes"], row["measured_bytes"]
+    ratio = planned / max(measured, 1)
+    yield told(f"{case}, {row['stage']}: measured GiB", measured / 2**30)
+    yield Measure(
+        check=f"{case}, {row['stage']}: estimate / measured",
+        found=f"{ratio:.2f} ({planned / 2**30:.3g} GiB, peak at {row['peak']})",
+        allowed=f"{BOUNDS[0]} to {BOUNDS[1]}",
+        passed=BOUNDS[0] <= ratio <= BOUNDS[1],
+        value=ratio,
+    )
