@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda"]
 
+BF16_CAPABILITY = 8
+"""The least compute capability (major version) of a card with bf16 arithmetic."""
+
 
 def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
     """The device that every rank computes on.
@@ -43,6 +46,24 @@ def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
             hint="start fewer ranks (NPROC, --num_gpus) or set deepspeed.device=cpu",
         )
     return "cuda"
+
+
+def check_precision(device: Device, precision: Literal["bf16", "fp32"]) -> None:
+    """This rank's device computes in that precision.
+
+    Raises:
+        MachineError: a card without bf16 arithmetic, which torch would emulate without a word.
+    """
+    if device != "cuda" or precision != "bf16":
+        return
+    major, minor = torch.cuda.get_device_capability()
+    if major < BF16_CAPABILITY:
+        raise MachineError.of(
+            "deepspeed.config",
+            got=f"bf16, and a card of compute capability {major}.{minor}, which has none",
+            expected=f"a card of compute capability {BF16_CAPABILITY}.0 or newer",
+            hint="use such a card, or run on the CPU (deepspeed.device=cpu)",
+        )
 
 
 def start(device: Device) -> torch.device:
