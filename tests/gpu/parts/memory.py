@@ -19,8 +19,8 @@ from gpu.measures import Measure, told
 from gpu.parts.runs import environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "plan_memory.py"
-BOUNDS = (0.9, 1.5)
-"""Estimate over measured, of a plan that one can go by."""
+BOUNDS = {"cuda": (0.9, 1.5), "cpu": (0.8, 1.5)}
+"""Estimate over measured, of a plan that one can go by. A CPU's peaks scatter (docs/plan.md)."""
 
 
 def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
@@ -37,17 +37,17 @@ def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
                 yield Measure(check=case, found=last[-1], allowed="is measured", passed=False)
                 continue
             for row in json.loads(out.read_text(encoding="utf-8")):
-                yield from _judged(case, row)
+                yield from _judged(case, row, BOUNDS[device.type])
 
 
-def _judged(case: str, row: dict[str, float]) -> Iterator[Measure]:
+def _judged(case: str, row: dict[str, float], bounds: tuple[float, float]) -> Iterator[Measure]:
     planned, measured = row["planned_bytes"], row["measured_bytes"]
     ratio = planned / max(measured, 1)
     yield told(f"{case}, {row['stage']}: measured GiB", measured / 2**30)
     yield Measure(
         check=f"{case}, {row['stage']}: estimate / measured",
         found=f"{ratio:.2f} ({planned / 2**30:.3g} GiB, peak at {row['peak']})",
-        allowed=f"{BOUNDS[0]} to {BOUNDS[1]}",
-        passed=BOUNDS[0] <= ratio <= BOUNDS[1],
+        allowed=f"{bounds[0]} to {bounds[1]}",
+        passed=bounds[0] <= ratio <= bounds[1],
         value=ratio,
     )
