@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -271,13 +272,32 @@ def _message(line: str) -> dict[str, Any] | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """The process and all that it has started and not left to another session."""
-    try:
+    """The process and all that it has started, in whatever session (ranks have their own)."""
+    below = _descendants(process.pid) if process.poll() is None else []
+    process.kill()  # does nothing to one that has ended
+    for pid in below:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    finally:
-        process.wait()
+    process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Live processes below a live one."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # just gone
+        children.setdefault(int(fields[1]), []).append(int(folder.name))
+    found, ahead = list[int](), [pid]
+    while ahead:
+        below = children.get(ahead.pop(), [])
+        found += below
+        ahead += below
+    return found
 
 
 # -- one part, in its process ----------------------------------------------------------------------

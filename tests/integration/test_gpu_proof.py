@@ -78,7 +78,8 @@ def test_what_breaks_or_takes_too_long_stops_no_other_part(tmp_path: Path) -> No
     """What it has measured before stands; whatever it has started is ended with it."""
     pid = tmp_path / "pid"
     started = (
-        f"import subprocess, time, pathlib\np = subprocess.Popen(['sleep', '60'])\n"
+        f"import subprocess, time, pathlib\n"
+        "p = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
         f"pathlib.Path({str(pid)!r}).write_text(str(p.pid))\ntime.sleep(60)\n"
     )
     parts = [

@@ -26,7 +26,7 @@ def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
         whole = runs.to_end("whole")
         again = difference(whole, runs.to_end("again"))
         yield told("two undisturbed runs: relative difference of weights", again)
-        step = runs.killed("killed", after_step=24 if small else 120)
+        step = runs.killed("killed", after_step=10 if small else 120)
         yield told("killed after step", float(step))
         resumed = difference(whole, runs.to_end("killed"))
         went_on = re.findall(r"going on from .*step-(\d+)", runs.said("killed"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,11 +22,11 @@ RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "M
 
 def write_job(folder: Path, device: torch.device, *, small: bool) -> Path:
     """A job of seconds: text from the embedded grammar, two teachers, eager attention."""
-    width, steps = (32, 40) if small else (128, 200)
-    sizes = {"num_layers": 2, "hidden_size": width, "num_heads": 4, "max_positions": 64}
+    width, layers, steps = (16, 1, 16) if small else (128, 2, 200)
+    sizes = {"num_layers": layers, "hidden_size": width, "num_heads": 4, "max_positions": 64}
     training = {
-        "batch_windows": 8,
-        "micro_batch": 4,
+        "batch_windows": 4 if small else 16,
+        "micro_batch": 2 if small else 8,
         "epochs": 100,
         "max_steps": steps,
         "learning_rate": 2e-3,
@@ -41,7 +40,7 @@ def write_job(folder: Path, device: torch.device, *, small: bool) -> Path:
     gpt2 = {"kind": "gpt2", "dropout": 0.1, "attention": "eager", **sizes}
     job = {
         "name": "proof",
-        "corpus": {"kind": "nursery", "words": 4_000, "dev_words": 1_000, "pairs_per_task": 2},
+        "corpus": {"kind": "nursery", "words": 2_000, "dev_words": 400, "pairs_per_task": 2},
         "tokenizer": {"kind": "bpe", "vocab_size": 400},
         "windows": {"length": 32, "offsets": "fixed"},
         "teachers": [
@@ -96,14 +95,13 @@ class Runs:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
             )
 
     def _end(self, process: subprocess.Popen[bytes], struck: Callable[[], bool]) -> int:
         deadline = time.monotonic() + LIMIT_S
         while process.poll() is None:
             if struck() or time.monotonic() > deadline:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
             time.sleep(0.005)
         return process.returncode
