@@ -95,7 +95,7 @@ def _measure(
     name: str, folder: Path, device: str, *, ranks: int, **shape: Any
 ) -> list[dict[str, Any]]:
     _write_job(folder, device=device, **shape)
-    measured = _run(folder, ranks)
+    measured = _run(folder, ranks, threads=1 if device == "cpu" else os.cpu_count() or 1)
     question = Question(ranks=(ranks,), runs=folder / "runs")
     plan = plan_job(load_job(folder / "job.yaml"), question)
     assert plan.corpus.source == "store", "the run left its shards"
@@ -144,6 +144,8 @@ def _write_job(
         "max_steps": 2,
         "learning_rate": 1e-3,
         "evaluate_windows": 8_192 // length,
+        # On a card they are made in the host's memory, of which nothing is measured.
+        **({} if device == "cpu" else {"checkpoint_every_steps": 1_000}),
     }
     teacher, student = models
     common = {"num_heads": 6, "max_positions": 256, "attention": attention}
@@ -192,7 +194,7 @@ def _write_text(path: Path, *, words: int, seed: int) -> None:
 # -- one rank --------------------------------------------------------------------------------------
 
 
-def _run(folder: Path, ranks: int) -> dict[str, int]:
+def _run(folder: Path, ranks: int, *, threads: int) -> dict[str, int]:
     """Run the job's ranks; the peaks of rank 0, in bytes by stage."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -200,7 +202,7 @@ def _run(folder: Path, ranks: int) -> dict[str, int]:
     processes = []
     for rank in range(ranks):
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": threads}
         environment = os.environ | {key: str(value) for key, value in (own | shared).items()}
         words = [sys.executable, __file__, "--rank-of", str(folder)]
         log = (folder / f"rank-{rank}.log").open("w")
