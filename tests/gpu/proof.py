@@ -24,6 +24,7 @@ import importlib
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -350,11 +351,11 @@ def main() -> int:
     )
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
     words = parser.parse_args()
-    job = words.job or os.environ.get("GPU_PROOF_JOB", "").split()
+    job = words.job or shlex.split(os.environ.get("GPU_PROOF_JOB", ""))
     if words.part is not None:
         run_here(words.part, words.device, job=job)
         return 0
-    os.environ["GPU_PROOF_JOB"] = " ".join(job)  # for the part's process
+    os.environ["GPU_PROOF_JOB"] = shlex.join(job)  # for the part's process
     record = Record(words.out, machine(words.device))
     chosen = [part for part in PARTS if words.only is None or part.name in words.only]
     code = prove(chosen, record, device=words.device, again=words.only or (), seconds=words.seconds)
