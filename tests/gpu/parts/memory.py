@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,13 +20,13 @@ from gpu.measures import Measure, told
 from gpu.parts.runs import environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "plan_memory.py"
-BOUNDS = {"cuda": (0.9, 1.5), "cpu": (0.8, 1.5)}
-"""Estimate over measured, of a plan that one can go by. A CPU's peaks scatter (docs/plan.md)."""
+CASES = {False: ("small", "student of 58 M", "published"), True: ("rehearsal",)}
+BOUNDS = (0.9, 1.5)
+"""Estimate over measured, of a plan that one can go by."""
 
 
 def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
-    cases = ["one rank"] if device.type == "cpu" else ["small", "student of 58 M", "published"]
-    for case in cases:
+    for case in CASES[small]:
         with tempfile.TemporaryDirectory(prefix="babyllama-proof-") as folder:
             out = Path(folder) / "memory.json"
             words = [sys.executable, str(SCRIPT), case, "--device", device.type, "--out", str(out)]
@@ -37,17 +38,18 @@ def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
                 yield Measure(check=case, found=last[-1], allowed="is measured", passed=False)
                 continue
             for row in json.loads(out.read_text(encoding="utf-8")):
-                yield from _judged(case, row, BOUNDS[device.type])
+                yield from _judged(case, row, judged=not small)
 
 
-def _judged(case: str, row: dict[str, float], bounds: tuple[float, float]) -> Iterator[Measure]:
+def _judged(case: str, row: dict[str, Any], *, judged: bool) -> Iterator[Measure]:
     planned, measured = row["planned_bytes"], row["measured_bytes"]
     ratio = planned / max(measured, 1)
+    low, high = BOUNDS
     yield told(f"{case}, {row['stage']}: measured GiB", measured / 2**30)
     yield Measure(
         check=f"{case}, {row['stage']}: estimate / measured",
         found=f"{ratio:.2f} ({planned / 2**30:.3g} GiB, peak at {row['peak']})",
-        allowed=f"{bounds[0]} to {bounds[1]}",
-        passed=bounds[0] <= ratio <= bounds[1],
+        allowed=f"{low} to {high}" if judged else "",
+        passed=not judged or low <= ratio <= high,
         value=ratio,
     )
