@@ -16,6 +16,10 @@ ARGS   ?=
 PLATFORM ?= manylinux_2_28_x86_64
 TORCH    ?= system
 OUT      ?= wheelhouse
+# What `gpu-kit` is made of: a job with its corpus, and what the machine has (its `pip freeze`).
+KIT_JOB    ?= babyllama
+KIT_PYTHON ?= 3.12
+SYSTEM     ?=
 # Options of the `deepspeed` launcher itself: --hostfile, --master_port, ...
 LAUNCH ?=
 
@@ -26,7 +30,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives check format seeds reference dist wheelhouse lock clean
+.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -61,6 +65,13 @@ bench-grid: setup  ## time a token against vocabulary, teachers, window length a
 
 grid-objectives: setup  ## run a job with several objectives and seeds: ARGS="--seeds 1 2 3 --max-tokens N"
 	$(BIN)/python tests/benchmarks/objectives.py --ranks $(NPROC) --runs $(RUNS) $(ARGS)
+
+gpu-proof: setup  ## prove this project on a real GPU, part by part: ARGS="--out DIR --only PART …"
+	$(BIN)/python tests/gpu/proof.py $(ARGS)
+
+gpu-kit: setup  ## what an offline GPU machine needs, under 60 MB: BABYLM_DATA=… SYSTEM=freeze.txt
+	$(MAKE) wheelhouse PYTHON=$(KIT_PYTHON) TORCH=system SYSTEM=$(SYSTEM) OUT=gpu-kit/wheels
+	$(BIN)/python tests/gpu/kit/collect.py --out gpu-kit --job $(KIT_JOB)
 
 check: setup  ## ruff, ruff format, mypy --strict
 	$(BIN)/ruff check .
@@ -98,5 +109,5 @@ lock: setup  ## write the versions installed here to constraints.txt
 	@touch $(VENV)/.ready
 
 clean:  ## remove the environment, caches and builds (runs stay)
-	rm -rf $(VENV) build dist wheelhouse *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist wheelhouse gpu-kit *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

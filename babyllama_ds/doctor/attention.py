@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from babyllama_ds.doctor.findings import Finding, failure, ok
+from babyllama_ds.doctor.findings import Finding, failure, ok, warning
 from babyllama_ds.engine.distributed import Device
-from babyllama_ds.models.attention import FLASH_KERNELS, why_unusable
+from babyllama_ds.models.attention import FLASH_KERNELS, why_broken, why_unusable
 from babyllama_ds.models.fused import PLAIN_ATTENTION, fuse
 
 WINDOWS, LENGTH, VOCAB = 2, 96, 61
@@ -37,16 +37,31 @@ def attention(device: Device) -> list[Finding]:
         *(kernel for kernel, reason in unusable.items() if reason is None),
     ]
     found = [_agreement(kernel, place, exact, eager) for kernel in usable]
+    if device == "cuda":
+        found += [_broken(kernel, why) for kernel in FLASH_KERNELS if (why := why_broken(kernel))]
     reasons = {reason: None for reason in unusable.values() if reason}  # each once, in order
     if reasons:
         found.append(ok("flash attention", f"not in use: {'; '.join(reasons)}"))
     return found
 
 
+def _broken(kernel: str, why: str) -> Finding:
+    """Installed, and of no use: jobs that ask for it are refused, others do without it."""
+    return warning(
+        _check(kernel),
+        f"installed, but {why}",
+        remedy="install the flash-attn that is built for this torch and CUDA, or uninstall it",
+    )
+
+
+def _check(kernel: str) -> str:
+    return "plain attention" if kernel == PLAIN_ATTENTION else kernel.replace("_attention_", " ")
+
+
 def _agreement(
     kernel: str, place: torch.device, exact: tuple[Tensor, Tensor], eager: tuple[float, float]
 ) -> Finding:
-    check = "plain attention" if kernel == PLAIN_ATTENTION else kernel.replace("_attention_", " ")
+    check = _check(kernel)
     try:
         errors = _errors(_states_and_gradient(kernel, torch.bfloat16, place), exact)
     except Exception as error:  # whatever a kernel's library raises

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from babyllama_ds.doctor.findings import Finding, failure, ok, warning
-from babyllama_ds.engine.distributed import Device
+from babyllama_ds.engine.distributed import BF16_CAPABILITY, Device
 from babyllama_ds.memory import available_host_bytes
 
 LOW_MEMORY_GIB = 2.0
@@ -70,7 +70,7 @@ def _places(device: Device) -> Iterator[tuple[torch.device, str]]:
 
 
 def _bf16_on(place: torch.device, name: str) -> Finding:
-    if place.type == "cuda" and torch.cuda.get_device_capability(place)[0] < 8:
+    if place.type == "cuda" and torch.cuda.get_device_capability(place)[0] < BF16_CAPABILITY:
         return failure(
             name,
             "the card has no bf16 arithmetic",

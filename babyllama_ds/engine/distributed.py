@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 
 Device = Literal["cpu", "cuda"]
 
+BF16_CAPABILITY = 8
+"""The least compute capability (major version) of a card with bf16 arithmetic."""
+
 
 def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
     """The device that every rank computes on.
@@ -43,6 +46,24 @@ def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
             hint="start fewer ranks (NPROC, --num_gpus) or set deepspeed.device=cpu",
         )
     return "cuda"
+
+
+def check_precision(device: Device, precision: Literal["bf16", "fp32"]) -> None:
+    """This rank's device computes in that precision.
+
+    Raises:
+        MachineError: a card without bf16 arithmetic, which torch would emulate without a word.
+    """
+    if device != "cuda" or precision != "bf16":
+        return
+    major, minor = torch.cuda.get_device_capability()
+    if major < BF16_CAPABILITY:
+        raise MachineError.of(
+            "deepspeed.config",
+            got=f"bf16, and a card of compute capability {major}.{minor}, which has none",
+            expected=f"a card of compute capability {BF16_CAPABILITY}.0 or newer",
+            hint="use such a card, or run on the CPU (deepspeed.device=cpu)",
+        )
 
 
 def start(device: Device) -> torch.device:
@@ -127,12 +148,16 @@ def _skip_looks_at_windows() -> None:
     look.
 
     It would look in every forward pass of every model, and wait for the device to know: at the
-    positions, and in GPT-2 at the tokens. (Under torch.compile it cannot look, and masks attention
+    positions, with FlashAttention in every layer (where there is one window: others are never
+    packed), and in GPT-2 at the tokens. (Under torch.compile it cannot look, and masks attention
     as if there were several sequences.) Documents that are kept apart are known by the type of
     their positions. Sentences that are padded, in evaluation, are padded on the right, where no
     causal model sees it.
     """
-    from transformers import PreTrainedModel, masking_utils  # bring all of torch's compiler
+    # Bring all of torch's compiler.
+    from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils
 
+    # Lengths of documents are given with their positions (`models.documents`).
+    modeling_flash_attention_utils._is_packed_sequence = lambda *_, **__: False
     masking_utils.find_packed_sequence_indices = sequences_of
     PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_: None

@@ -5,6 +5,7 @@ A kernel asked for by name is honoured or refused; only `auto` chooses.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Set
 from functools import cache
 from typing import Literal
@@ -25,6 +26,14 @@ FLASH_KERNELS: tuple[Attention, ...] = (
 )
 # The least compute capability (major version) that each kernel is built for.
 LEAST_CAPABILITY = {"flash_attention_2": 8, "flash_attention_3": 9, "flash_attention_4": 9}
+# The greatest one: Hopper's own instructions are in no other card.
+MOST_CAPABILITY = {"flash_attention_3": 9}
+# What transformers imports for each kernel (`modeling_flash_attention_utils`).
+MODULES = {
+    "flash_attention_2": ("flash_attn", "flash_attn.bert_padding"),
+    "flash_attention_3": ("flash_attn_interface",),
+    "flash_attention_4": ("flash_attn.cute",),
+}
 # Those whose functions take a dropout probability.
 DROPPING_KERNELS = ("flash_attention_2",)
 
@@ -94,13 +103,33 @@ def why_unusable(kernel: str, device: Device, precision: str, dropout: float = 0
     if precision != "bf16":
         return f"the precision is {precision}, it needs bf16"
     major = torch.cuda.get_device_capability()[0]
-    if major < LEAST_CAPABILITY[kernel]:
+    if not LEAST_CAPABILITY[kernel] <= major <= MOST_CAPABILITY.get(kernel, major):
         return f"the card's compute capability is {major}.x"
     if not _installed(kernel):
         return "it is not installed"
+    if (broken := why_broken(kernel)) is not None:
+        return broken
     if dropout and kernel not in DROPPING_KERNELS:
         # transformers would leave it out without a word.
         return f"it has no dropout, and the model's attention has one of {dropout:g}"
+    return None
+
+
+@cache
+def why_broken(kernel: str) -> str | None:
+    """Why a FlashAttention that is installed cannot be loaded; none if it can, or is not there.
+
+    Its compiled part fits one build of torch: transformers looks at the package's name alone, and
+    would fail in the first forward pass.
+    """
+    if not _installed(kernel):
+        return None
+    try:
+        for module in MODULES[kernel]:
+            importlib.import_module(module)
+    except Exception as error:  # an ImportError or OSError, or whatever its import runs into
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        return f"it cannot be loaded beside torch {torch.__version__} ({told[0]})"
     return None
 
 

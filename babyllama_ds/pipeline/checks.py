@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.corpus.tokenizer import compare_splits, differing_ids, load_tokenizer
 from babyllama_ds.engine.compiling import choose_compiled
+from babyllama_ds.engine.distributed import check_precision
 from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.sentences import prefix_ids
 from babyllama_ds.models.build import build_model, check_positions
@@ -42,6 +43,7 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
         UserError: the first that fails.
     """
     job = parts.job
+    check_precision(parts.device_kind, parts.precision)
     choose_compiled(
         job.deepspeed.compile,
         device=parts.device_kind,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from babyllama_ds.engine.distributed import check_precision
 from babyllama_ds.errors import JobError
 from babyllama_ds.losses.chunks import votes_are_summed
 from babyllama_ds.losses.rows import work_of_divergence
@@ -22,7 +23,7 @@ from babyllama_ds.models.sizes import ModelSizes, absent_kernels
 from babyllama_ds.plan.activations import MicroBatchShape
 from babyllama_ds.plan.corpus import PlannedCorpus, plan_corpus
 from babyllama_ds.plan.disk import DiskItem, cache_bytes, disk_items
-from babyllama_ds.plan.machines import UTILISATION, Machine, find_machine
+from babyllama_ds.plan.machines import HERE, UTILISATION, Machine, find_machine
 from babyllama_ds.plan.memory import (
     HeldTeacher,
     MatchedPair,
@@ -168,7 +169,10 @@ class _Planner:
     @cached_property
     def precision(self) -> Precision:
         student = self.job.student.training
-        return precision(deepspeed_config(self.job, student, device=self.machine.device, ranks=1))
+        config = deepspeed_config(self.job, student, device=self.machine.device, ranks=1)
+        if self.question.gpu == HERE:
+            check_precision(self.machine.device, precision(config))
+        return precision(config)
 
     def _count(self, ranks: int) -> RankCount:
         try:

@@ -220,11 +220,13 @@ def with_kernel(model: nn.Module, kernel: str) -> nn.Module:
 def transformers_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers looks for sequences in the positions, or is told by the engine."""
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", LOOKING)
+    monkeypatch.setattr(flash, "_is_packed_sequence", LOOKING_IN_LAYERS)
     if request.param != "as it is":
         distributed._skip_looks_at_windows()
 
 
 LOOKING = masking_utils.find_packed_sequence_indices
+LOOKING_IN_LAYERS = flash._is_packed_sequence
 
 
 @pytest.mark.usefixtures("plain_flash", "transformers_way")
@@ -247,6 +249,36 @@ def test_packed_documents_are_documents(kind: str, kernel: str, name: str) -> No
     for key, parameter in theirs.items():
         error = (ours[key].grad - parameter.grad).norm() / parameter.grad.norm().clamp(min=1e-12)
         assert error < 1e-6, key
+
+
+@pytest.mark.usefixtures("plain_flash")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_layer_looks_at_positions_for_documents(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With FlashAttention and one window a layer of transformers would wait for the device."""
+    asked = []
+    monkeypatch.setattr(flash, "_is_packed_sequence", lambda *_: asked.append("looked"))
+    whole = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+        groups = q.shape[2] // k.shape[2]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return whole(q, *(t.repeat_interleave(groups, 1) for t in (k, v))).transpose(1, 2)
+
+    functions = (plain, plain_varlen, plain, None, None)
+    monkeypatch.setattr(flash, "_lazy_imports", lambda *_, **__: functions)
+    model = with_kernel(random_model(kind), "flash_attention_2")
+    tokens_1S = tokens_and_begins()[0][:1]
+    expected = with_kernel(random_model(kind), "eager")(input_ids=tokens_1S).logits
+    backbone, head = split_causal_lm(model)
+    backbone(tokens_1S)
+    assert asked, "transformers does not ask any more: `_skip_looks_at_windows` can do less"
+    asked.clear()
+    distributed._skip_looks_at_windows()
+    states_1SD = backbone(tokens_1S)
+    assert not asked
+    torch.testing.assert_close(states_1SD @ head.weight_PD.T, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_under_sequence_a_batch_is_not_its_documents() -> None:

@@ -9,158 +9,34 @@ Shapes: N positions, D hidden size, V vocabulary, P rows of a head (P ≥ V), K 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
-from babyllama_ds.losses.distillation import TeacherStates, distillation_loss
+from babyllama_ds.losses.distillation import distillation_loss
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
-
-N, D, V, P = 94, 31, 123, 128
-VOTES = (1.0, 2.5)
-MEANS = ("logits", "probabilities")
-TEMPERATURES = (0.5, 1.0, 2.0)
-COUNTS = {"ce_count": 77, "kl_count": 5}
-
-
-@dataclass
-class Case:
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor
-    labels: Tensor
-    valid: Tensor
-    teachers: list[TeacherStates]
-
-    def to(self, dtype: torch.dtype) -> Case:
-        return Case(
-            self.hidden.to(dtype),
-            self.weight.to(dtype),
-            self.bias.to(dtype),
-            self.labels,
-            self.valid,
-            [
-                TeacherStates(t.hidden_ND.to(dtype), Head(t.head.weight_PD.to(dtype)), t.weight)
-                for t in self.teachers
-            ],
-        )
-
-
-def make_case(seed: int = 0) -> Case:
-    rng = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, std: float = 1.0) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=torch.float64) * std
-
-    labels = torch.randint(0, V, (N,), generator=rng)
-    valid = torch.ones(N, dtype=torch.bool)
-    labels[9::10] = -100
-    valid[-7:] = False
-    labels[-8:] = -100
-    return Case(
-        hidden=normal(N, D),
-        weight=normal(P, D, std=3 / D**0.5),
-        bias=normal(P),
-        labels=labels,
-        valid=valid,
-        teachers=[
-            TeacherStates(normal(N, d), Head(normal(P + d, d, std=3 / d**0.5)), vote)
-            for d, vote in zip((17, 40), VOTES, strict=True)
-        ],
-    )
-
-
-# -- the reference ---------------------------------------------------------------------------------
-
-
-def mixture(case: Case, temperature: float, mean_of: str) -> Tensor:
-    """p of every token, [N, V]."""
-    all_logits = [t.hidden_ND.double() @ t.head.weight_PD.double()[:V].T for t in case.teachers]
-    votes = [t.weight for t in case.teachers]
-    if mean_of == "logits":
-        mean = sum(v * z for v, z in zip(votes, all_logits, strict=True)) / sum(votes)
-        return F.softmax(mean / temperature, -1)
-    parts = [v * F.softmax(z / temperature, -1) for v, z in zip(votes, all_logits, strict=True)]
-    return sum(parts) / sum(votes)
-
-
-def buckets(p: Tensor, ids: Tensor) -> Tensor:
-    """[N, K + 1]: the probabilities of the k, and of all others together."""
-    is_tail = torch.ones_like(p, dtype=torch.bool).scatter(1, ids.long(), False)
-    return torch.cat([p.gather(1, ids.long()), torch.where(is_tail, p, 0).sum(1, keepdim=True)], 1)
-
-
-@dataclass
-class Outcome:
-    loss: Tensor
-    ce_sum: Tensor
-    kl_sum: Tensor
-    gradients: tuple[Tensor, ...]
-
-
-def reference(case: Case, p: Tensor, ids: Tensor, alpha: float, temperature: float) -> Outcome:
-    leaves = [t.double().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
-    hidden, weight, bias = leaves
-    z = hidden @ weight[:V].T + bias[:V]
-    p_buckets, q_buckets = (buckets(each, ids) for each in (p, F.softmax(z / temperature, -1)))
-    kl = (torch.special.xlogy(p_buckets, p_buckets) - p_buckets * q_buckets.log()).sum(-1)
-    kl_sum = kl[case.valid].sum()
-    ce_sum = F.cross_entropy(z, case.labels, ignore_index=-100, reduction="sum")
-    loss = alpha * ce_sum / COUNTS["ce_count"]
-    loss = loss + (1 - alpha) * temperature**2 * kl_sum / COUNTS["kl_count"]
-    return Outcome(loss.detach(), ce_sum, kl_sum, torch.autograd.grad(loss, leaves))
-
-
-def ours(case: Case, targets: object, alpha: float, temperature: float, **settings) -> Outcome:
-    leaves = [t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
-    result = distillation_loss(
-        leaves[0],
-        Head(leaves[1], leaves[2]),
-        case.labels,
-        case.valid,
-        targets,
-        alpha=alpha,
-        temperature=temperature,
-        mean_of=settings.pop("mean_of", "logits"),
-        vocab_size=V,
-        **COUNTS,
-        **{"chunk_tokens": 17, **settings},
-    )
-    gradients = torch.autograd.grad(result.loss, leaves)
-    return Outcome(result.loss.detach(), result.ce_sum, result.kl_sum, gradients)
-
-
-def make_targets(case: Case, k: int, temperature: float, mean_of: str = "logits") -> TopKTargets:
-    return top_k_targets(
-        case.teachers,
-        k=k,
-        temperature=temperature,
-        mean_of=mean_of,
-        vocab_size=V,
-        chunk_tokens=17,
-    )
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    difference = torch.linalg.norm(got.double() - expected.double()).item()
-    return difference / (torch.linalg.norm(expected.double()).item() or 1.0)
+from references.topk import (
+    COUNTS,
+    MEANS,
+    TEMPERATURES,
+    D,
+    N,
+    Outcome,
+    V,
+    make_case,
+    make_targets,
+    mixture,
+    ours,
+    reference,
+    relative_error,
+)
 
 
 def assert_close(got: Outcome, expected: Outcome, tolerance: float) -> None:
-    pairs = {
-        "loss": (got.loss, expected.loss),
-        "ce_sum": (got.ce_sum, expected.ce_sum),
-        "kl_sum": (got.kl_sum, expected.kl_sum),
-        **{
-            name: (got.gradients[k], expected.gradients[k])
-            for k, name in enumerate(("hidden", "weight", "bias"))
-        },
-    }
-    errors = {name: relative_error(*pair) for name, pair in pairs.items()}
+    errors = got.errors(expected)
     assert all(error <= tolerance for error in errors.values()), errors
 
 

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from babyllama_ds.doctor import attention as module
 from babyllama_ds.models.fused import PLAIN_ATTENTION, FusedRMSNorm
+
+REAL_DEVICE = torch.device
 
 
 def test_the_kernels_of_a_cpu() -> None:
@@ -76,3 +79,18 @@ def test_every_usable_flash_attention_is_tried(monkeypatch: pytest.MonkeyPatch) 
     assert (sdpa.status, flash.check) == ("ok", "flash 2")
     assert flash.status == "failure", "it cannot run on a CPU"
     assert rest.found == "not in use: it is too new; it is not installed"
+
+
+def test_a_flash_attention_that_cannot_be_loaded_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Installed for another torch: jobs do without it, and its owner should know."""
+    why = {"flash_attention_2": "it cannot be loaded beside torch 9 (undefined symbol)"}
+    monkeypatch.setattr(module, "why_broken", why.get)
+    monkeypatch.setattr(module, "why_unusable", lambda kernel, *_: why.get(kernel, "not there"))
+    monkeypatch.setattr(module.torch, "device", lambda _: REAL_DEVICE("cpu"))
+    *_, flash, rest = module.attention("cuda")
+    assert (flash.check, flash.status) == ("flash 2", "warning")
+    assert flash.found == "installed, but it cannot be loaded beside torch 9 (undefined symbol)"
+    assert "built for this torch" in (flash.remedy or "")
+    assert rest.check == "flash attention"

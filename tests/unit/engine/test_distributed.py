@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,35 @@ def test_device(
     pretend_cards(monkeypatch, cards)
     monkeypatch.setenv("LOCAL_SIZE", str(local_ranks))
     assert distributed.resolve_device(requested) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "capability", "right"),
+    [
+        ("cuda", "bf16", (8, 0), True),
+        ("cuda", "bf16", (7, 5), False),
+        ("cuda", "fp32", (7, 5), True),
+        ("cpu", "bf16", (7, 5), True),
+    ],
+)
+def test_a_card_without_bf16_is_refused(
+    device: Any,
+    precision: Any,
+    capability: tuple[int, int],
+    right: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    if right:
+        distributed.check_precision(device, precision)
+        return
+    with pytest.raises(MachineError) as caught:
+        distributed.check_precision(device, precision)
+    assert str(caught.value) == (
+        "deepspeed.config: got bf16, and a card of compute capability 7.5, which has none, "
+        "expected a card of compute capability 8.0 or newer\n"
+        "    hint: use such a card, or run on the CPU (deepspeed.device=cpu)"
+    )
 
 
 def test_auto_honours_the_accelerator_that_deepspeed_was_told(

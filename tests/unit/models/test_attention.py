@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +17,15 @@ WHERE = "student.model.attention"
 
 
 def pretend(
-    monkeypatch: pytest.MonkeyPatch, *, capability: int, installed: tuple[str, ...]
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    capability: int,
+    installed: tuple[str, ...],
+    broken: bool = False,
 ) -> None:
+    """A card, and packages that can be loaded unless `broken` leaves that to be tried."""
+    if not broken:
+        monkeypatch.setattr(attention, "why_broken", lambda _: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (capability, 0))
     monkeypatch.setattr(attention, "_installed", lambda kernel: kernel in installed)
 
@@ -166,11 +175,11 @@ def resolve_with_dropout(requested: Any, dropout: float, *, training: bool = Tru
 
 
 def test_auto_takes_no_kernel_that_would_leave_dropout_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, capability=10, installed=FLASH_KERNELS)
+    pretend(monkeypatch, capability=9, installed=FLASH_KERNELS)
     assert resolve_with_dropout("auto", 0.1) == "flash_attention_2"
     assert resolve_with_dropout("auto", 0.0) == "flash_attention_4"
     assert resolve_with_dropout("auto", 0.1, training=False) == "flash_attention_4"
-    pretend(monkeypatch, capability=10, installed=FLASH_KERNELS[:2])
+    pretend(monkeypatch, capability=9, installed=FLASH_KERNELS[:2])
     assert resolve_with_dropout("auto", 0.1) == "sdpa"
 
 
@@ -178,7 +187,7 @@ def test_auto_takes_no_kernel_that_would_leave_dropout_out(monkeypatch: pytest.M
 def test_a_kernel_asked_for_by_name_that_would_is_refused(
     kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, capability=10, installed=FLASH_KERNELS)
+    pretend(monkeypatch, capability=9, installed=FLASH_KERNELS)
     assert resolve_with_dropout(kernel, 0.1, training=False) == kernel
     if kernel == "flash_attention_2":
         assert resolve_with_dropout(kernel, 0.1) == kernel
@@ -219,3 +228,38 @@ def test_dropout_is_honoured(kernel: str) -> None:
     expected = whole[there].expand_as(kept)[kept] / (1 - p)
     torch.testing.assert_close(drawn[:, there][kept], expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(attend(kernel, p, seed=3), attend(kernel, p, seed=3))
+
+
+# -- installed, but for another torch --------------------------------------------------------------
+
+
+@pytest.fixture
+def built_for_another_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package `flash_attn` whose compiled part does not fit, as pip would leave it."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text(
+        "raise ImportError('flash_attn_2_cuda.so: undefined symbol: _ZN3c10\\nmore')"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    attention.why_broken.cache_clear()
+    pretend(monkeypatch, capability=9, installed=("flash_attention_2",), broken=True)
+    yield
+    attention.why_broken.cache_clear()
+
+
+@pytest.mark.usefixtures("built_for_another_torch")
+def test_a_kernel_built_for_another_torch_is_refused_with_the_loaders_words() -> None:
+    assert resolve("auto") == "sdpa"
+    with pytest.raises(MachineError) as caught:
+        resolve("flash_attention_2")
+    (problem,) = caught.value.problems
+    assert f"it cannot be loaded beside torch {torch.__version__}" in problem.got
+    assert "undefined symbol: _ZN3c10)" in problem.got
+
+
+@pytest.mark.parametrize(("capability", "usable"), [(8, False), (9, True), (10, False)])
+def test_flash_attention_3_is_for_hopper_alone(
+    capability: int, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, capability=capability, installed=("flash_attention_3",))
+    assert resolve("auto") == ("flash_attention_3" if usable else "sdpa")

@@ -211,6 +211,40 @@ def test_here_must_have_what_the_job_asks_for(monkeypatch: pytest.MonkeyPatch) -
         machines.find_machine("here", "cuda")
 
 
+class ThisCard:
+    """A card of 16 GiB without bf16."""
+
+    name, total_memory = "Card", 16 << 30
+
+
+def test_a_card_here_without_bf16_is_refused(
+    reload_nursery: Callable[[Sequence[str]], Reload],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: ThisCard)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    question = Question(tokens=65_000, runs=tmp_path, gpu="here", ranks=(1,))
+    with pytest.raises(MachineError, match=r"a card of compute capability 7\.5, which has none"):
+        plan_job(reload_nursery(())(()), question)
+
+
+def test_what_does_not_fit_the_card_here_is_refused(
+    refused: Callable[..., tuple[str, Reload, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(ThisCard, "total_memory", 2 << 30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: ThisCard)
+    told, *_ = refused(LARGE, gpu="here")
+    assert "student" in told
+
+
 def test_ranks_of_a_cpu_share_its_memory() -> None:
     here = machines.find_machine("here", "cpu")
     one, four = here.usable_bytes(1), here.usable_bytes(4)

@@ -1,0 +1,225 @@
+"""The proof's orchestrator: order, what is written when, and going on after whatever happens.
+
+Its parts are made up here, except that one real part is rehearsed on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpu import proof
+from gpu.measures import at_most, holds, told
+from gpu.proof import Part, Record, prove
+
+FACTS = {"device": "made up", "torch": "0", "commit": "0"}
+
+
+def part(name: str, script: str, *, budget_s: float = 60) -> Part:
+    return Part(
+        name=name, budget_s=budget_s, command=lambda _: [sys.executable, "-u", "-c", script]
+    )
+
+
+def says(*measures: Any, then: str = "") -> str:
+    lines = "".join(f"print({measure.as_line()!r})\n" for measure in measures)
+    return f"print('some noise')\n{lines}{then}"
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+
+
+def ends_of(folder: Path) -> dict[str, str]:
+    return {line["part"]: line["ended"] for line in lines_of(folder) if "ended" in line}
+
+
+def test_parts_in_order_each_with_its_measures(tmp_path: Path) -> None:
+    parts = [
+        part("one", says(at_most("error", 0.5, 1.0), told("speed", 3.0))),
+        part("two", says(at_most("error", 2.0, 1.0), holds("sound", True, "yes"))),
+        part("three", says(at_most("error", float("nan"), 1.0))),
+        part("four", says(told("said", "words"))),
+    ]
+    assert prove(parts, Record(tmp_path, FACTS), device="cpu") == 1
+    kinds = [
+        (line["part"], *({"begun", "measure", "ended"} & line.keys()))
+        for line in lines_of(tmp_path)[1:]
+    ]
+    assert kinds == [
+        ("one", "begun"), ("one", "measure"), ("one", "measure"), ("one", "ended"),
+        ("two", "begun"), ("two", "measure"), ("two", "measure"), ("two", "ended"),
+        ("three", "begun"), ("three", "measure"), ("three", "ended"),
+        ("four", "begun"), ("four", "measure"), ("four", "ended"),
+    ]  # fmt: skip
+    assert ends_of(tmp_path) == {
+        "one": "passed", "two": "failed", "three": "failed", "four": "passed"
+    }  # fmt: skip
+    shown = (tmp_path / "table.md").read_text()
+    assert "made up" in shown
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
+    assert ["one", "error", "0.5", "≤ 1", "ok"] in rows
+    assert ["one", "speed", "3", "", ""] in rows
+    assert ["two", "error", "2", "≤ 1", "**WRONG**"] in rows
+    assert ["two", "failed", "2", "1", "1 wrong"] in rows
+    assert "some noise" in (tmp_path / "log.txt").read_text()
+
+
+def test_what_breaks_or_takes_too_long_stops_no_other_part(tmp_path: Path) -> None:
+    """What it has measured before stands; whatever it has started is ended with it."""
+    pid = tmp_path / "pid"
+    started = (
+        f"import subprocess, time, pathlib\n"
+        "p = subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        f"pathlib.Path({str(pid)!r}).write_text(str(p.pid))\ntime.sleep(60)\n"
+    )
+    parts = [
+        part("raises", says(told("a", 1.0), then="raise RuntimeError('no kernel image')")),
+        part("dies", says(told("b", 2.0), then="import os; os.kill(os.getpid(), 11)")),
+        part("hangs", says(told("c", 3.0), then=started), budget_s=3),
+        part("last", says(told("d", 4.0))),
+    ]
+    record = Record(tmp_path / "out", FACTS)
+    assert prove(parts, record, device="cpu") == 1
+    assert ends_of(tmp_path / "out") == {
+        "raises": "broken", "dies": "broken", "hangs": "over time", "last": "passed"
+    }  # fmt: skip
+    assert record.why("raises") == "status 1: RuntimeError: no kernel image"
+    assert record.why("dies").startswith("status -11")
+    measured = [
+        line["measure"]["check"] for line in lines_of(tmp_path / "out") if "measure" in line
+    ]
+    assert measured == ["a", "b", "c", "d"]
+    until = time.monotonic() + 10
+    while _lives(int(pid.read_text())) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert not _lives(int(pid.read_text()))
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_started_again_it_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Parts that have ended are passed over, wrong ones too; `again` runs one all the same."""
+    parts = [
+        part("one", says(told("a", 1.0))),
+        part("two", says(at_most("b", 2.0, 1.0))),
+        part("three", says(told("c", 3.0))),
+    ]
+    out = tmp_path / "out"
+    prove(parts[:2], Record(out, FACTS), device="cpu")
+    before = lines_of(out)
+    assert prove(parts, Record(out, FACTS), device="cpu") == 1
+    assert lines_of(out)[: len(before)] == before
+    assert [line["part"] for line in lines_of(out)[len(before) :]] == ["three"] * 3
+    assert "one: done before (passed)" in capsys.readouterr().out
+    mended = part("two", says(at_most("b", 0.5, 1.0)))
+    record = Record(out, FACTS)
+    assert prove([parts[0], mended, parts[2]], record, device="cpu", again=["two"]) == 0
+    assert [measure["found"] for measure in record.measures("two")] == ["0.5"]
+    assert "**WRONG**" not in (out / "table.md").read_text()
+
+
+def test_half_a_line_of_a_cut_off_is_taken_out(tmp_path: Path) -> None:
+    record = Record(tmp_path, FACTS)
+    record.add({"part": "one", "begun": "now"})
+    with (tmp_path / "results.jsonl").open("a") as stream:
+        stream.write('{"part": "one", "mea')
+    again = Record(tmp_path, FACTS)
+    assert again.ended("one") is None
+    again.add({"part": "one", "begun": "later"})
+    assert [line.get("begun") for line in lines_of(tmp_path)] == [None, "now", "later"]
+
+
+def test_a_proof_of_another_machine_is_not_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Record(tmp_path, FACTS)
+    with pytest.raises(SystemExit) as caught:
+        Record(tmp_path, FACTS | {"commit": "1"})
+    assert caught.value.code == 2
+    assert "give another folder (--out)" in capsys.readouterr().err
+
+
+def test_no_part_is_begun_without_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = [part("one", says(told("a", 1.0))), part("two", says(told("b", 1.0)))]
+    record = Record(tmp_path, FACTS)
+    assert prove(parts, record, device="cpu", seconds=proof.LEAST_S - 1) == 0
+    assert record.ended("one") is None
+    assert "one: no time left; start again to go on" in capsys.readouterr().out
+    assert "not begun" in (tmp_path / "table.md").read_text()
+
+
+# -- the script ------------------------------------------------------------------------------------
+
+
+def words(out: Path, *more: str) -> list[str]:
+    return [sys.executable, proof.__file__, "--out", str(out), "--device", "cpu", *more]
+
+
+def test_killed_in_the_middle_of_a_part_it_loses_that_part_alone(tmp_path: Path) -> None:
+    """The real script: cut off, then started again with the same words."""
+    chosen = words(tmp_path, "--only", "experiment", "environment")
+    running = subprocess.Popen(
+        chosen, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        until = time.monotonic() + 120
+        while not _measured(tmp_path) and time.monotonic() < until:
+            assert running.poll() is None, running.stderr.read() if running.stderr else ""
+            time.sleep(0.02)
+        cut_off = ends_of(tmp_path)
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+    assert cut_off == {}
+    done = subprocess.run(chosen, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    # In the proof's order, whatever that of the words is.
+    assert ends_of(tmp_path) == {"environment": "passed", "experiment": "skipped"}
+    begun = [line["part"] for line in lines_of(tmp_path) if "begun" in line]
+    assert begun == ["environment", "environment", "experiment"]
+    shown = (tmp_path / "table.md").read_text()
+    assert "no job was given" in shown
+    assert "long bf16 products, relative error" in shown
+    assert shown.count("| environment | torch ") == 1
+
+
+def _measured(folder: Path) -> bool:
+    path = folder / "results.jsonl"
+    return path.exists() and '"measure"' in path.read_text()
+
+
+def test_without_a_card_it_says_so(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, proof.__file__, "--out", str(tmp_path / "out")],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_part_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib
+
+    for each in proof.PARTS:
+        measure: Callable[..., Any] = importlib.import_module(f"gpu.parts.{each.name}").measure
+        assert callable(measure)
