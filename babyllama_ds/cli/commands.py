@@ -182,3 +182,8 @@ def schema(*, in_words: bool) -> None:
 def is_lead() -> bool:
     """Whether this rank speaks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_of_node() -> bool:
+    """Whether this rank speaks for those of its machine, where rank 0 may not be heard."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
