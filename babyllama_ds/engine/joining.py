@@ -93,7 +93,7 @@ class Joined:
 
     world: World
     members: tuple[Member, ...]
-    store: dist.Store
+    store: dist.Store  # type: ignore[name-defined]  # not in its stubs
     links: dict[int, socket.socket]
 
     @property
@@ -159,7 +159,7 @@ def _gather(
             link.close()
         raise MeetingError(*problems)
     _warn_of_differences(ordered, brought)
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # type: ignore[attr-defined]
         world.address,
         0,
         world.size,
@@ -305,7 +305,7 @@ def _report(
             return Joined(
                 world=world,
                 members=tuple(Member(**member) for member in answer["members"]),
-                store=dist.TCPStore(
+                store=dist.TCPStore(  # type: ignore[attr-defined]
                     world.address,
                     answer["store_port"],
                     world.size,

@@ -65,6 +65,7 @@ class NodeWatch:
         self._heard: dict[int, bytes] = dict.fromkeys(self._links, b"")
         self._endings: dict[int, tuple[Ending, str]] = {}
         self._leaving = False
+        self._over = False
         self._own_verdict = threading.Event()
         self._waker, self._woken = socket.socketpair()
         self._lock = threading.Lock()  # of `_links`, which both threads send on
@@ -78,7 +79,9 @@ class NodeWatch:
         self._thread.start()
 
     def leave(self) -> None:
-        """As all ranks do: it is no loss."""
+        """As all ranks do: it is no loss. A second time does nothing."""
+        if self._leaving:
+            return
         self._leaving = True
         self._say_all({"left": self._rank})
         self._waker.send(b".")
@@ -109,7 +112,7 @@ class NodeWatch:
             for rank, link in self._links.items():
                 selector.register(link, selectors.EVENT_READ, rank)
             verdict_s: float | None = None
-            while not self._leaving:
+            while not (self._leaving or self._over):
                 wait_s = None if verdict_s is None else max(0.0, verdict_s - time.monotonic())
                 for key, _ in selector.select(wait_s):
                     if key.data is None:
@@ -134,6 +137,7 @@ class NodeWatch:
         for line in lines:
             said = json.loads(line)
             if "verdict" in said:  # rank 0's
+                self._over = True
                 self._finish(said["verdict"])
                 return True
             if "failed" in said:

@@ -40,10 +40,8 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     )
     directory = RunDirectory(runs / job.run_name)
     try:
-        with (
-            distributed.failures_told(),
-            ranks.held_by_rank_zero(RunLock(directory.path, launcher_pid=stop.launcher_pid)),
-        ):
+        lock = RunLock(directory.path, launcher_pid=stop.launcher_pid)
+        with distributed.failures_told(), ranks.held_by_rank_zero(lock):
             ranks.on_rank_zero(lambda: directory.open(job))
             with _state_kept(directory):
                 Pipeline(

@@ -1,4 +1,4 @@
-"""Two hosts on this machine, for jobs that run across both: they need root, and what `LACKING` names.
+"""Two hosts on this machine, for jobs that run across both: they need root, and `PROGRAMS`.
 
 A host is a network namespace with an address, a name, processes, mounts and an ssh daemon of its
 own; a pair of virtual interfaces joins the two. Nothing of it is seen outside, so that runs beside
@@ -25,6 +25,8 @@ BIN = Path(sys.executable).parent
 PROGRAMS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "/usr/sbin/sshd", "pdsh")
 UP_LIMIT_S = 60.0
 COMMAND_LIMIT_S = 60.0
+LAUNCH_LIMIT_S = 600.0
+"""Of one launch on both hosts: a tenth of it where nobody else computes."""
 
 INIT = """
 set -e
@@ -200,7 +202,7 @@ def start_over_ssh(hosts: tuple[Host, Host], start: Callable[..., Any]) -> Calla
         launcher = [BIN / "deepspeed", "--quiet", "--hostfile", hostfile]
         script = ROOT / "launcher" / "run.py"
         line = hosts[0].words("env", "-C", folder, *launcher, script, *words)
-        return start([line], [environment()])
+        return start([line], [environment()], limit_s=LAUNCH_LIMIT_S)
 
     return begin
 
@@ -224,7 +226,7 @@ def start_without_ssh(hosts: tuple[Host, Host], start: Callable[..., Any]) -> Ca
             launcher += ["--node_rank", str(node), "--master_addr", hosts[0].address]
             extra = (words_of or {}).get(node, ())
             line = hosts[node].words("env", "-C", folder, *launcher, script, *words, *extra)
-            started.append(start([line], [environment()]))
+            started.append(start([line], [environment()], limit_s=LAUNCH_LIMIT_S))
         return started
 
     return begin
