@@ -193,10 +193,12 @@ class NodeWatch:
         facts = {"lost": verdict["lost"]} if "lost" in verdict else {}
         with suppress(Exception):  # whatever is wrong with the disk, this process must end
             self.tell(text, facts)
+        gone = {member["rank"] for member in verdict.get("lost", ())}
+        node = self._members[self._rank].node
         first_here = min(
             member.rank
             for member in self._members.values()
-            if member.node == self._members[self._rank].node
+            if member.node == node and member.rank not in gone
         )
         if first_here == self._rank:
             print(f"error: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the process ends
