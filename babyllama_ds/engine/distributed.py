@@ -181,6 +181,8 @@ def _meet(backend: str, facts: Facts, *, join_timeout_s: float, node_timeout_s: 
             rank=joined.world.rank,
             world_size=joined.world.size,
             timeout=timeout,
+            # As DeepSpeed does: NCCL then makes every later group out of this one.
+            device_id=torch.device("cuda", ranks.local_rank()) if backend == "nccl" else None,
         )
 
 

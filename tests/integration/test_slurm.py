@@ -1,7 +1,8 @@
-"""`launcher/slurm/distil.sbatch`, with stand-ins for `srun` and `scontrol`.
+"""`launcher/slurm/distil.sbatch`, with stand-ins for Slurm's programs.
 
-The stand-in for srun tells its tasks what srun's manual says, passes signals on to them, and ends
-with the highest of their exit statuses.
+They do what those of Slurm 22.05 were seen to do: srun tells its tasks `SLURM_STEP_…`, kills them at
+a SIGTERM of its own, and ends with the highest of their exit statuses; scancel signals the tasks and
+not the script.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ case "$1" in
   requeue) echo "$2" >> "$REQUEUED" ;;
 esac
 """
+SCANCEL = """#!/bin/sh
+echo "$@" > "$CANCELLED"
+kill -TERM $(cat "$TASKS")
+"""
 SRUN = f"""#!{sys.executable}
 import os, signal, subprocess, sys
 words = [word for word in sys.argv[1:] if not word.startswith("--kill-on-bad-exit")]
@@ -38,10 +43,12 @@ step = {{
     "SLURM_NODEID": "0",
 }}
 started = []
-signal.signal(signal.SIGTERM, lambda *_: [one.send_signal(signal.SIGTERM) for one in started])
+signal.signal(signal.SIGTERM, lambda *_: [one.kill() for one in started])
 for task in range(tasks):
     of_task = {{"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}}
     started.append(subprocess.Popen(words, env={{**os.environ, **step, **of_task}}))
+with open(os.environ["TASKS"], "w") as file:
+    file.write(" ".join(str(one.pid) for one in started))
 sys.exit(max(one.wait() for one in started))
 """
 
@@ -51,7 +58,7 @@ def allocation(tmp_path: Path) -> dict[str, str]:
     """The environment of a batch script, and programs that stand in for Slurm's."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
+    for name, text in (("scontrol", SCONTROL), ("scancel", SCANCEL), ("srun", SRUN)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     return {
@@ -59,6 +66,8 @@ def allocation(tmp_path: Path) -> dict[str, str]:
         "PYTHON": sys.executable,
         "RUNS": str(tmp_path / "runs"),
         "REQUEUED": str(tmp_path / "requeued"),
+        "CANCELLED": str(tmp_path / "cancelled"),
+        "TASKS": str(tmp_path / "tasks"),
         "MASTER_PORT": "0",
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "node[1-2]",
@@ -113,10 +122,20 @@ def test_what_goes_back_into_the_queue(
 
 def test_tasks_get_the_words_and_the_threads(allocation: dict[str, str]) -> None:
     told = "import os, sys; print(sys.argv[1:], os.environ['OMP_NUM_THREADS'])"
-    more = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_CPUS_PER_TASK": "5", "SLURM_NTASKS": "1"}
+    more = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "3"} | {
+        "SLURM_CPUS_PER_TASK": "5",
+        "SLURM_NTASKS": "1",
+    }
     done = run(allocation, told, "my job.yaml", "name=a b", **more)
     words = ["-u", "launcher/run.py", "my job.yaml", "name=a b", "seed=3", "--runs"]
     assert done.stdout.strip() == f"{[*words, allocation['RUNS']]} 5"
+
+
+def test_a_task_of_an_array_names_itself_alone(allocation: dict[str, str]) -> None:
+    """The number of its job may be that of the whole array."""
+    more = {"SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "3"}
+    run(allocation, "raise SystemExit(75)", "job", **more)
+    assert requeued(allocation) == ["4711_3"]
 
 
 def test_without_a_job_it_says_how(allocation: dict[str, str]) -> None:
@@ -147,6 +166,7 @@ def test_a_preempted_run_is_queued_again_and_goes_on(
     ended = running.end()
     assert ended.code == 143
     assert requeued(allocation) == ["4711"]
+    assert Path(allocation["CANCELLED"]).read_text() == "--signal=TERM 4711\n"
     state = json.loads((run_dir / "state.json").read_text())
     assert (state["status"], state["reason"]) == ("stopped", "SIGTERM")
     start([command], [{**allocation, "SLURM_RESTART_COUNT": "1"}]).end().assert_done()

@@ -232,6 +232,12 @@ def start_without_ssh(hosts: tuple[Host, Host], start: Callable[..., Any]) -> Ca
     return begin
 
 
+@pytest.fixture
+def hostfile(hosts: tuple[Host, Host]) -> Callable[..., Path]:
+    """Write a hostfile of both into a folder."""
+    return lambda folder, slots=None: write_hostfile(folder, hosts, slots)
+
+
 def write_hostfile(
     folder: Path, hosts: Sequence[Host], slots: Mapping[str, int] | None = None
 ) -> Path:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import yaml
 
 from babyllama_ds.errors import LOST_EXIT_CODE
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.nodes
 
@@ -238,3 +241,34 @@ def test_hosts_with_different_numbers_of_slots_train(
         running.end().assert_done()
     found = json.loads((tmp_path / "runs" / "tiny-1" / "student" / "training.json").read_text())
     assert found
+
+
+LOOK = """
+from pathlib import Path
+from babyllama_ds.doctor.hosts import hosts, read_hostfile
+for found in hosts(read_hostfile(Path("hostfile")), "cpu", ssh_port=None):
+    print(found.check, found.status, found.found)
+"""
+
+
+def test_the_doctor_sees_who_can_be_reached(
+    tmp_path: Path, hosts: Any, start: Callable[..., Any], hostfile: Callable[..., Path]
+) -> None:
+    a, b = hosts
+    hostfile(tmp_path)
+
+    def look() -> str:
+        words = ["env", "-C", tmp_path, f"PYTHONPATH={ROOT}", sys.executable, "-c", LOOK]
+        out: str = start([a.words(*words)]).end().out
+        return out
+
+    found = look()
+    assert "host host-a ok" in found
+    assert "host host-b ok host-b: 1 slots" in found
+    b.cut_off()
+    try:
+        found = look()
+    finally:
+        b.reconnect()
+    assert "host host-a ok" in found
+    assert "host host-b failure not reached, or not ready: ssh ended with status 255" in found

@@ -77,7 +77,6 @@ def test_the_other_ranks_end_alike_and_silently(
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
 @pytest.mark.parametrize(("local_rank", "told"), [("0", True), ("1", False)])
 def test_ranks_that_do_not_meet_are_heard_on_every_node(
     local_rank: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -90,6 +89,7 @@ def test_ranks_that_do_not_meet_are_heard_on_every_node(
     assert ("port 1: got nobody" in capsys.readouterr().err) == told
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
 def test_our_own_mistake_has_its_trace_from_where_it_happened(
     rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
