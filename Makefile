@@ -30,7 +30,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock clean
+.PHONY: help setup distill test test-data test-nodes test-lm-eval bench bench-grid grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -48,10 +48,13 @@ distill: setup  ## run a job: JOB=… RUNS=… NPROC=… ARGS="key=value …"
 	$(BIN)/deepspeed --quiet --num_gpus $(NPROC) $(LAUNCH) launcher/run.py $(JOB) --runs $(RUNS) $(ARGS)
 
 test: setup  ## run the tests (no GPU, no corpus needed)
-	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not data"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not gpu and not data and not nodes"
 
 test-data: setup  ## run the tests on real text: BABYLM_DATA=…
 	$(BIN)/pytest -m data
+
+test-nodes: setup  ## run jobs across two hosts made here (root; apt: openssh-server pdsh iproute2)
+	$(BIN)/pytest -m nodes
 
 test-lm-eval: setup  ## compare minimal pairs with lm-eval's, item by item (installs it)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'

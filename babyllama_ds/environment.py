@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -36,6 +37,32 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         },
     }
+
+
+def compared_code() -> dict[str, Any]:
+    """What must be the same on every node of a run: versions, and this package's own files."""
+    return {
+        "python": platform.python_version(),
+        **{f"version of {name}": _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "code of babyllama_ds": code_hash(),
+    }
+
+
+def compared_hardware(device_kind: str) -> dict[str, Any]:
+    """What should be: on a processor or card of another kind, kernels round otherwise."""
+    if device_kind == "cuda":
+        return {"CUDA device": torch.cuda.get_device_name()}
+    return {"CPU capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def code_hash() -> str:
+    """SHA-256 of the package's sources, in short: what is installed, with a commit or without."""
+    root = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _commit() -> str | None:

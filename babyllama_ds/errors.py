@@ -14,6 +14,9 @@ from typing import Self
 EXIT_CODE = 2
 """Exit status of every rank after a `UserError`."""
 
+LOST_EXIT_CODE = 75
+"""Exit status of the ranks that are left when a node is gone: sysexits.h's "try again later"."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
@@ -37,6 +40,9 @@ class Problem:
 
 class UserError(Exception):
     """Base of the family: one or more `Problem`s, printed together."""
+
+    shared = True
+    """Whether all ranks raise it together, so that rank 0 speaks for them."""
 
     def __init__(self, *problems: Problem) -> None:
         assert problems, "an error without a problem says nothing"
@@ -82,6 +88,12 @@ class ModelError(UserError):
 
 class MachineError(UserError):
     """The machine lacks what the job asks for by name."""
+
+
+class MeetingError(MachineError):
+    """The ranks of several processes do not find each other, or differ in what they run."""
+
+    shared = False
 
 
 class RunError(UserError):

@@ -24,7 +24,7 @@ from babyllama_ds.spec.resolved import dump_job
 # stage's fingerprint instead), and what is measured afterwards.
 FREE_KEYS = re.compile(
     r"evaluation(\..*)?"
-    r"|deepspeed\.(device|config|compile)"
+    r"|deepspeed\.(device|config|compile|join_timeout_minutes|node_timeout_minutes)"
     r"|distillation\.(chunk_tokens|cache_tier)"
     r"|.*\.(micro_batch|gradient_checkpointing|log_every_steps|profile_steps)"
     r"|.*\.(checkpoint_every_steps|model\.attention)"
@@ -102,6 +102,11 @@ def differing_keys(
     for key in sorted(left.keys() | right.keys()):
         if left.get(key) != right.get(key) and not FREE_KEYS.fullmatch(key):
             yield key, left.get(key), right.get(key)
+
+
+def flat_job(job: JobSpec) -> dict[str, Any]:
+    """Every value of a job, by key path."""
+    return dict(_flat(_plain(job)))
 
 
 def _experiment(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,11 +145,15 @@ class Running:
     """Commands started together in process groups of their own, with their output in files."""
 
     def __init__(
-        self, commands: Sequence[Sequence[str]], folder: Path, envs: Sequence[Mapping[str, str]]
+        self,
+        commands: Sequence[Sequence[str]],
+        folder: Path,
+        envs: Sequence[Mapping[str, str]],
+        limit_s: float,
     ) -> None:
         self._paths = (folder / "out.txt", folder / "err.txt")
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._deadline_s = time.monotonic() + LAUNCH_LIMIT_S
+        self._deadline_s = time.monotonic() + limit_s
         folder.mkdir(parents=True)
         with self._paths[0].open("wb") as out, self._paths[1].open("wb") as err:
             for command, env in zip(commands, envs, strict=True):
@@ -219,11 +223,13 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ru
     started: list[Running] = []
 
     def begin(
-        commands: Sequence[Sequence[object]], envs: Sequence[Mapping[str, str]] = ({},)
+        commands: Sequence[Sequence[object]],
+        envs: Sequence[Mapping[str, str]] = ({},),
+        limit_s: float = LAUNCH_LIMIT_S,
     ) -> Running:
         words = [[str(word) for word in command] for command in commands]
         environments = [{**plain_environment(), **env} for env in envs]
-        started.append(Running(words, folder / str(len(started)), environments))
+        started.append(Running(words, folder / str(len(started)), environments, limit_s))
         return started[-1]
 
     yield begin

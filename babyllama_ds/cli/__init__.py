@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from babyllama_ds.cli.commands import check, is_lead, run
+from babyllama_ds.cli.commands import check, is_first_of_node, is_lead, run
 from babyllama_ds.cli.words import Parser, add_job_arguments, command_line, parse
 from babyllama_ds.errors import EXIT_CODE, Stopped, UserError
 
@@ -34,7 +34,7 @@ def exit_code_of(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        if is_lead():
+        if is_lead() or (not error.shared and is_first_of_node()):
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
     except Stopped as stop:

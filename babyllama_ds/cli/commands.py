@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from babyllama_ds.errors import DataError
+from babyllama_ds.slurm import describe_task
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.spec.shipped import find_job
@@ -20,13 +21,15 @@ from babyllama_ds.spec.shipped import find_job
 
 def check(job: str, overrides: Sequence[str]) -> None:
     """Validate a job and print it with every default spelled out; on rank 0 only."""
+    describe_task()
     resolved = load_job(find_job(job), overrides)
     if is_lead():
         print(dump_job(resolved), end="")
 
 
 def run(job: str, overrides: Sequence[str], *, runs: Path) -> None:
-    """Run a job on the ranks that the launcher started (one, without it)."""
+    """Run a job on the ranks that the launcher or srun started (one, without them)."""
+    describe_task()
     resolved = load_job(find_job(job), overrides)
     from babyllama_ds.console import configure_logging
     from babyllama_ds.pipeline import run_job
@@ -67,7 +70,13 @@ def doctor(options: argparse.Namespace) -> None:
     print("examining this machine ...", file=sys.stderr)
     start_s = time.monotonic()
     device = resolve_device(options.device)
-    findings = examine(options.runs, device, compiled=options.compile)
+    findings = examine(
+        options.runs,
+        device,
+        compiled=options.compile,
+        hostfile=options.hostfile,
+        ssh_port=options.ssh_port,
+    )
     show = as_json if options.json else as_table
     print(show(findings, seconds=time.monotonic() - start_s), end="")
     refuse_failures(findings)
@@ -182,3 +191,8 @@ def schema(*, in_words: bool) -> None:
 def is_lead() -> bool:
     """Whether this rank speaks for all."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_of_node() -> bool:
+    """Whether this rank speaks for those of its machine, where rank 0 may not be heard."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -168,6 +168,12 @@ def _add_doctor(examiner: argparse.ArgumentParser) -> None:
     examiner.add_argument(
         "--compile", action="store_true", help="prove torch.compile too (about a minute more)"
     )
+    examiner.add_argument(
+        "--hostfile", type=Path, metavar="FILE", help="look at these hosts too, over ssh"
+    )
+    examiner.add_argument(
+        "--ssh-port", type=_positive, metavar="N", help="with --hostfile: where ssh listens"
+    )
     examiner.add_argument("--json", action="store_true", help="print the findings as JSON")
     examiner.set_defaults(command=does.doctor)
 

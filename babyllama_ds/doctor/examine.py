@@ -12,6 +12,7 @@ from babyllama_ds.doctor.attention import attention
 from babyllama_ds.doctor.devices import bf16, devices
 from babyllama_ds.doctor.disk import disk
 from babyllama_ds.doctor.findings import Finding
+from babyllama_ds.doctor.hosts import hosts, read_hostfile
 from babyllama_ds.doctor.versions import versions
 from babyllama_ds.doctor.world import Started, worlds
 from babyllama_ds.doctor.zero2 import not_compiled, zero2
@@ -19,13 +20,27 @@ from babyllama_ds.engine.compiling import what_compiling_lacks
 from babyllama_ds.engine.distributed import Device, quiet_known_noise
 
 
-def examine(runs: Path, device: Device, *, compiled: bool) -> list[Finding]:
+def examine(
+    runs: Path,
+    device: Device,
+    *,
+    compiled: bool,
+    hostfile: Path | None = None,
+    ssh_port: int | None = None,
+) -> list[Finding]:
     """Try everything out. The ranks work while this process does the checks that need none.
 
-    `compiled` asks for the proof of torch.compile too, where there is a compiler.
+    `compiled` asks for the proof of torch.compile too, where there is a compiler; `hostfile` for a
+    look at the hosts that it names.
+
+    Raises:
+        MachineError: the hostfile cannot be read.
     """
     quiet_known_noise()
+    slots = None if hostfile is None else read_hostfile(hostfile)
     found = [*versions(), *devices(device), *disk(runs)]
+    if slots is not None:
+        found += hosts(slots, device, ssh_port=ssh_port)
     lacking = what_compiling_lacks(device) if compiled else None
     compiled = compiled and lacking is None
     with ExitStack() as stack:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
 import socket
+import struct
+import threading
 import warnings
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from babyllama_ds import ranks
-from babyllama_ds.errors import MachineError
+from babyllama_ds.engine.joining import Facts, Joined, join
+from babyllama_ds.engine.watching import NodeWatch
+from babyllama_ds.environment import compared_code, compared_hardware
+from babyllama_ds.errors import EXIT_CODE, MachineError, MeetingError, Stopped, UserError
 from babyllama_ds.memory import keep_freed_memory
 from babyllama_ds.models.documents import sequences_of
 
@@ -24,6 +33,12 @@ Device = Literal["cpu", "cuda"]
 
 BF16_CAPABILITY = 8
 """The least compute capability (major version) of a card with bf16 arithmetic."""
+
+JOIN_TIMEOUT_S = 600.0
+NODE_TIMEOUT_S = 300.0
+
+# Of the world this process is in; none where all ranks are on one node.
+_watch: NodeWatch | None = None
 
 
 def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
@@ -66,11 +81,21 @@ def check_precision(device: Device, precision: Literal["bf16", "fp32"]) -> None:
         )
 
 
-def start(device: Device) -> torch.device:
+def start(
+    device: Device,
+    *,
+    same: Mapping[str, Any] | None = None,
+    join_timeout_s: float = JOIN_TIMEOUT_S,
+    node_timeout_s: float = NODE_TIMEOUT_S,
+) -> torch.device:
     """Join the process group that the launcher describes (alone if there is none).
 
     Returns this rank's device. Threads of CPU ranks are shared out, so that two ranks on two
-    cores run one thread each instead of four between them.
+    cores run one thread each instead of four between them. `same` is compared between ranks,
+    beside versions and code.
+
+    Raises:
+        MeetingError: not all ranks came within `join_timeout_s`, or they differ.
     """
     # Read at deepspeed's import: without it a CPU job on a machine with a GPU would start NCCL.
     os.environ["DS_ACCELERATOR"] = device
@@ -86,13 +111,26 @@ def start(device: Device) -> torch.device:
         torch.set_num_threads(threads_per_rank())
         keep_freed_memory()
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if device == "cuda" else "gloo")
+        backend = "nccl" if device == "cuda" else "gloo"
+        # A world of one has nobody to meet, and torchrun's agents have met already.
+        if os.environ.get("WORLD_SIZE") != "1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            facts = Facts(
+                same={"deepspeed.device": device, **compared_code(), **(same or {})},
+                alike=compared_hardware(device) | {"threads per rank": torch.get_num_threads()},
+            )
+            _meet(backend, facts, join_timeout_s=join_timeout_s, node_timeout_s=node_timeout_s)
+        # Takes over the group that stands.
+        deepspeed.init_distributed(dist_backend=backend)
     ranks.start_control_group()
     return torch.device(device, ranks.local_rank()) if device == "cuda" else torch.device("cpu")
 
 
 def stop() -> None:
     """Leave the process group; a later `start` in this process makes another."""
+    global _watch
+    if _watch is not None:
+        _watch.leave()
+        _watch = None
     if dist.is_initialized():
         import deepspeed
 
@@ -101,6 +139,29 @@ def stop() -> None:
         deepspeed.comm.destroy_process_group()
         # Engines lie in reference cycles, which still hold groups and so gloo's threads.
         gc.collect()
+
+
+@contextmanager
+def failures_told() -> Iterator[None]:
+    """An error that is this rank's alone reaches the other nodes, which would wait for it.
+
+    A gradient collective breaks off with an error of the network where another node's ranks have
+    died: then the watch ends this process too, and says so.
+    """
+    try:
+        yield
+    except (UserError, Stopped, ranks.RemoteError):
+        raise  # all ranks do
+    except BaseException as error:
+        if _watch is not None:
+            _watch.failed(error)
+        raise
+
+
+def when_a_node_is_lost(tell: Callable[[str, dict[str, Any]], None]) -> None:
+    """Have `tell(reason, facts)` called before this process ends because another node is gone."""
+    if _watch is not None:
+        _watch.tell = tell
 
 
 def threads_per_rank() -> int:
@@ -118,6 +179,83 @@ def quiet_known_noise() -> None:
     # DeepSpeed calls collectives by names that torch is about to drop.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     transformers_logging.disable_progress_bar()
+
+
+def _meet(backend: str, facts: Facts, *, join_timeout_s: float, node_timeout_s: float) -> None:
+    """Make the process group of all ranks, and watch the other nodes from here on."""
+    global _watch
+    import deepspeed
+
+    timeout: timedelta = deepspeed.constants.default_pg_timeout
+    joined = join(facts, timeout_s=join_timeout_s, store_timeout=timeout)
+    if joined.num_nodes > 1:
+        _choose_interface(joined)
+        _watch = NodeWatch(joined, timeout_s=node_timeout_s)
+        _watch.start()
+    else:
+        for link in joined.links.values():
+            link.close()
+    with _connecting_within(join_timeout_s):
+        dist.init_process_group(
+            backend,
+            store=joined.store,
+            rank=joined.world.rank,
+            world_size=joined.world.size,
+            timeout=timeout,
+            # As DeepSpeed does: NCCL then makes every later group out of this one.
+            device_id=torch.device("cuda", ranks.local_rank()) if backend == "nccl" else None,
+        )
+
+
+def _choose_interface(joined: Joined) -> None:
+    """Let gloo use the interface that leads to rank 0, where the environment names none.
+
+    By itself it takes the address of this host's name, which on many systems is 127.0.1.1: no
+    other host finds it there.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    world = joined.world
+    family = socket.getaddrinfo(world.address, world.port)[0][0]
+    if family != socket.AF_INET:
+        return
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((world.address, world.port))  # sends nothing
+        own = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            asked = struct.pack("256s", name.encode()[:15])
+            with suppress(OSError):  # an interface without an address
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, asked)
+                if socket.inet_ntoa(answer[20:24]) == own:
+                    log.info("gloo uses the interface %s (%s)", name, own)
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+                    return
+
+
+_SIOCGIFADDR = 0x8915
+
+
+@contextmanager
+def _connecting_within(limit_s: float) -> Iterator[None]:
+    """End the process when ranks that have met do not reach each other for the collectives."""
+
+    def end() -> None:
+        problem = MeetingError.of(
+            f"rank {os.environ['RANK']} of host {socket.gethostname()}",
+            got=f"no connection to the other ranks within {limit_s:g} s, though all have come",
+            expected="every rank to reach every other",
+            hint="name the interface between the nodes: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME",
+        )
+        os.write(2, f"error: {problem}\n".encode())
+        os._exit(EXIT_CODE)
+
+    timer = threading.Timer(limit_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _describe_lone_rank() -> None:

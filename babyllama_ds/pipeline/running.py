@@ -15,7 +15,7 @@ from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.errors import Stopped, UserError
 from babyllama_ds.pipeline.stages import Pipeline
-from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.rundir import RunDirectory, flat_job
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.stopping import StopRequest, started_by_launcher
 from babyllama_ds.store import RunLock, Store
@@ -32,10 +32,16 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     """
     stop = StopRequest(watch_parent=started_by_launcher())
     stop.install()
-    device = distributed.start(distributed.resolve_device(job.deepspeed.device))
+    device = distributed.start(
+        distributed.resolve_device(job.deepspeed.device),
+        same={f"the job's {key}": value for key, value in flat_job(job).items()},
+        join_timeout_s=60 * job.deepspeed.join_timeout_minutes,
+        node_timeout_s=60 * job.deepspeed.node_timeout_minutes,
+    )
     directory = RunDirectory(runs / job.run_name)
     try:
-        with ranks.held_by_rank_zero(RunLock(directory.path, launcher_pid=stop.launcher_pid)):
+        lock = RunLock(directory.path, launcher_pid=stop.launcher_pid)
+        with distributed.failures_told(), ranks.held_by_rank_zero(lock):
             ranks.on_rank_zero(lambda: directory.open(job))
             with _state_kept(directory):
                 Pipeline(
@@ -53,6 +59,9 @@ def _state_kept(directory: RunDirectory) -> Iterator[None]:
     lead = ranks.rank() == 0
     if lead:
         directory.set_state("running", pid=os.getpid(), since=time.time())
+        distributed.when_a_node_is_lost(
+            lambda text, facts: directory.set_state("failed", error=text, **facts)
+        )
     try:
         yield
     except Stopped as stop:

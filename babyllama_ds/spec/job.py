@@ -104,6 +104,11 @@ class DeepSpeedSpec(Spec):
     compile: Literal["auto", "none", "student", "all"] = "auto"
     """What torch.compile makes faster: the models that are trained (`student`), the frozen
     teachers beside them too (`all`), or nothing; `auto`: see docs/decisions/compiling.md."""
+    join_timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 10.0
+    """How long ranks wait at the start until all of them have come."""
+    node_timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 5.0
+    """How long another node's host may be silent (switched off, cut off) before all ranks end;
+    nodes that compute for long are not silent."""
 
 
 class JobSpec(Spec):

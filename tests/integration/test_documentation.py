@@ -37,6 +37,7 @@ NOT_TYPED = {
     "tensorboard": "serves until it is stopped",
     "scp": "wants another machine",
     "rsync": "wants another machine",
+    "sbatch": "wants a cluster",
 }
 
 
@@ -150,6 +151,8 @@ def of_ours(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
     if any(re.fullmatch(r"\[?[A-Z_/]+\]?", word) or word.startswith("[") for word in words):
         done = ask([str(BIN / "babyllama-ds"), words[0], "--help"], home)
         return knows_options(done, words)
+    if "--hostfile" in words:  # nobody is there
+        return knows_options(ask([str(BIN / "babyllama-ds"), words[0], "--help"], home), words)
     if words[0] == "generate" and "--tokens" not in words:
         words = [*words, "--tokens", "20"]  # the tiny model has 64 positions
     return ask([str(BIN / "babyllama-ds"), *words], home)

@@ -16,7 +16,7 @@ import yaml
 
 import babyllama_ds
 from babyllama_ds import cli
-from babyllama_ds.errors import DataError, JobError, Problem, RunError, Stopped
+from babyllama_ds.errors import DataError, JobError, MeetingError, Problem, RunError, Stopped
 from babyllama_ds.ranks import RemoteError
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +75,18 @@ def test_the_other_ranks_end_alike_and_silently(
     monkeypatch.setenv("RANK", "1")
     assert cli.exit_code_of(raising(error)) == code
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("local_rank", "told"), [("0", True), ("1", False)])
+def test_ranks_that_do_not_meet_are_heard_on_every_node(
+    local_rank: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 may not be there to speak for them."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    error = MeetingError.of("port 1", got="nobody", expected="rank 0")
+    assert cli.exit_code_of(raising(error)) == 2
+    assert ("port 1: got nobody" in capsys.readouterr().err) == told
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -315,9 +327,11 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     asked: list[Any] = []
 
-    def stand_in(runs: Path, device: str, *, compiled: bool) -> list[Any]:
+    def stand_in(
+        runs: Path, device: str, *, compiled: bool, hostfile: Path | None, ssh_port: int | None
+    ) -> list[Any]:
         findings = asked.pop()
-        asked.append((runs, device, compiled))
+        asked.append((runs, device, compiled, hostfile, ssh_port))
         return findings
 
     monkeypatch.setattr(examine, "examine", stand_in)
@@ -332,15 +346,16 @@ def test_the_doctor_says_what_it_found_and_how_it_ends(
     well = [ok("host", "2 cores"), warning("disk", "2 GiB free", remedy="free some")]
     examined.append(well)
     assert cli.main(["doctor", "--device", "cpu", "--runs", "there"]) == 0
-    assert examined == [(Path("there"), "cpu", False)]
+    assert examined == [(Path("there"), "cpu", False, None, None)]
     out, err = capsys.readouterr()
     assert "remedy: free some" in out
     assert "1 ok, 1 warning, 0 failures" in out
     assert err == "examining this machine ...\n"
 
+    hosts = ["--hostfile", "file", "--ssh-port", "2222"]
     examined[:] = [[*well, failure("locks", "none", remedy="mount it with them")]]
-    assert cli.main(["doctor", "--device", "cpu", "--compile", "--json"]) == 2
-    assert examined == [(Path("runs"), "cpu", True)]
+    assert cli.main(["doctor", "--device", "cpu", "--compile", "--json", *hosts]) == 2
+    assert examined == [(Path("runs"), "cpu", True, Path("file"), 2222)]
     out, err = capsys.readouterr()
     assert json.loads(out)["counts"]["failure"] == 1
     assert "error: doctor: got 1 failure: locks, expected none" in err

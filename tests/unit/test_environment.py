@@ -136,3 +136,25 @@ def test_an_archive_of_the_checkout_names_the_commit(git: Git, checkout: Path) -
     assert environment._commit() is None
     shutil.unpack_archive(checkout / "archive.zip", checkout)
     assert re.fullmatch("[0-9a-f]{40}", environment._commit() or "")
+
+
+def test_what_nodes_compare() -> None:
+    compared = environment.compared_code()
+    assert json.loads(json.dumps(compared)) == compared
+    assert compared["version of torch"] == version("torch")
+    assert compared["python"] == platform.python_version()
+    hardware = environment.compared_hardware("cpu")
+    assert hardware == {"CPU capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def test_code_is_the_same_wherever_it_lies_and_another_after_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(babyllama_ds.__file__).parent
+    here = environment.code_hash()
+    shutil.copytree(package, tmp_path / "copy", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "copy" / "environment.py"))
+    assert environment.code_hash() == here
+    changed = tmp_path / "copy" / "losses" / "rows.py"
+    changed.write_text(changed.read_text() + "\n")
+    assert environment.code_hash() != here

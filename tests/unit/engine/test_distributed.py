@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
-from babyllama_ds.errors import MachineError
+from babyllama_ds.engine.joining import Joined, World
+from babyllama_ds.errors import MachineError, Stopped
 
 LAUNCHER_WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 
@@ -219,3 +220,66 @@ def test_only_known_noise_is_silenced() -> None:
         (UserWarning, "file.py"),
         (FutureWarning, "file.py"),
     ]
+
+
+# -- several nodes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("named", [None, "eth7"])
+def test_gloo_takes_the_interface_that_leads_to_rank_0(
+    named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", named or "")
+    if named is None:
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    world = World(rank=1, size=2, address="127.0.0.1", port=29500)
+    distributed._choose_interface(Joined(world=world, members=(), store=None, links={}))
+    assert os.environ["GLOO_SOCKET_IFNAME"] == (named or "lo")
+
+
+UNCONNECTED = """
+import os, time
+os.environ["RANK"] = "3"
+from babyllama_ds.engine import distributed
+with distributed._connecting_within(0.2):
+    time.sleep(30)  # as torch does, for half an hour
+"""
+
+
+def test_ranks_that_met_but_cannot_connect_end_in_time() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", UNCONNECTED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "no connection to the other ranks within 0.2 s, though all have come" in done.stderr
+    assert "GLOO_SOCKET_IFNAME" in done.stderr
+
+
+class Watch:
+    """A watch that only notes what it is told."""
+
+    def __init__(self) -> None:
+        self.heard: list[BaseException] = []
+
+    def failed(self, error: BaseException) -> None:
+        self.heard.append(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("CUDA error"), True),
+        (KeyError("x"), True),
+        (MachineError.of("a", got="b", expected="c"), False),
+        (Stopped("SIGTERM"), False),
+        (ranks.RemoteError(1, "KeyError", "x"), False),
+    ],
+)
+def test_what_one_rank_fails_with_alone_is_told(
+    error: Exception, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch = Watch()
+    monkeypatch.setattr(distributed, "_watch", watch)
+    with pytest.raises(type(error)), distributed.failures_told():
+        raise error
+    assert watch.heard == ([error] if told else [])

@@ -1,0 +1,231 @@
+"""Ranks that meet, in threads of this process: who is missing, who differs, who is a stranger."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from babyllama_ds.engine import joining
+from babyllama_ds.engine.joining import Facts, Joined, Member, World, named
+from babyllama_ds.errors import MeetingError
+
+STORE_TIMEOUT = timedelta(seconds=20)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+def member(rank: int, host: str) -> Member:
+    return Member(rank=rank, host=host, node=host, pid=rank)
+
+
+def meet(
+    port: int,
+    *members: tuple[int, str, Facts],
+    size: int,
+    timeout_s: float = 1.0,
+    before: Callable[[], None] = lambda: None,
+) -> list[Joined | MeetingError]:
+    """What comes of each, in order; every rank in a thread of its own."""
+
+    def one(rank: int, host: str, facts: Facts) -> Joined | MeetingError:
+        world = World(rank=rank, size=size, address="127.0.0.1", port=port)
+        work = joining._gather if rank == 0 else joining._report
+        try:
+            return work(
+                world,
+                member(rank, host),
+                facts,
+                timeout_s=timeout_s,
+                store_timeout=STORE_TIMEOUT,
+            )
+        except MeetingError as error:
+            return error
+
+    before()
+    with ThreadPoolExecutor(len(members)) as pool:
+        return list(pool.map(lambda each: one(*each), members))
+
+
+def close(outcomes: list[Any]) -> None:
+    for outcome in outcomes:
+        if isinstance(outcome, Joined):
+            for link in outcome.links.values():
+                link.close()
+
+
+def text(outcome: Joined | MeetingError) -> str:
+    assert isinstance(outcome, MeetingError), outcome
+    return str(outcome)
+
+
+# -- all is well ----------------------------------------------------------------------------------
+
+
+def test_all_know_all_and_share_a_store(port: int) -> None:
+    facts = Facts(same={"python": "3.11"}, alike={"CPU": "AVX2"})
+    found = meet(port, (2, "b", facts), (0, "a", facts), (1, "a", facts), size=3, timeout_s=20)
+    joined = [one for one in found if isinstance(one, Joined)]
+    assert len(joined) == 3
+    for one in joined:
+        assert one.members == (member(0, "a"), member(1, "a"), member(2, "b"))
+        assert one.num_nodes == 2
+    joined[0].store.set("key", "of rank 2")
+    assert joined[2].store.get("key") == b"of rank 2"
+    assert set(joined[1].links) == {1, 2}
+    assert set(joined[0].links) == {0}
+    close(found)
+
+
+def test_names_of_ranks_by_host() -> None:
+    those = [member(0, "a"), member(1, "a"), member(2, "b")]
+    assert named(those) == "host a (ranks 0, 1), host b (rank 2)"
+
+
+# -- somebody is missing --------------------------------------------------------------------------
+
+
+def test_those_who_came_are_told_who_is_missing(port: int) -> None:
+    found = meet(port, (0, "a", Facts()), (2, "b", Facts()), size=4)
+    for outcome in found:
+        assert (
+            "got 2 of 4 ranks within 1 s: host a (rank 0), host b (rank 2); missing: ranks 1, 3"
+            in text(outcome)
+        )
+
+
+def test_rank_0_is_not_there(port: int) -> None:
+    (found,) = meet(port, (3, "b", Facts()), size=4, timeout_s=0.5)
+    assert "rank 0 was not found there by host b (rank 3) within 0.5 s" in text(found)
+    assert "refused" in text(found)
+
+
+def test_something_else_listens_there() -> None:
+    """It takes the connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port: int = other.getsockname()[1]
+        joining_s = joining.ANSWER_S
+        joining.ANSWER_S = 0.2
+        try:
+            (found,) = meet(port, (1, "b", Facts()), size=2, timeout_s=0.3)
+        finally:
+            joining.ANSWER_S = joining_s
+        assert "something listens there that is not rank 0 of this run" in text(found)
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port: int = other.getsockname()[1]
+        (found,) = meet(port, (0, "a", Facts()), size=2)
+        assert f"port {port} of host" in text(found)
+        assert "taken by another program" in text(found)
+        assert "--master_port" in text(found)
+
+
+# -- somebody is wrong ----------------------------------------------------------------------------
+
+
+def test_other_versions_are_refused_on_every_rank(port: int) -> None:
+    ours, theirs = (
+        Facts(same={"version of torch": "2.13"}),
+        Facts(same={"version of torch": "2.12"}),
+    )
+    found = meet(port, (0, "a", ours), (1, "a", ours), (2, "b", theirs), size=3, timeout_s=20)
+    for outcome in found:
+        assert (
+            'version of torch: got "2.13" on host a (ranks 0, 1); "2.12" on host b (rank 2), '
+            "expected the same on every node" in text(outcome)
+        )
+
+
+def test_what_one_side_lacks_differs(port: int) -> None:
+    ours, theirs = Facts(same={"the job's new_key": 1}), Facts()
+    found = meet(port, (0, "a", ours), (1, "b", theirs), size=2, timeout_s=20)
+    assert "null on host b (rank 1)" in text(found[0])
+
+
+def test_other_hardware_is_warned_of(port: int, caplog: pytest.LogCaptureFixture) -> None:
+    ours, theirs = (
+        Facts(alike={"CPU capability": "AVX2"}),
+        Facts(alike={"CPU capability": "AVX512"}),
+    )
+    with caplog.at_level(logging.WARNING, logger="babyllama_ds"):
+        found = meet(port, (0, "a", ours), (1, "b", theirs), size=2, timeout_s=20)
+    assert all(isinstance(outcome, Joined) for outcome in found)
+    (record,) = caplog.records
+    assert 'CPU capability differs: "AVX2" on host a (rank 0); "AVX512" on host b (rank 1)' in (
+        record.getMessage()
+    )
+    close(found)
+
+
+def test_a_rank_that_comes_twice_is_refused_alone(port: int) -> None:
+    """Two nodes were given the same number, or another run the same port."""
+    found = meet(
+        port, (0, "a", Facts()), (1, "b", Facts()), (1, "c", Facts()), size=2, timeout_s=1.0
+    )
+    joined = [outcome for outcome in found if isinstance(outcome, Joined)]
+    refused = [outcome for outcome in found if isinstance(outcome, MeetingError)]
+    assert len(joined) == 2
+    # The second to come finds the meeting over, or the first one there.
+    assert len(refused) == 1
+    close(found)
+
+
+def test_another_number_of_ranks_is_refused(port: int) -> None:
+    world = World(rank=1, size=3, address="127.0.0.1", port=port)
+    refused = joining._refused(member(1, "b"), 2, {0: member(0, "a")}, world)
+    assert refused is not None
+    assert "got a launch of 2 ranks, expected 3, as on host a" in str(refused)
+    assert joining._refused(member(1, "b"), 3, {0: member(0, "a")}, world) is None
+    assert joining._refused(member(3, "b"), 3, {0: member(0, "a")}, world) is not None
+    twice = joining._refused(member(1, "b"), 3, {0: member(0, "a"), 1: member(1, "c")}, world)
+    assert "another rank 1, of host c, was here before" in str(twice)
+
+
+def test_strangers_at_the_port_change_nothing(port: int) -> None:
+    def stranger() -> None:
+        for _ in range(100):
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=1) as link:
+                    link.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                return
+            except OSError:
+                threading.Event().wait(0.02)
+
+    thread = threading.Thread(target=stranger)
+    found = meet(
+        port,
+        (0, "a", Facts()),
+        (1, "b", Facts()),
+        size=2,
+        timeout_s=20,
+        before=thread.start,
+    )
+    thread.join()
+    assert all(isinstance(outcome, Joined) for outcome in found)
+    close(found)
+
+
+def test_a_launcher_that_says_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "")
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(MeetingError, match="no MASTER_ADDR, MASTER_PORT in the environment"):
+        World.told()
