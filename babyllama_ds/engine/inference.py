@@ -17,6 +17,7 @@ from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.precision import float_buffers_kept
 from babyllama_ds.engine.tensor_parallel import RankGroup, split
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.models.build import count_parameters
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.layers import LayerTap, hidden_width
 from babyllama_ds.models.parts import split_causal_lm
@@ -67,12 +68,21 @@ class FrozenModel:
         layers = tuple(layers)
         self._tap = LayerTap(model, layers, where=where) if layers else None
         self._group = group
+        self.params = count_parameters(model)
+        """Of the whole model, a shared one counted once."""
         self._model = model.eval().requires_grad_(False)
-        self._engine = _alone(model, device, dtype) if group is None else _split(model, group, dtype)
+        self._engine = (
+            _alone(model, device, dtype) if group is None else _split(model, group, dtype)
+        )
         self._states: Callable[[Tensor, Pieces | None], Tensor] = self._engine
         if with_compiler:
             assert group is None, "collectives in every layer are not compiled"
             self._states = compiled(self._engine)
+
+    @property
+    def module(self) -> nn.Module:
+        """The causal LM itself; of a split one, what this rank holds of it."""
+        return self._model
 
     @property
     def head(self) -> Head:

@@ -55,11 +55,11 @@ class RankGroup:
         sent = input_ids_BS
         if pieces is not None:
             sent = torch.stack([input_ids_BS, pieces.positions_BS.to(input_ids_BS.dtype)])
-        received = sent.new_empty(self.size, *sent.shape)
+        received = sent.new_empty(self.size * sent.shape[0], *sent.shape[1:])
         dist.all_gather_into_tensor(received, sent.contiguous(), group=self.members)
         if pieces is None:
-            return received.flatten(0, 1), None
-        ids, positions = (each.flatten(0, 1) for each in received.unbind(1))
+            return received, None
+        ids, positions = received.view(self.size, *sent.shape).transpose(0, 1).flatten(1, 2)
         return ids, Pieces(positions.to(torch.int32), sent.new_empty(0), longest=0)
 
     def own(self, of_all: Tensor) -> Tensor:
@@ -69,11 +69,11 @@ class RankGroup:
         """
         return of_all.chunk(self.size)[self.index].clone()
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any of its ranks. A collective of the group; waits for it."""
-        set_anywhere = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(set_anywhere, op=dist.ReduceOp.MAX, group=self.members)
-        return bool(set_anywhere.item())
+    def max_int(self, value: int) -> int:
+        """The largest `value` of its ranks. A collective of the group, which waits for it."""
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.members)
+        return int(largest.item())
 
 
 # (world, its groups by size): a new world needs new groups.
@@ -107,7 +107,9 @@ def forget_groups() -> None:
 def _made(size: int, device: torch.device) -> RankGroup:
     count, rank = ranks.world_size() // size, ranks.rank()
     # Each rank makes all groups, in the same order: so torch has it.
-    groups = [dist.new_group(list(range(first * size, (first + 1) * size))) for first in range(count)]
+    groups = [
+        dist.new_group(list(range(first * size, (first + 1) * size))) for first in range(count)
+    ]
     number, index = divmod(rank, size)
     return RankGroup(size, index, number, count, device, groups[number])
 

@@ -1,4 +1,4 @@
-"""Which models can be split over ranks (tensor parallelism): sizes enter, nothing or an error leaves.
+"""Which models can be split over ranks (tensor parallelism): sizes enter; nothing, or an error.
 
 Heads, key-value heads and inner columns are dealt out whole and in equal numbers. (DeepSpeed's
 AutoTP would give the first ranks more of them where they do not divide, and a rank nothing at all

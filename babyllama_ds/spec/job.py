@@ -218,17 +218,15 @@ class JobSpec(Spec):
 
     @field_validator("student")
     @classmethod
-    def _no_trial_of_split_teachers(
-        cls, student: StudentSpec, info: ValidationInfo
-    ) -> StudentSpec:
+    def _no_trial_of_split_teachers(cls, student: StudentSpec, info: ValidationInfo) -> StudentSpec:
         split = _split_teacher(info)
         if split is None or student.training.micro_batch != "auto":
             return student
         expected = f"a number, since {split} is split over ranks"
-        hint = "a trial that finds no memory on one rank would leave the others of its group waiting"
-        return consistent(
-            student, [Mismatch(("training", "micro_batch"), "auto", expected, hint)]
+        hint = (
+            "a trial that finds no memory on one rank would leave the others of its group waiting"
         )
+        return consistent(student, [Mismatch(("training", "micro_batch"), "auto", expected, hint)])
 
     @field_validator("deepspeed")
     @classmethod

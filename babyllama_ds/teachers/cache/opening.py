@@ -83,9 +83,7 @@ class _Opening:
         self.wanted, self.around = wanted, around
         self.entry = ranks.on_rank_zero(lambda: around.store.find(KIND, wanted.key))
         self.place, layout = ranks.on_rank_zero(self._place)
-        self.work = Work(
-            name=wanted.name, layout=layout, stop=around.stop, in_step=wanted.in_step
-        )
+        self.work = Work(name=wanted.name, layout=layout, stop=around.stop, in_step=wanted.in_step)
 
     def records(self, make_compute: Callable[[], Compute]) -> Records:
         layout, device = self.work.layout, self.around.device
