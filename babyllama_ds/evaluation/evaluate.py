@@ -93,7 +93,7 @@ def _begins_of(text: windows.DevWindows) -> BeginsOf:
 class SplitModel:
     """A model that several ranks run together, as one of them holds it."""
 
-    model: nn.Module
+    module: nn.Module
     params: int
     """Parameters of the whole."""
     share: Share
@@ -129,12 +129,11 @@ def evaluate_model(
         DataError: no development window, a sentence longer than the model's positions, or a
             prefix token that the tokenizer has not.
     """
-    share: Share | None = None
-    params: int | None = None
+    share, params = None, None
     if isinstance(model, Path):
         model = _load(model, attention=attention, where=f"evaluation of {name}")
     elif isinstance(model, SplitModel):
-        model, share, params = model.model, model.share, model.params
+        share, params, model = model.share, model.params, model.module
     model = model.to(device)
     vocab_size = len(tokenizer) if vocab_size is None else vocab_size
     result: dict[str, Any] = {

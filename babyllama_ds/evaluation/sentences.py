@@ -129,8 +129,8 @@ def score_sentences(
         lambda: _score_batches(model, unique, mine, device, vocab_size, on_batch)
     )
     scores = dict.fromkeys(unique, 0.0)
-    for share in ranks.gather_objects(local):
-        scores.update((unique[index], score) for index, score in share.items())
+    for of_rank in ranks.gather_objects(local):
+        scores.update((unique[index], score) for index, score in of_rank.items())
     return [_finite(scores[tuple(ids)]) for ids in token_ids]
 
 

@@ -86,7 +86,7 @@ def check_groups(parts: int, num_ranks: int, *, where: str) -> None:
     if num_ranks % parts:
         raise JobError.of(
             where,
-            got=f"{parts} with {num_ranks} ranks",
+            got=f"{parts} with {num_ranks} {'rank' if num_ranks == 1 else 'ranks'}",
             expected="a divisor of the number of ranks: each is in one group",
             hint=f"start a multiple of {parts} ranks (NPROC, --num_gpus), or change {where}",
         )

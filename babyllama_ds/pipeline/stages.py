@@ -263,7 +263,7 @@ class Pipeline:
             try:
                 result = measure(
                     SplitModel(
-                        model=frozen.module,
+                        module=frozen.module,
                         params=frozen.params,
                         share=Share(group.number, group.count, counts=group.index == 0),
                     ),
