@@ -64,13 +64,13 @@ class StopRequest:
             self._learnt = _LAUNCHER_GONE_CODE
         return _reason(self._code())
 
-    def agreed(self, max_int: Callable[[int], int] = ranks.max_int) -> str | None:
+    def agreed(self, max_int: Callable[[int], int] | None = None) -> str | None:
         """The reason that any rank knows, the same on every rank, or none; one small all-reduce.
 
-        `max_int`: that of some ranks, for those who go on together without the others.
+        `max_int`: that of some ranks (none: of all), who go on together without the others.
         """
         self.requested()
-        self._learnt = common = max_int(self._code())
+        self._learnt = common = (max_int or ranks.max_int)(self._code())
         return _reason(common)  # not what has come since: the other ranks do not know it
 
     def check(self) -> None:

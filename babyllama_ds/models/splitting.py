@@ -34,12 +34,14 @@ transformers' names (`model_type`). Others are refused, whatever AutoTP says of 
 layers to split by their names, and computes something else where they mean something else.
 """
 
+_FUSED = "DeepSpeed's AutoTP does not deal its one matrix of queries, keys and values out right"
+
 WRONGLY_SPLIT = {
     "gpt2": "DeepSpeed's AutoTP does not know it (its layers are no nn.Linear)",
-    "gpt_neox": "DeepSpeed's AutoTP deals its fused query, key and value weights out wrongly",
-    "bloom": "DeepSpeed's AutoTP deals its fused query, key and value weights out wrongly",
-    "falcon": "DeepSpeed's AutoTP deals its fused query, key and value weights out wrongly",
-    "phi3": "DeepSpeed's AutoTP deals its fused query, key and value weights out wrongly",
+    "gpt_neox": _FUSED,
+    "bloom": _FUSED,
+    "falcon": _FUSED,
+    "phi3": _FUSED,
     "olmo2": "its norms of queries and keys go over all heads, and a rank has some of them",
 }
 """What is known to fail, and why."""

@@ -26,6 +26,9 @@ from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.engine.tensor_parallel import RankGroup, rank_group
+from babyllama_ds.evaluation.cross_entropy import DevScore, evaluate_cross_entropy
+from babyllama_ds.evaluation.forward import Share
+from babyllama_ds.evaluation.sentences import score_sentences
 from babyllama_ds.losses.heads import logits
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.fused import fuse
@@ -68,7 +71,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama with biases": {"attention_bias": True, "mlp_bias": True},
     "llama with tied embeddings": {"tie_word_embeddings": True},
     "llama with plain attention": {"attn_implementation": "eager"},
-    "gemma2 with eager attention": {"attn_implementation": "eager"},
     "opt projected": {"word_embed_proj_dim": 16},
 }
 
@@ -214,6 +216,38 @@ def a_step(group: RankGroup) -> dict[str, float]:
     }
 
 
+def measured(group: RankGroup) -> dict[str, Any]:
+    """Scores of sentences and cross-entropy of windows, neither as many as groups divide."""
+    draw = torch.Generator().manual_seed(5)
+    windows_WS = torch.randint(0, VOCAB, (7, LENGTH), generator=draw).numpy()
+    sentences = [row[: 4 + number].tolist() for number, row in enumerate(windows_WS)]
+    model = model_of("qwen2")
+    whole, split = frozen(model, None), frozen(model, group)
+
+    def both(module: nn.Module, share: Share) -> tuple[list[float], DevScore]:
+        scores = score_sentences(
+            module, sentences, device=CPU, batch_tokens=20, vocab_size=VOCAB, share=share
+        )
+        dev = evaluate_cross_entropy(
+            module,
+            lambda ids: windows_WS[list(ids)],
+            len(windows_WS),
+            device=CPU,
+            batch_windows=2,
+            vocab_size=VOCAB,
+            share=share,
+        )
+        return scores, dev
+
+    exact_scores, exact = both(whole.module, Share.of_rank())
+    scores, found = both(split.module, Share(group.number, group.count, counts=group.index == 0))
+    return {
+        "sentences": distance(torch.tensor(scores), torch.tensor(exact_scores)),
+        "cross-entropy": abs(found.cross_entropy / exact.cross_entropy - 1),
+        "tokens": [found.num_tokens, exact.num_tokens],
+    }
+
+
 @dataclass(frozen=True)
 class NotGathering(RankGroup):
     """The fault: each rank runs its own windows, as many times as there are ranks."""
@@ -271,6 +305,7 @@ def on_two() -> dict[str, Any]:
         "documents": documents(group),
         "layers": layers(group),
         "step": a_step(group),
+        "measured": measured(group),
         "not gathering": without_gathering(group),
         "largest": group.max_int(ranks.rank() + 5),
         "refused": refused(group),
@@ -283,6 +318,7 @@ def on_four() -> dict[str, Any]:
         "place": [group.number, group.index, group.count],
         "llama": a_family("llama", group),
         "step": a_step(group),
+        "measured": measured(group),
         "largest": group.max_int(ranks.rank()),
         "sizes": two_sizes(),
     }
@@ -370,6 +406,14 @@ def test_a_distillation_step_has_the_same_gradients(
     for of_rank in request.getfixturevalue(world):
         assert of_rank["step"]["loss"] <= FP32_TOLERANCE
         assert of_rank["step"]["gradients"] <= 10 * FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("world", ["two", "four"])
+def test_groups_measure_a_split_model_once(world: str, request: pytest.FixtureRequest) -> None:
+    for of_rank in request.getfixturevalue(world):
+        assert of_rank["measured"]["sentences"] <= FP32_TOLERANCE
+        assert of_rank["measured"]["cross-entropy"] <= FP32_TOLERANCE
+        assert of_rank["measured"]["tokens"] == [7 * (LENGTH - 1)] * 2
 
 
 def test_two_groups_side_by_side(four: list[Any]) -> None:

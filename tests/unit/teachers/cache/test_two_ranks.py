@@ -146,22 +146,22 @@ def in_step(folder: Path) -> Any:
 def in_step_without_a_disk(folder: Path) -> Any:
     measure = opening.measure_room
     opening.measure_room = lambda *_: Room(device=None, device_total=0, host=10**9, disk=0)
-    found = opened(folder, "together in memory", Together(), tier="auto", in_step=True)
+    found = opened(folder, "together-in-memory", Together(), tier="auto", in_step=True)
     opening.measure_room = measure
     return found
 
 
 def one_fails_in_step(folder: Path) -> Any:
-    return opened(folder, "failing together", Together(fail_at=13), in_step=True)
+    return opened(folder, "failing-together", Together(fail_at=13), in_step=True)
 
 
 def one_is_stopped_in_step(folder: Path) -> Any:
     StoppedHere.asked = 0
-    return opened(folder, "stopped together", Together(), stop=StoppedHere(), in_step=True)
+    return opened(folder, "stopped-together", Together(), stop=StoppedHere(), in_step=True)
 
 
 def goes_on_in_step(folder: Path) -> Any:
-    return opened(folder, "stopped together", Together(), in_step=True)
+    return opened(folder, "stopped-together", Together(), in_step=True)
 
 
 SCENARIOS: list[Callable[[Path], Any]] = [
