@@ -27,7 +27,7 @@ FREE_KEYS = re.compile(
     r"|deepspeed\.(device|config|compile|join_timeout_minutes|node_timeout_minutes)"
     r"|distillation\.(chunk_tokens|cache_tier)"
     r"|.*\.(micro_batch|gradient_checkpointing|log_every_steps|profile_steps)"
-    r"|.*\.(checkpoint_every_steps|model\.attention)"
+    r"|.*\.(checkpoint_every_steps|model\.attention|tensor_parallel)"
     r"|corpus\.(sources\.\d+\.corpus\.)?(train|split\.dev|path|column)(\..*)?"
     r"|(tokenizer|.*\.model)\.path"
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,10 +64,13 @@ class StopRequest:
             self._learnt = _LAUNCHER_GONE_CODE
         return _reason(self._code())
 
-    def agreed(self) -> str | None:
-        """The reason that any rank knows, the same on every rank, or none; one small all-reduce."""
+    def agreed(self, max_int: Callable[[int], int] | None = None) -> str | None:
+        """The reason that any rank knows, the same on every rank, or none; one small all-reduce.
+
+        `max_int`: that of some ranks (none: of all), who go on together without the others.
+        """
         self.requested()
-        self._learnt = common = ranks.max_int(self._code())
+        self._learnt = common = (max_int or ranks.max_int)(self._code())
         return _reason(common)  # not what has come since: the other ranks do not know it
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from babyllama_ds import ranks
 from babyllama_ds.engine.joining import Facts, Joined, join
+from babyllama_ds.engine.tensor_parallel import forget_groups
 from babyllama_ds.engine.watching import NodeWatch
 from babyllama_ds.environment import compared_code, compared_hardware
 from babyllama_ds.errors import EXIT_CODE, MachineError, MeetingError, Stopped, UserError
@@ -135,6 +136,7 @@ def stop() -> None:
         import deepspeed
 
         ranks.forget_control_group()
+        forget_groups()
         # DeepSpeed's own: it also forgets the groups that it keeps of this world.
         deepspeed.comm.destroy_process_group()
         # Engines lie in reference cycles, which still hold groups and so gloo's threads.
@@ -275,7 +277,8 @@ def _skip_shared_memory_op(deepspeed: object) -> None:
 
     On CPU ranks it builds `deepspeed_shm_comm` with g++ and ninja (and fails without them), but
     only tensor-parallel inference calls it: training reduces through gloo. Marked incompatible,
-    it is neither built nor loaded, and no compiler is needed.
+    it is neither built nor loaded, no compiler is needed, and split teachers reduce through gloo
+    too. (It knows of one group, that of all ranks: groups of some it would not keep apart.)
     """
     compatible: dict[str, bool] = deepspeed.ops.__compatible_ops__  # type: ignore[attr-defined]
     compatible["deepspeed_shm_comm"] = False

@@ -1,5 +1,8 @@
 """Frozen teachers: a model enters, its bf16 inference engine leaves.
 
+On this rank alone, or split over a group of ranks (`tensor_parallel`); either way its windows enter
+and their states leave.
+
 Shapes: B windows, S positions, D width.
 """
 
@@ -12,7 +15,9 @@ from torch import Tensor, nn
 
 from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.precision import float_buffers_kept
+from babyllama_ds.engine.tensor_parallel import RankGroup, split
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.models.build import count_parameters
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.layers import LayerTap, hidden_width
 from babyllama_ds.models.parts import split_causal_lm
@@ -36,6 +41,9 @@ class FrozenModel:
 
     Without kernel injection or tensor parallelism the engine computes exactly what the module
     does; it neither freezes parameters nor leaves training mode, so both are done here.
+
+    With a `group` the model is split over its ranks. Every method that runs it is then a collective
+    of the group, in which each rank brings as many windows, of the same length.
     """
 
     def __init__(
@@ -47,24 +55,34 @@ class FrozenModel:
         with_compiler: bool = False,
         layers: Iterable[int] = (),
         where: str = "teacher",
+        group: RankGroup | None = None,
     ) -> None:
         """`layers` are those whose states `hidden_states_and_layers` gives (`models.layers`).
+
+        With a `group` it is not compiled, the model comes on the CPU, and this is a collective of
+        all ranks.
 
         Raises:
             ModelError: a model whose layers are not found.
         """
-        import deepspeed
-
         layers = tuple(layers)
         self._tap = LayerTap(model, layers, where=where) if layers else None
-        model.eval().requires_grad_(False).to(device)
-        with float_buffers_kept(model):
-            self._engine = deepspeed.init_inference(HiddenStates(model), dtype=dtype)
-        self._engine.eval()
+        self._group = group
+        self.params = count_parameters(model)
+        """Of the whole model, a shared one counted once."""
+        self._model = model.eval().requires_grad_(False)
+        self._engine = (
+            _alone(model, device, dtype) if group is None else _split(model, group, dtype)
+        )
         self._states: Callable[[Tensor, Pieces | None], Tensor] = self._engine
-        self._model = model
         if with_compiler:
+            assert group is None, "collectives in every layer are not compiled"
             self._states = compiled(self._engine)
+
+    @property
+    def module(self) -> nn.Module:
+        """The causal LM itself; of a split one, what this rank holds of it."""
+        return self._model
 
     @property
     def head(self) -> Head:
@@ -74,16 +92,23 @@ class FrozenModel:
     @torch.inference_mode()
     def hidden_states(self, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
         """Final hidden states [B, S, D], outside autograd; `pieces`: of documents kept apart."""
-        return self._states(input_ids_BS, pieces)
+        if self._group is None:
+            return self._states(input_ids_BS, pieces)
+        return self._group.own(self._states(*self._group.gathered(input_ids_BS, pieces)))
 
     @torch.inference_mode()
     def hidden_states_and_layers(
         self, input_ids_BS: Tensor, pieces: Pieces | None = None
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The same, and the states [B, S, D] of each layer that was asked for."""
-        if self._tap is None:
-            return self._states(input_ids_BS, pieces), {}
-        return self._tap.collect(lambda: self._states(input_ids_BS, pieces))
+        tap, group = self._tap, self._group
+        if tap is None:
+            return self.hidden_states(input_ids_BS, pieces), {}
+        if group is None:
+            return tap.collect(lambda: self._states(input_ids_BS, pieces))
+        of_all = group.gathered(input_ids_BS, pieces)
+        states, layers = tap.collect(lambda: self._states(*of_all))
+        return group.own(states), {layer: group.own(each) for layer, each in layers.items()}
 
     @property
     def width(self) -> int:
@@ -96,3 +121,19 @@ class FrozenModel:
         The engine's own `destroy` frees the workspace of injected kernels and fails without one.
         """
         del self._engine, self._states, self._model, self._tap
+
+
+def _alone(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    import deepspeed
+
+    model.to(device)
+    with float_buffers_kept(model):
+        engine: nn.Module = deepspeed.init_inference(HiddenStates(model), dtype=dtype)
+    return engine.eval()
+
+
+def _split(model: nn.Module, group: RankGroup, dtype: torch.dtype) -> nn.Module:
+    engine = split(HiddenStates(model), model, group, dtype=dtype)
+    # Which kind of head it has is tried now, while the ranks of the group are at one place.
+    split_causal_lm(model)
+    return engine

@@ -25,7 +25,7 @@ from torch import nn
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
-from babyllama_ds.evaluation.forward import OnBatch, likelihood_of
+from babyllama_ds.evaluation.forward import OnBatch, Share, likelihood_of
 from babyllama_ds.models.documents import Pieces
 
 WindowsOf = Callable[[Sequence[int]], NDArray[Any]]
@@ -85,15 +85,16 @@ def evaluate_cross_entropy(
     byte_lengths: NDArray[Any] | None = None,
     domains: Domains | None = None,
     begins_of: BeginsOf | None = None,
+    share: Share | None = None,
     on_batch: OnBatch | None = None,
 ) -> DevScore:
     """The model's cross-entropy on windows 0 … num_windows - 1; the same on every rank.
 
-    Called by every rank. Rank r scores windows r, r + R, r + 2R, …: none is dropped or counted
-    twice when ranks do not divide them. `byte_lengths[id]` is the number of bytes that a token
-    stands for. With `domains` the whole is the sum of its parts. With `begins_of`, documents are
-    kept apart: each token is predicted from those of its own document, and the first of a piece is
-    not.
+    Called by every rank. Rank r scores windows r, r + R, r + 2R, … (or as `share` says): none is
+    dropped or counted twice when ranks do not divide them. `byte_lengths[id]` is the number of
+    bytes that a token stands for. With `domains` the whole is the sum of its parts. With
+    `begins_of`, documents are kept apart: each token is predicted from those of its own document,
+    and the first of a piece is not.
 
     Raises:
         DataError: there is no window to score, or no labelled token in any.
@@ -106,23 +107,23 @@ def evaluate_cross_entropy(
             expected="at least one window of held-out text",
             hint="give more development text or shorten `windows.length`",
         )
-    mine = range(ranks.rank(), num_windows, ranks.world_size())
+    share = share or Share.of_rank()
+    mine = range(share.number, num_windows, share.count)
     batches = [mine[start : start + batch_windows] for start in range(0, len(mine), batch_windows)]
-    sums = ranks.sum_floats(
-        *ranks.on_every_rank(
-            lambda: _sum_batches(
-                model,
-                windows_of,
-                batches,
-                device,
-                vocab_size,
-                byte_lengths,
-                domains,
-                begins_of,
-                on_batch,
-            )
+    local = ranks.on_every_rank(
+        lambda: _sum_batches(
+            model,
+            windows_of,
+            batches,
+            device,
+            vocab_size,
+            byte_lengths,
+            domains,
+            begins_of,
+            on_batch,
         )
     )
+    sums = ranks.sum_floats(*(value if share.counts else 0.0 for value in local))
     if sum(sums[1::3]) < 1 and begins_of is not None:
         raise DataError.of(
             "development windows",

@@ -30,7 +30,7 @@ from babyllama_ds.evaluation.cross_entropy import (
     evaluate_cross_entropy,
     perplexity,
 )
-from babyllama_ds.evaluation.forward import OnBatch
+from babyllama_ds.evaluation.forward import OnBatch, Share
 from babyllama_ds.evaluation.minimal_pairs import (
     PairScores,
     TaskScore,
@@ -89,8 +89,18 @@ def _begins_of(text: windows.DevWindows) -> BeginsOf:
     return begins_of
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitModel:
+    """A model that several ranks run together, as one of them holds it."""
+
+    module: nn.Module
+    params: int
+    """Parameters of the whole."""
+    share: Share
+
+
 def evaluate_model(
-    model: nn.Module | Path,
+    model: nn.Module | Path | SplitModel,
     tokenizer: PreTrainedTokenizerFast,
     *,
     name: str,
@@ -108,22 +118,27 @@ def evaluate_model(
     """Everything a model is measured on; called by every rank, the same on every rank.
 
     A directory is loaded in the dtype it was exported in, with `attention` as kernel; a module is
-    taken as it is. `benchmarks` are lists of tasks by name, `samples` the number of texts that it
-    writes (on rank 0) from beginnings of `dev`. Rows of the embedding from `vocab_size` on (none:
-    the tokenizer's size) are no tokens and get no probability.
+    taken as it is. So is a split one, of which each group of ranks measures what else a rank does;
+    `on_batch` must then raise on all ranks of a group, or on none. `benchmarks` are lists of tasks
+    by name, `samples` the number of texts that it writes (on rank 0) from beginnings of `dev`. Rows
+    of the embedding from `vocab_size` on (none: the tokenizer's size) are no tokens and get no
+    probability.
 
     Raises:
         ModelError: the directory holds no loadable model, or its scores are not finite.
         DataError: no development window, a sentence longer than the model's positions, or a
             prefix token that the tokenizer has not.
     """
+    share, params = None, None
     if isinstance(model, Path):
         model = _load(model, attention=attention, where=f"evaluation of {name}")
+    elif isinstance(model, SplitModel):
+        share, params, model = model.share, model.params, model.module
     model = model.to(device)
     vocab_size = len(tokenizer) if vocab_size is None else vocab_size
     result: dict[str, Any] = {
         "model": name,
-        "params": count_parameters(model),
+        "params": count_parameters(model) if params is None else params,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "device": torch.device(device).type,
         "attention": cast(PreTrainedModel, model).config._attn_implementation,
@@ -141,21 +156,26 @@ def evaluate_model(
             byte_lengths=dev.byte_lengths,
             domains=dev.domains,
             begins_of=dev.begins_of,
+            share=share,
             on_batch=on_batch,
         )
         result["dev"] = dev_as_json(score)
         logger.info("%s: dev cross-entropy %.4f nats/token", name, score.cross_entropy)
     if dev is not None and samples:
-        result["samples"] = ranks.on_rank_zero(
-            partial(
-                write_samples,
-                model,
-                tokenizer,
-                dev.windows_of,
-                dev.num_windows,
-                number=samples,
-                device=device,
-            )
+        write = partial(
+            write_samples,
+            model,
+            tokenizer,
+            dev.windows_of,
+            dev.num_windows,
+            number=samples,
+            device=device,
+        )
+        # A split model writes on all its ranks, the same on each: they draw with one seed.
+        result["samples"] = (
+            ranks.on_rank_zero(write)
+            if share is None
+            else ranks.broadcast_object(ranks.on_every_rank(write))
         )
     for benchmark, tasks in benchmarks.items():
         scores = evaluate_minimal_pairs(
@@ -164,6 +184,7 @@ def evaluate_model(
             tasks,
             leading_space=leading_space,
             prefix=prefix,
+            share=share,
             device=device,
             batch_tokens=batch_tokens,
             vocab_size=vocab_size,

@@ -7,17 +7,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from babyllama_ds import ranks
 from babyllama_ds.losses.distillation import cross_entropy_sum
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import split_causal_lm
 
 OnBatch = Callable[[int, int], None]
 """Called after each batch with (batches done, batches) of this rank: for progress, and to stop."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which batches this rank computes: those of its number, and every `count`-th after.
+
+    Ranks that run one split model together have one number, the same batches in the same order,
+    and only the first of them counts what came of it.
+    """
+
+    number: int
+    count: int
+    counts: bool = True
+
+    @classmethod
+    def of_rank(cls) -> Share:
+        """Every rank by itself, with a whole model."""
+        return cls(ranks.rank(), ranks.world_size())
 
 
 class Likelihood(Protocol):

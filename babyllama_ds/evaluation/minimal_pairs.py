@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from babyllama_ds.evaluation.forward import OnBatch
+from babyllama_ds.evaluation.forward import OnBatch, Share
 from babyllama_ds.evaluation.pair_files import BAD, GOOD, Task
 from babyllama_ds.evaluation.sentences import prefix_ids, score_sentences, sentence_encoder
 from babyllama_ds.spec.evaluation import Prefix
@@ -100,6 +100,7 @@ def evaluate_minimal_pairs(
     batch_tokens: int,
     vocab_size: int,
     prefix: Prefix = "none",
+    share: Share | None = None,
     on_batch: OnBatch | None = None,
 ) -> PairScores:
     """The model's accuracy on every task; called by every rank, the same on every rank.
@@ -121,6 +122,7 @@ def evaluate_minimal_pairs(
         batch_tokens=batch_tokens,
         vocab_size=vocab_size,
         sources=[f"{task.path}:{pair.line}" for task, pair in pairs for _ in (GOOD, BAD)],
+        share=share,
         on_batch=on_batch,
     )
     comparable = [len(good) > 1 and len(bad) > 1 for good, bad in _by_two(ids)]

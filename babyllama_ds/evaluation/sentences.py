@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
-from babyllama_ds.evaluation.forward import Likelihood, OnBatch, likelihood_of
+from babyllama_ds.evaluation.forward import Likelihood, OnBatch, Share, likelihood_of
 from babyllama_ds.evaluation.loading import embedding_rows
 from babyllama_ds.models.families import positions_of
 from babyllama_ds.spec.evaluation import Prefix
@@ -104,13 +104,14 @@ def score_sentences(
     batch_tokens: int,
     vocab_size: int,
     sources: Sequence[str] | None = None,
+    share: Share | None = None,
     on_batch: OnBatch | None = None,
 ) -> list[float]:
     """Each sentence's log-probability in nats, given its first token.
 
-    Called by every rank with the same sentences; batches go to ranks in turn, and every rank
-    gets all scores. Log-probabilities are fp32 and are summed in float64, where the order of
-    summation does not matter: a score depends on its batch only as far as the model's own
+    Called by every rank with the same sentences; batches go to ranks in turn (or as `share` says),
+    and every rank gets all scores. Log-probabilities are fp32 and are summed in float64, where the
+    order of summation does not matter: a score depends on its batch only as far as the model's own
     rounding does. Identical sentences are scored once. A sentence of fewer than 2 tokens has
     nothing to score: 0. A sentence longer than `batch_tokens` makes a batch of its own.
 
@@ -123,13 +124,14 @@ def score_sentences(
     _check_embedded(model, token_ids, sources)
     unique = list(dict.fromkeys(tuple(ids) for ids in token_ids))
     batches = length_batches([len(ids) for ids in unique], batch_tokens)
-    mine = batches[ranks.rank() :: ranks.world_size()]
+    share = share or Share.of_rank()
+    mine = batches[share.number :: share.count]
     local = ranks.on_every_rank(
         lambda: _score_batches(model, unique, mine, device, vocab_size, on_batch)
     )
     scores = dict.fromkeys(unique, 0.0)
-    for share in ranks.gather_objects(local):
-        scores.update((unique[index], score) for index, score in share.items())
+    for of_rank in ranks.gather_objects(local):
+        scores.update((unique[index], score) for index, score in of_rank.items())
     return [_finite(scores[tuple(ids)]) for ids in token_ids]
 
 

@@ -23,13 +23,15 @@ FILE = "evaluation.json"
 Measure = Callable[[], dict[str, Any]]
 
 
-def store_key(fingerprint: str, *, device: str, attention: str) -> str:
-    """Where the measurement of a `fingerprint` lies that was made on such a device and kernel.
+def store_key(fingerprint: str, *, device: str, attention: str, tensor_parallel: int = 1) -> str:
+    """Where the measurement of a `fingerprint` lies that was made on such a device and kernel, of a
+    model split over so many ranks.
 
-    Both change how numbers are rounded, so models that are compared are measured on the same. How
+    All change how numbers are rounded, so models that are compared are measured on the same. How
     many ranks share the work, and how much of it is in a batch, is not in the key.
     """
-    return files.hash_json([fingerprint, device, attention])
+    split = [tensor_parallel] if tensor_parallel > 1 else []
+    return files.hash_json([fingerprint, device, attention, *split])
 
 
 def stored_evaluation(store: Store, key: str, measure: Measure, *, name: str) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from babyllama_ds import ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.corpus.tokenizer import compare_splits, differing_ids, load_tokenizer
 from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.engine.distributed import check_precision
-from babyllama_ds.errors import ModelError
+from babyllama_ds.errors import JobError, ModelError
 from babyllama_ds.evaluation.sentences import prefix_ids
 from babyllama_ds.models.build import build_model, check_positions
 from babyllama_ds.models.documents import check_documents, varies_in_shape
@@ -20,8 +21,10 @@ from babyllama_ds.models.layers import check_layers
 from babyllama_ds.models.parts import HeadKind, check_plain_head, split_causal_lm
 from babyllama_ds.models.recomputing import check_recomputable
 from babyllama_ds.models.sizes import model_sizes
+from babyllama_ds.models.splitting import check_groups, check_split
 from babyllama_ds.pipeline.ensembles import matched_layers
 from babyllama_ds.pipeline.parts import Parts, training_key
+from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
@@ -55,7 +58,11 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     parts.benchmarks(corpus)
     prefix_ids(corpus.tokenizer, job.evaluation.prefix)
     for spec in job.teachers:
-        if isinstance(spec.model, PretrainedModel):
+        _check_split(parts, spec, corpus)
+    for spec in job.teachers:
+        # What is split has no room whole for every rank: one of them reads it for all.
+        reads = spec.tensor_parallel == 1 or ranks.rank() == 0
+        if isinstance(spec.model, PretrainedModel) and reads:
             where, trainings = f"teachers.{spec.name}", [spec.training]
             layers = matched_layers(job.distillation, spec.name)
             head = _check_loaded(parts, where, spec.model, trainings, layers, corpus)
@@ -68,6 +75,24 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
         pairs = job.distillation.hidden_matching.layers if job.distillation.hidden_matching else ()
         layers = [pair.student_layer for pair in pairs]
         _check_loaded(parts, "student", job.student.model, trainings, layers, corpus)
+
+
+def _check_split(parts: Parts, spec: TeacherSpec, corpus: Corpus) -> None:
+    """Ranks can be grouped, and this model dealt out to a group."""
+    if spec.tensor_parallel == 1:
+        return
+    where = f"teachers.{spec.name}.tensor_parallel"
+    check_groups(spec.tensor_parallel, ranks.world_size(), where=where)
+    sizes = model_sizes(spec.model, len(corpus.tokenizer), where=f"teachers.{spec.name}.model")
+    check_split(sizes, spec.tensor_parallel, where=where)
+    kernel = parts.attention(f"teachers.{spec.name}", spec.model, training=False)
+    if parts.within_documents and varies_in_shape(kernel):
+        raise JobError.of(
+            where,
+            got=f"{spec.tensor_parallel} with windows.attention=document on {kernel}",
+            expected="another kernel, since a group's ranks bring documents of other lengths",
+            hint=f"set teachers.{spec.name}.model.attention=sdpa",
+        )
 
 
 def _check_matched_layers(parts: Parts, corpus: Corpus) -> None:

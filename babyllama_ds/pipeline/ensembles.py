@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
+from babyllama_ds import ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.models.build import count_parameters, load_model
@@ -24,16 +25,18 @@ from babyllama_ds.teachers.ensemble import Ensemble, Member
 
 
 def live_ensemble(parts: Parts, teachers: dict[str, Path], *, compiled: bool) -> Ensemble:
-    """The ensemble computed in every step; `compiled`: by torch's compiler."""
+    """The ensemble computed in every step; `compiled`: by torch's compiler, but for teachers that
+    are split over ranks, whose layers wait for each other.
+    """
     return Ensemble(
         [
             Member(
                 spec.name,
-                _frozen(
+                frozen_teacher(
                     parts,
                     spec,
                     teachers[spec.name],
-                    compiled=compiled,
+                    compiled=compiled and spec.tensor_parallel == 1,
                     layers=matched_layers(parts.job.distillation, spec.name),
                 ),
                 spec.weight,
@@ -62,7 +65,8 @@ def cached_ensemble(
                 weight=spec.weight,
                 model_dir=teachers[spec.name].resolve(),
                 attention=parts.attention(f"teachers/{spec.name}", spec.model, training=False),
-                load=partial(_frozen, parts, spec, teachers[spec.name]),
+                load=partial(frozen_teacher, parts, spec, teachers[spec.name]),
+                tensor_parallel=spec.tensor_parallel,
             )
             for spec in parts.job.teachers
         ],
@@ -89,7 +93,7 @@ def matched_layers(loss: DistillationSpec, teacher: str) -> list[int]:
     return [pair.teacher_layer for pair in pairs if pair.teacher == teacher]
 
 
-def _frozen(
+def frozen_teacher(
     parts: Parts,
     spec: TeacherSpec,
     path: Path,
@@ -97,9 +101,15 @@ def _frozen(
     compiled: bool = False,
     layers: Sequence[int] = (),
 ) -> FrozenModel:
+    """A teacher's model directory, loaded; a collective where it is split over ranks."""
     where = f"teachers/{spec.name}"
     attention = parts.attention(where, spec.model, training=False)
-    model = load_model(str(path.resolve()), attention=attention, where=where, dtype=parts.dtype)
+
+    def load() -> nn.Module:
+        return load_model(str(path.resolve()), attention=attention, where=where, dtype=parts.dtype)
+
+    # Split, it meets other ranks on its way to the device: an error of one must come before.
+    model = load() if spec.tensor_parallel == 1 else ranks.on_every_rank(load)
     return FrozenModel(
         model,
         device=parts.device,
@@ -107,4 +117,5 @@ def _frozen(
         with_compiler=compiled,
         layers=layers,
         where=where,
+        group=parts.group(spec),
     )

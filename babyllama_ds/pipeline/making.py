@@ -63,9 +63,10 @@ class Maker:
             UserError: it cannot be built, settled or trained.
             Stopped: the run was asked to stop; a checkpoint was written.
         """
-        model = self._build(stage, spec, corpus)
         if training is None:
+            model = self._build(stage, spec, corpus, everywhere=False)
             return model, {"params": None, "steps": 0, "train_tokens": 0, "seconds": 0.0}
+        model = self._build(stage, spec, corpus)
         training, compiled = self.settling.settle(stage, model, training, corpus, teachers)
         ensemble = self._ensemble(model, training, compiled, corpus, teachers) if teachers else None
         summary = self._train(stage, model, training, compiled, corpus, checkpoints, ensemble)
@@ -75,12 +76,20 @@ class Maker:
             ensemble.destroy()
         return model, summary
 
-    def _build(self, stage: str, spec: ModelSpec, corpus: Corpus) -> nn.Module:
+    def _build(
+        self, stage: str, spec: ModelSpec, corpus: Corpus, *, everywhere: bool = True
+    ) -> nn.Module:
+        """Not `everywhere`: on rank 0; on the others, whose host may have no room for more copies
+        of it, an empty module."""
         seed = self.parts.job.stage_seed(stage)
         attention = self.parts.attention(stage, spec, training=True)
-        return ranks.on_every_rank(
-            lambda: build_model(spec, corpus.tokenizer, seed=seed, attention=attention, where=stage)
-        )
+
+        def build() -> nn.Module:
+            if not everywhere and ranks.rank() != 0:
+                return nn.Module()
+            return build_model(spec, corpus.tokenizer, seed=seed, attention=attention, where=stage)
+
+        return ranks.on_every_rank(build)
 
     def _ensemble(
         self,

@@ -18,13 +18,14 @@ from babyllama_ds.corpus.tokenizer import ids_of_tokens
 from babyllama_ds.corpus.windows import DevWindows as DevText
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine import distributed
+from babyllama_ds.engine.tensor_parallel import RankGroup, rank_group
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.pair_files import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.documents import varies_in_shape
 from babyllama_ds.models.sizes import absent_kernels, attention_dropout
 from babyllama_ds.spec import deepspeed
-from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.batches import LabelMask, label_mask
@@ -106,6 +107,12 @@ class Parts:
     def micro_batch(self, stage: str, training: TrainingSpec) -> int:
         """Windows in one forward pass of one rank; of `auto` the most that can come out."""
         return deepspeed.micro_batch(training, ranks.world_size(), where=training_key(stage))
+
+    def group(self, teacher: TeacherSpec) -> RankGroup | None:
+        """The ranks that a frozen teacher is split over; none: each has it whole. A collective."""
+        if teacher.tensor_parallel == 1:
+            return None
+        return rank_group(teacher.tensor_parallel, self.device)
 
     def has_label(self, stage: str, training: TrainingSpec, corpus: Corpus) -> LabelMask | None:
         """Which positions of a stage's windows have a label; none: all but each window's last.

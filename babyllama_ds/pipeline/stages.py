@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus, CorpusEntries, open_corpus, prepare_corpus
 from babyllama_ds.engine.checkpoint import CheckpointFolder
-from babyllama_ds.evaluation.evaluate import evaluate_model
+from babyllama_ds.engine.tensor_parallel import RankGroup
+from babyllama_ds.evaluation.evaluate import SplitModel, evaluate_model
+from babyllama_ds.evaluation.forward import Share
 from babyllama_ds.evaluation.stored import store_key, stored_evaluation
 from babyllama_ds.fingerprints import (
     evaluation_fingerprint,
@@ -27,6 +30,7 @@ from babyllama_ds.fingerprints import (
 from babyllama_ds.models.export import export_model
 from babyllama_ds.pipeline.checks import check_job
 from babyllama_ds.pipeline.describing import describe_run
+from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.making import Maker
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
@@ -37,7 +41,7 @@ from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
-from babyllama_ds.stopping import StopRequest
+from babyllama_ds.stopping import StopRequest, stopped
 from babyllama_ds.store import Store, link_entry
 
 log = logging.getLogger(__name__)
@@ -211,23 +215,36 @@ class Pipeline:
         if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
             log.info("evaluation of %s: done before", name)
             return
-        teachers = {spec.name: spec.model for spec in self.job.teachers}
-        spec = teachers.get(name, self.job.student.model)
-        attention = self.parts.attention(name, spec, training=False)
+        teacher = next((spec for spec in self.job.teachers if spec.name == name), None)
+        model = self.job.student.model if teacher is None else teacher.model
+        attention = self.parts.attention(name, model, training=False)
         result = stored_evaluation(
             self.store,
-            store_key(fingerprint, device=self.parts.device_kind, attention=attention),
-            lambda: self._measure(name, path, corpus, attention),
+            store_key(
+                fingerprint,
+                device=self.parts.device_kind,
+                attention=attention,
+                tensor_parallel=1 if teacher is None else teacher.tensor_parallel,
+            ),
+            lambda: self._measure(name, path, corpus, attention, teacher),
             name=name,
         )
         result |= {"fingerprint": fingerprint}
         ranks.on_rank_zero(lambda: files.write_json(result_path, result))
 
-    def _measure(self, name: str, path: Path, corpus: Corpus, attention: str) -> dict[str, Any]:
+    def _measure(
+        self,
+        name: str,
+        path: Path,
+        corpus: Corpus,
+        attention: str,
+        teacher: TeacherSpec | None,
+    ) -> dict[str, Any]:
+        """`teacher`: the one that it is. One that is split is measured as it taught, in groups."""
         started = time.monotonic()
-        result = evaluate_model(
-            path.resolve(),
-            corpus.tokenizer,
+        measure = partial(
+            evaluate_model,
+            tokenizer=corpus.tokenizer,
             name=name,
             dev=self.parts.dev_windows(corpus, self.job.evaluation.dev_windows),
             benchmarks=self.parts.benchmarks(corpus),
@@ -237,9 +254,32 @@ class Pipeline:
             device=self.parts.device,
             attention=attention,
             samples=self.job.evaluation.samples,
-            on_batch=lambda _done, _all: self.stop.check(),
         )
+        group = None if teacher is None else self.parts.group(teacher)
+        if teacher is None or group is None:
+            result = measure(path.resolve(), on_batch=lambda _done, _all: self.stop.check())
+        else:
+            frozen = frozen_teacher(self.parts, teacher, path)
+            try:
+                result = measure(
+                    SplitModel(
+                        module=frozen.module,
+                        params=frozen.params,
+                        share=Share(group.number, group.count, counts=group.index == 0),
+                    ),
+                    on_batch=lambda _done, _all: self._stop_together(group),
+                )
+            finally:
+                frozen.destroy()
         return {**result, "seconds": time.monotonic() - started}
+
+    def _stop_together(self, group: RankGroup) -> None:
+        """Raise `Stopped` on all ranks of a group if one of them was asked to stop.
+
+        Its ranks meet in every layer: one that left alone would leave the others waiting.
+        """
+        if (reason := self.stop.agreed(group.max_int)) is not None:
+            raise stopped(reason)
 
     def report(self) -> None:
         """report/, TensorBoard's part of it, and the model cards that quote it."""

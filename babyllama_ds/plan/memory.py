@@ -3,6 +3,7 @@
 A training's memory has several high points. At each, other things are there at once:
 
     cache       teachers fill the cache, the student is not there yet
+    teaching    teachers that are split over ranks run on the windows of all of a group
     start       the model in fp32, before the engine casts it
     forward     activations whole, the loss's chunk of logits, the head's gradient
     backward    gradients travel: buckets, their fp32 copies, the owned partition
@@ -72,7 +73,7 @@ Item = Literal[
     "kept by the allocator",
 ]
 
-Moment = Literal["cache", "start", "forward", "backward", "evaluation", "checkpoint"]
+Moment = Literal["cache", "teaching", "start", "forward", "backward", "evaluation", "checkpoint"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,16 @@ class HeldTeacher:
     sizes: ModelSizes
     live: bool
     """False: its states are remembered, and its head alone is there."""
+    parts: int = 1
+    """Ranks that it is split over (`tensor_parallel`)."""
+
+    @property
+    def held_params(self) -> int:
+        """Parameters on one rank: of split layers a part; embeddings, norms and the head whole."""
+        if not self.live:
+            return self.sizes.head_weights
+        split = self.sizes.backbone_weights
+        return self.sizes.params - split + split // self.parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +125,7 @@ class StageShape:
     """Of the teacher cache in this device's memory."""
     host_cache_bytes: int
     """Of the teacher cache in the host's memory, where that is another: one rank's copy."""
-    filling: Sequence[Sequence[ModelSizes]]
+    filling: Sequence[Sequence[HeldTeacher]]
     """Teachers that are there together while a cache is filled, before the student comes."""
     evaluation_tokens: int
     """In one forward pass of an evaluation."""
@@ -180,6 +191,8 @@ def rank_memory(stage: StageShape) -> RankMemory:
     }
     if stage.filling:
         moments["cache"] = _filling(stage)
+    if any(teacher.live and teacher.parts > 1 for teacher in stage.teachers):
+        moments["teaching"] = always | _teaching(stage, stage.teachers)
     if on_cpu:
         moments["checkpoint"] = always | {"gathered checkpoint": gathered}
     return RankMemory(
@@ -210,10 +223,7 @@ def _beside(stage: StageShape) -> dict[Item, int]:
     """Teachers, and what is remembered of them."""
     e = stage.micro.element_bytes
     held: dict[Item, int] = {
-        "teachers": sum(
-            e * (teacher.sizes.params if teacher.live else teacher.sizes.head_weights)
-            for teacher in stage.teachers
-        ),
+        "teachers": sum(e * teacher.held_params for teacher in stage.teachers),
         "teacher cache": stage.cache_bytes,
     }
     return held
@@ -359,18 +369,30 @@ def _evaluation(stage: StageShape) -> dict[Item, int]:
 def _filling(stage: StageShape) -> dict[Item, int]:
     """The teachers that fill a cache together and need most."""
     e = stage.micro.element_bytes
-    together = max(stage.filling, key=lambda teachers: sum(one.params for one in teachers))
+    together = max(stage.filling, key=lambda teachers: sum(one.held_params for one in teachers))
     return {
-        "teachers": sum(e * one.params for one in together),
+        "teachers": sum(e * one.held_params for one in together),
         "teacher cache": stage.cache_bytes,
-        "work of a layer": max(_passing(one, stage.micro) for one in together),
+        **_teaching(stage, together),
     }
 
 
-def _passing(sizes: ModelSizes, micro: MicroBatchShape) -> int:
-    """A forward pass without gradients: the stream of states, and one layer's work."""
+def _teaching(stage: StageShape, teachers: Sequence[HeldTeacher]) -> dict[Item, int]:
+    """A forward pass of the teacher that needs most: split, of the windows of all its ranks."""
+    micro = stage.micro
+    return {
+        "work of a layer": max(
+            _passing(one.sizes, replace(micro, windows=one.parts * micro.windows), one.parts)
+            for one in teachers
+        )
+    }
+
+
+def _passing(sizes: ModelSizes, micro: MicroBatchShape, parts: int = 1) -> int:
+    """A forward pass without gradients: the stream of states, and one layer's work, of which each
+    rank of a split model does a part."""
     stream = micro.tokens * sizes.hidden_size * (2 * micro.element_bytes + 2 * _FP32)
-    return stream + working_bytes(sizes, micro)
+    return stream + working_bytes(sizes, micro) // parts
 
 
 def _teacher_states(stage: StageShape) -> int:

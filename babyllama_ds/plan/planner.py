@@ -19,7 +19,8 @@ from babyllama_ds.errors import JobError
 from babyllama_ds.losses.chunks import votes_are_summed
 from babyllama_ds.losses.rows import work_of_divergence
 from babyllama_ds.models.attention import resolve_attention
-from babyllama_ds.models.sizes import ModelSizes, absent_kernels
+from babyllama_ds.models.sizes import absent_kernels
+from babyllama_ds.models.splitting import check_groups
 from babyllama_ds.plan.activations import MicroBatchShape
 from babyllama_ds.plan.corpus import PlannedCorpus, plan_corpus
 from babyllama_ds.plan.disk import DiskItem, cache_bytes, disk_items
@@ -176,6 +177,8 @@ class _Planner:
 
     def _count(self, ranks: int) -> RankCount:
         try:
+            for teacher in self.work.teachers:
+                check_groups(teacher.parts, ranks, where=f"teachers.{teacher.name}.tensor_parallel")
             shapes = {stage.name: self._shape(stage, ranks) for stage in self.work.stages}
         except JobError as error:
             problem = error.problems[0]
@@ -231,7 +234,10 @@ class _Planner:
             ranks=ranks,
             vocab_size=self.corpus.vocab_size,
             chunk_tokens=loss.chunk_tokens if stage.distilled else None,
-            teachers=[HeldTeacher(sizes=t.sizes, live=loss.cache == "none") for t in teachers],
+            teachers=[
+                HeldTeacher(sizes=t.sizes, live=loss.cache == "none", parts=t.parts)
+                for t in teachers
+            ],
             summed=bool(teachers)
             and votes_are_summed(loss.mean_of, [each.weight for each in self.job.teachers]),
             work_spaces=self._work_spaces() if stage.distilled else 1,
@@ -259,10 +265,10 @@ class _Planner:
             for pair in matching.layers
         ]
 
-    def _filling(self) -> Sequence[Sequence[ModelSizes]]:
+    def _filling(self) -> Sequence[Sequence[HeldTeacher]]:
         """Hidden states are computed teacher by teacher, most likely tokens by all at once."""
-        sizes = [teacher.sizes for teacher in self.work.teachers]
-        together = {"none": [], "hidden": [[one] for one in sizes], "topk": [sizes]}
+        held = [HeldTeacher(sizes=t.sizes, live=True, parts=t.parts) for t in self.work.teachers]
+        together = {"none": [], "hidden": [[one] for one in held], "topk": [held]}
         return together[self.job.distillation.cache]
 
     def _cached(self, ranks: int) -> Mapping[Tier, int]:

@@ -1,7 +1,6 @@
 """Remedies: a plan that does not fit enters; what would, each planned anew, leaves in an error.
 
-A change is suggested only after the changed job was planned and found to fit. What this stack does
-not offer yet is said as that, with what it would save.
+A change is suggested only after the changed job was planned and found to fit.
 """
 
 from __future__ import annotations
@@ -10,9 +9,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from babyllama_ds.errors import JobError, MachineError, UserError
-from babyllama_ds.plan.memory import Item, RankMemory
+from babyllama_ds.errors import JobError, MachineError, ModelError, UserError
+from babyllama_ds.models.splitting import check_split
 from babyllama_ds.plan.planner import Plan, Question, RankCount, plan_job
+from babyllama_ds.plan.stages import PlannedTeacher
 from babyllama_ds.plan.text import gibibytes
 from babyllama_ds.spec.job import JobSpec
 
@@ -53,10 +53,8 @@ def remedies(plan: Plan, count: RankCount, reload: Reload) -> list[str]:
     if more is not None:
         found.append(more)
     if found:
-        heading = "each of these was planned anew and fits:"
-        return [heading, *found, *_not_offered(plan, count)]
-    nothing = "no change of the job's own settings was found to fit: take a larger card"
-    return [nothing, *_not_offered(plan, count)]
+        return ["each of these was planned anew and fits:", *found]
+    return ["no change of the job's own settings was found to fit: take a larger card"]
 
 
 # -- what the job can change ---------------------------------------------------------------------
@@ -84,6 +82,9 @@ def _changes(plan: Plan, count: RankCount, reload: Reload) -> Iterator[str]:
     offloaded = ["deepspeed.config=zero2_offload"]
     if _could_offload(plan) and _fits_with(plan, count, reload, offloaded):
         yield f"{' '.join(offloaded)}  (masters and moments in the host's memory; slower)"
+    split = next((s for s in _splits(plan, count) if _fits_with(plan, count, reload, s)), None)
+    if split is not None:
+        yield f"{' '.join(split)}  (teachers split over ranks, which run them together)"
     for cache in _caches(plan):
         if _fits_with(plan, count, reload, cache):
             yield f"{' '.join(cache)}  (teachers leave the card before the student trains)"
@@ -118,6 +119,27 @@ def _could_offload(plan: Plan) -> bool:
     """Whether it is the machinery alone that the other configuration changes."""
     own = plan.job.deepspeed.config != "auto" or plan.precision != "bf16"
     return plan.machine.device == "cuda" and not own
+
+
+def _splits(plan: Plan, count: RankCount) -> Iterator[list[str]]:
+    """Overrides that split the teachers that can be, over as few ranks as possible first."""
+    for parts in (n for n in range(2, count.ranks + 1) if count.ranks % n == 0):
+        teachers = [one for one in plan.work.teachers if one.parts < parts and _can(one, parts)]
+        overrides = [f"teachers.{one.name}.tensor_parallel={parts}" for one in teachers]
+        if overrides and plan.job.student.training.micro_batch == "auto":
+            # Which a job with split teachers must say.
+            windows = count.micro_batches["student"]
+            overrides.append(f"student.training.micro_batch={windows}")
+        if overrides:
+            yield overrides
+
+
+def _can(teacher: PlannedTeacher, parts: int) -> bool:
+    try:
+        check_split(teacher.sizes, parts, where=teacher.name)
+    except ModelError:
+        return False
+    return True
 
 
 def _caches(plan: Plan) -> Iterator[list[str]]:
@@ -180,34 +202,6 @@ def _training_key(plan: Plan, name: str) -> str:
 
 def _model_key(name: str) -> str:
     return "student.model" if name == "control" else f"{name.replace('/', '.')}.model"
-
-
-# -- what it cannot change yet ---------------------------------------------------------------------
-
-
-def _not_offered(plan: Plan, count: RankCount) -> Iterator[str]:
-    """What other stacks would do here, and whether it would be enough."""
-    usable = plan.usable_bytes(count.ranks) or 0
-    ways: list[tuple[str, Sequence[Item], float]] = []
-    if count.ranks > 1:
-        split = f"teachers split over {count.ranks} ranks (tensor parallel)"
-        ways.append((split, ("teachers",), 1 - 1 / count.ranks))
-    too_large = [count.memory[name] for name in plan.too_large(count)]
-    for what, items, share in ways:
-        lower = [_without(memory, items, share) for memory in too_large]
-        saved = max(memory.peak_bytes - peak for memory, peak in zip(too_large, lower, strict=True))
-        if saved:
-            enough = all(peak <= usable for peak in lower)
-            verdict = "which would be enough" if enough else "which alone would not be enough"
-            yield f"not offered yet: {what}; it would save {gibibytes(saved)}, {verdict}"
-
-
-def _without(memory: RankMemory, items: Sequence[Item], share: float) -> int:
-    """The peak with this share of some items gone, at every high point."""
-    return max(
-        round(sum(b * (1 - share if name in items else 1) for name, b in held.items()))
-        for held in memory.moments.values()
-    )
 
 
 def _ranks(number: int) -> str:

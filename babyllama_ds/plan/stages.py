@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.models.sizes import ModelSizes, model_sizes
+from babyllama_ds.models.splitting import check_split
 from babyllama_ds.plan.corpus import PlannedCorpus, cut
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.models import ModelSpec
@@ -62,6 +63,8 @@ class PlannedTeacher:
     name: str
     spec: ModelSpec
     sizes: ModelSizes
+    parts: int
+    """Ranks that it is split over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +83,8 @@ def plan_stages(job: JobSpec, corpus: PlannedCorpus) -> PlannedStages:
     """Every training of `job`.
 
     Raises:
-        ModelError: a configuration that cannot be read or does not fit the vocabulary.
+        ModelError: a configuration that cannot be read or does not fit the vocabulary, or a teacher
+            that cannot be split over ranks.
         JobError: a warm-up longer than its training.
         DataError: a corpus shorter than a window.
     """
@@ -91,9 +95,12 @@ def plan_stages(job: JobSpec, corpus: PlannedCorpus) -> PlannedStages:
             sizes=model_sizes(
                 teacher.model, corpus.vocab_size, where=f"teachers.{teacher.name}.model"
             ),
+            parts=teacher.tensor_parallel,
         )
         for teacher in job.teachers
     ]
+    for one in teachers:
+        check_split(one.sizes, one.parts, where=f"teachers.{one.name}.tensor_parallel")
     windows = cut(job, corpus.train_tokens)
     planner = _Planner(job, corpus, windows, teachers)
     stages = [

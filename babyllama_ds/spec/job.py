@@ -49,8 +49,10 @@ class TeacherSpec(Spec):
     seed: Seed | None = None
     """Seed of its initialisation and data order; none: derived from the job's seed and its name."""
     tensor_parallel: PositiveInt = 1
-    """Ranks over which the frozen teacher is split; above 1 is refused: data-parallel ranks
-    would each bring other windows to one split model."""
+    """Ranks over which each copy of the frozen teacher is split, for one that no card holds: they
+    gather their windows, run it together, and keep each its own share. A divisor of the ranks, and
+    of the model's heads, key-value heads and inner columns. Results change by rounding alone; it
+    is trained, where it is, without."""
 
     @model_validator(mode="after")
     def _usable(self) -> TeacherSpec:
@@ -69,10 +71,30 @@ class TeacherSpec(Spec):
                 for key in ("dropout", "attention_dropout")
                 if getattr(self.model, key) is not None
             ]
-        if self.tensor_parallel > 1:
-            hint = "data-parallel ranks would each bring other windows to one split model"
-            found.append(Mismatch(("tensor_parallel",), self.tensor_parallel, "1", hint))
-        return consistent(self, found)
+        return consistent(self, found + self._undivided())
+
+    def _undivided(self) -> list[Mismatch]:
+        """What the job alone tells of a split that cannot be; of loaded models their files tell."""
+        parts, model = self.tensor_parallel, self.model
+        if parts == 1 or model.kind == "pretrained":
+            return []
+        if model.kind == "gpt2":
+            hint = "DeepSpeed's AutoTP, which splits teachers, does not know this family"
+            return [Mismatch(("tensor_parallel",), f"{parts} for a gpt2", "1", hint)]
+        divided = {
+            "num_heads": model.num_heads,
+            "num_kv_heads": model.num_kv_heads or model.num_heads,
+            "intermediate_size": model.intermediate_size,
+        }
+        return [
+            Mismatch(
+                ("tensor_parallel",),
+                f"{parts} for a model whose {key} is {number}",
+                f"a divisor of {number}: each rank has as many",
+            )
+            for key, number in divided.items()
+            if number % parts
+        ][:1]
 
 
 class StudentSpec(Spec):
@@ -199,6 +221,30 @@ class JobSpec(Spec):
         found = _wrong_pairs(distillation.hidden_matching, teachers, student.model)
         return consistent(distillation, found)
 
+    @field_validator("student")
+    @classmethod
+    def _no_trial_of_split_teachers(cls, student: StudentSpec, info: ValidationInfo) -> StudentSpec:
+        split = _split_teacher(info)
+        if split is None or student.training.micro_batch != "auto":
+            return student
+        expected = f"a number, since {split} is split over ranks"
+        hint = (
+            "a trial that finds no memory on one rank would leave the others of its group waiting"
+        )
+        return consistent(student, [Mismatch(("training", "micro_batch"), "auto", expected, hint)])
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _no_compiled_split_teachers(
+        cls, deepspeed: DeepSpeedSpec, info: ValidationInfo
+    ) -> DeepSpeedSpec:
+        split = _split_teacher(info)
+        if split is None or deepspeed.compile != "all":
+            return deepspeed
+        expected = f"student, none or auto, since {split} is split over ranks"
+        hint = "its layers wait for other ranks, which torch.compile does not follow"
+        return consistent(deepspeed, [Mismatch(("compile",), "all", expected, hint)])
+
     @field_validator("name")
     @classmethod
     def _name_is_free(cls, name: str) -> str:
@@ -256,6 +302,12 @@ def _wrong_pairs(
     ]
     found = unknown + unknown_layers(matching, depths, _num_layers(student))
     return [replace(one, key=("hidden_matching", *one.key)) for one in found]
+
+
+def _split_teacher(info: ValidationInfo) -> str | None:
+    """The first teacher that is split over ranks, as people see it; none: none is."""
+    teachers: tuple[TeacherSpec, ...] = info.data.get("teachers") or ()
+    return next((f"teachers.{one.name}" for one in teachers if one.tensor_parallel > 1), None)
 
 
 def _num_layers(model: ModelSpec) -> int | None:

@@ -327,6 +327,21 @@ def teachers(tmp_path: Path) -> list[tuple[str, Path]]:
     ]
 
 
+def test_over_how_many_ranks_a_teacher_is_split_changes_nothing(
+    job_of: Callable[..., JobSpec], teachers: list[tuple[str, Path]], tmp_path: Path
+) -> None:
+    """As its attention kernel: another rounding."""
+    model = PretrainedModel(kind="pretrained", path=str(saved_model(tmp_path / "here")))
+    whole = TeacherSpec(name="a", model=model)
+    split = changed(whole, tensor_parallel=2)
+    assert loaded_teacher_fingerprint(split, "t") == loaded_teacher_fingerprint(whole, "t")
+    job, other = job_of(), job_of("teachers.a.tensor_parallel=2")
+    assert other != job
+    assert student_fingerprint("alone", other, teachers) == student_fingerprint(
+        "alone", job, teachers
+    )
+
+
 def with_distillation(job: JobSpec, **changes: Any) -> JobSpec:
     return job.model_copy(update={"distillation": changed(job.distillation, **changes)})
 

@@ -96,6 +96,7 @@ FREE = {
         "student.training.checkpoint_every_steps=5",
         "teachers.0.model.attention=eager",
         "student.model.attention=sdpa",
+        "teachers.llama.tensor_parallel=2",
         "distillation.chunk_tokens=64",
         "distillation.cache_tier=host",
         "distillation.cache_top_k=8",

@@ -3,6 +3,10 @@
 Enters: a layout, a directory or memory, and how records are computed. Leaves: every shard. In a
 round each rank makes one shard; between rounds the ranks agree on stopping and on errors, over
 the control group, whose time-out is weeks. A kill costs the shards of a round.
+
+Teachers that are split over ranks run on several at once. With one of these all ranks go in step:
+as many forward passes in each round, a rank without work beside the others, and agreement after
+every pass.
 """
 
 from __future__ import annotations
@@ -49,6 +53,8 @@ class Work:
     """What people see: `cache of teachers/gpt2`."""
     layout: Layout
     stop: StopRequest
+    in_step: bool = False
+    """Whether ranks run their forward passes together, as those of a split teacher must."""
 
 
 Whole = dict[int, FileFacts]
@@ -119,18 +125,29 @@ def compute_shard(work: Work, shard: int | None, compute: Compute) -> Tensor:
     """The records [n, record_bytes] of a shard, on the CPU; of none, no records.
 
     Every forward pass has `forward_windows` windows, the last one filled up with window 0: the
-    same shape everywhere, so the same rounding.
+    same shape everywhere, so the same rounding. In step, every rank makes the passes of a whole
+    shard.
     """
     layout = work.layout
     windows = np.empty(0, np.int64) if shard is None else layout.windows(shard)
     records = torch.empty(len(windows), layout.record_bytes, dtype=torch.uint8)
     size = layout.forward_windows
-    for start in range(0, len(windows), size):
-        work.stop.check()
+    passed = layout.shard_windows if work.in_step else len(windows)
+    for start in range(0, passed, size):
         part = windows[start : start + size]
         filled = np.concatenate([part, np.zeros(size - len(part), np.int64)])
-        records[start : start + size] = compute(filled)[: len(part)]
+        records[start : start + size] = _passed(work, filled, compute)[: len(part)]
     return records
+
+
+def _passed(work: Work, windows: NDArray[np.int64], compute: Compute) -> Tensor:
+    """The records of one forward pass. In step it is a collective: ranks stop and fail together."""
+    if not work.in_step:
+        work.stop.check()
+        return compute(windows)
+    if (reason := work.stop.agreed()) is not None:
+        raise stopped(reason, at=work.name)
+    return ranks.on_every_rank(partial(compute, windows))
 
 
 def _examined(work: Work, directory: Path, shard: int) -> FileFacts | str | None:
@@ -160,9 +177,9 @@ def _write(
     left: list[int],
     compute: Compute,
 ) -> Whole:
+    records = compute_shard(work, shard, compute)
     if shard is None:
         return {}
-    records = compute_shard(work, shard, compute)
     try:
         return {shard: write_shard(directory, shard, records)}
     except RunError as error:

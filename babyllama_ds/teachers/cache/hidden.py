@@ -72,6 +72,7 @@ def remember(teacher: Teacher, seen: TeacherInput, around: Surroundings) -> Reme
             forward_windows=seen.forward_windows,
         ),
         made_of={"holds": "hidden", "width": width, "length": length, "dtype": str(seen.dtype)},
+        in_step=teacher.tensor_parallel > 1,
     )
     with lent([teacher]) as load:
 

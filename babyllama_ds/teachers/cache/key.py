@@ -4,7 +4,8 @@ Enters: the token shards, the windows, the teachers. Leaves: the key of an entry
 cache of other teachers or other data has another key, so it is never found.
 
 Not in a key: ranks, micro-batch and device. They change the rounding of a bf16 forward pass, as
-they do for live teachers, and no more.
+they do for live teachers, and no more. The attention kernel and the ranks that a teacher is split
+over do so too, but are of the job's own choosing: another choice is not answered with this one's.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def hidden_key(
     *,
     dtype: torch.dtype,
     attention: str,
+    tensor_parallel: int = 1,
 ) -> str:
     """Of one teacher's final hidden states of every distinct window."""
     return files.hash_json(
@@ -48,6 +50,8 @@ def hidden_key(
             "config": files.sha256_file(teacher_dir / "config.json"),
             "dtype": str(dtype),
             "attention": attention,
+            # Where teachers are whole, as keys were before there was a choice.
+            **({"tensor parallel": tensor_parallel} if tensor_parallel > 1 else {}),
         }
     )
 

@@ -54,6 +54,8 @@ class Wanted:
     """How it is laid out where nothing was begun yet."""
     made_of: dict[str, object]
     """Facts for the entry's manifest, for people."""
+    in_step: bool = False
+    """Whether ranks run their forward passes together, as those of a split teacher must."""
 
 
 def open_cache(
@@ -81,7 +83,7 @@ class _Opening:
         self.wanted, self.around = wanted, around
         self.entry = ranks.on_rank_zero(lambda: around.store.find(KIND, wanted.key))
         self.place, layout = ranks.on_rank_zero(self._place)
-        self.work = Work(name=wanted.name, layout=layout, stop=around.stop)
+        self.work = Work(name=wanted.name, layout=layout, stop=around.stop, in_step=wanted.in_step)
 
     def records(self, make_compute: Callable[[], Compute]) -> Records:
         layout, device = self.work.layout, self.around.device

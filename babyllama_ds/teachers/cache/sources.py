@@ -37,6 +37,8 @@ class Teacher:
     attention: str
     """The kernel that it is loaded with."""
     load: Callable[[], FrozenModel]
+    tensor_parallel: int = 1
+    """Ranks that it is split over: they run it together, all at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class TeacherInput:
             teacher.model_dir,
             dtype=self.dtype,
             attention=teacher.attention,
+            tensor_parallel=teacher.tensor_parallel,
         )
 
 

@@ -125,6 +125,7 @@ def remember_top_k(
             forward_windows=seen.forward_windows,
         ),
         made_of={"holds": "topk", "k": loss.cache_top_k, "length": seen.windows.length},
+        in_step=any(one.tensor_parallel > 1 for one in teachers),
     )
     with lent(teachers) as load:
 

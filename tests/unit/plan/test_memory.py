@@ -182,9 +182,11 @@ def test_on_a_cpu_the_allocator_keeps_a_share_of_what_is_freed(windows: int) -> 
 
 def test_filling_a_cache() -> None:
     """The student is not there yet; of teachers one after another the largest counts."""
-    small = replace(TEACHER, params=30_000)
-    by_turns = rank_memory(replace(STAGE, filling=[[small], [TEACHER]])).moments["cache"]
-    at_once = rank_memory(replace(STAGE, filling=[[small, TEACHER]])).moments["cache"]
+    small, large = (
+        HeldTeacher(sizes=sizes, live=True) for sizes in (replace(TEACHER, params=30_000), TEACHER)
+    )
+    by_turns = rank_memory(replace(STAGE, filling=[[small], [large]])).moments["cache"]
+    at_once = rank_memory(replace(STAGE, filling=[[small, large]])).moments["cache"]
     assert by_turns["teachers"] == 2 * 40_000
     assert at_once["teachers"] == 2 * 70_000
     assert "parameters" not in by_turns
@@ -251,3 +253,21 @@ def test_an_offloaded_optimizer_leaves_the_card_for_the_host() -> None:
     on_cpu = rank_memory(replace(stage, micro=replace(MICRO, device="cpu")))
     assert on_cpu.moments["backward"]["master weights, fp32"] == 10_000
     assert on_cpu.moments["backward"]["offloading"] == 2 * 100 * 16 + (4 + 2) * 10_000 // 4
+
+
+def test_a_teacher_that_is_split_over_ranks() -> None:
+    """Its layers are dealt out, not its embedding, norms and head; its windows are four ranks'."""
+    whole, split = (HeldTeacher(sizes=TEACHER, live=True, parts=parts) for parts in (1, 4))
+    assert whole.held_params == 40_000
+    assert split.held_params == 40_000 - 7_000 + 7_000 // 4
+    assert HeldTeacher(sizes=TEACHER, live=False, parts=4).held_params == 128 * 32
+    alone, together = (
+        rank_memory(replace(STAGE, teachers=[one])).moments for one in (whole, split)
+    )
+    assert "teaching" not in alone
+    assert alone["forward"]["teachers"] - together["forward"]["teachers"] == 2 * (7_000 - 1_750)
+    # 4 x 32 tokens: two states of 32 in bf16 and two in fp32; of 3 x 32 inner columns a quarter.
+    assert together["teaching"]["work of a layer"] == 128 * 32 * (2 * 2 + 2 * 4) + 3 * 2 * 32 * 32
+    filling = rank_memory(replace(STAGE, filling=[[split]])).moments["cache"]
+    assert filling["teachers"] == 2 * split.held_params
+    assert filling["work of a layer"] == together["teaching"]["work of a layer"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from transformers import GPT2Config, LlamaConfig
 
 from babyllama_ds.errors import JobError, MachineError
 from babyllama_ds.plan import machines
@@ -80,15 +80,44 @@ def test_more_ranks(refused: Callable[..., tuple[str, Reload, Question]]) -> Non
     assert planned(reload, more, ()).fits(planned(reload, more, ()).counts[0])
 
 
-def test_what_is_not_offered_is_said_as_that(
+def test_where_nothing_helps_a_larger_card_is_what_is_left(
     refused: Callable[..., tuple[str, Reload, Question]],
 ) -> None:
     huge = "student.model={kind: llama, hidden_size: 4096, num_layers: 32, num_heads: 32, "
     text, _, _ = refused(huge + "intermediate_size: 11008, max_positions: 128}", ranks=(1, 2))
     assert text.startswith("nursery-1 on 2 ranks of L4: got peaks of student ")
-    assert "no change of the job's own settings was found to fit: take a larger card" in text
-    assert "not offered yet: teachers split over 2 ranks (tensor parallel); it would save" in text
-    assert "which alone would not be enough" in text
+    assert text.endswith("no change of the job's own settings was found to fit: take a larger card")
+
+
+@pytest.mark.parametrize("micro_batch", ["16", "auto"])
+def test_large_teachers_are_split_over_ranks(
+    micro_batch: str,
+    refused: Callable[..., tuple[str, Reload, Question]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two loaded teachers the one that can be, over as few of the ranks as suffice."""
+    monkeypatch.setitem(machines.CARDS, "TINY", (2, 1.0))
+    large = {"vocab_size": 800, "hidden_size": 1024, "num_hidden_layers": 64}
+    LlamaConfig(
+        **large, intermediate_size=4096, num_attention_heads=16, num_key_value_heads=8
+    ).save_pretrained(tmp_path / "a")
+    GPT2Config(vocab_size=800, n_embd=64, n_layer=1, n_head=4).save_pretrained(tmp_path / "b")
+    loaded = [f"{{name: {n}, model: {{kind: pretrained, path: {tmp_path / n}}}}}" for n in "ab"]
+    text, reload, question = refused(
+        f"teachers=[{', '.join(loaded)}]",
+        f"student.training.micro_batch={micro_batch}",
+        gpu="TINY",
+        ranks=(4,),
+    )
+    (line,) = [line for line in text.splitlines() if "teachers split over ranks" in line]
+    overrides = line.split("  (")[0].split()
+    assert overrides[0] == "teachers.a.tensor_parallel=2"
+    assert [word.split("=")[0] for word in overrides[1:]] == (
+        ["student.training.micro_batch"] if micro_batch == "auto" else []
+    )
+    plan = planned(reload, question, overrides)
+    assert plan.fits(plan.counts[0])
 
 
 @pytest.mark.parametrize(

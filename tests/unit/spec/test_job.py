@@ -119,3 +119,79 @@ def test_what_is_asked_of_documents_needs_their_boundaries() -> None:
 def test_mismatches_read_well_without_a_file() -> None:
     with pytest.raises(ValidationError, match=r"hidden_size: got 10, expected a multiple of num_"):
         LlamaModel(kind="llama", hidden_size=10, num_layers=1, num_heads=3, intermediate_size=4)
+
+
+# -- teachers split over ranks ---------------------------------------------------------------------
+
+LLAMA = {
+    "kind": "llama",
+    "hidden_size": 48,
+    "num_layers": 1,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "intermediate_size": 40,
+}
+
+
+def with_split(parts: int, *, micro_batch: Any = None, **changes: Any) -> JobSpec:
+    training = {"batch_windows": 4, "epochs": 1, "learning_rate": 1e-3, "micro_batch": micro_batch}
+    model = {"kind": "pretrained", "path": "x"}
+    teachers = [{"name": "one", "model": model, "tensor_parallel": parts}]
+    student = {"model": model, "training": training}
+    return job(**{"teachers": teachers, "student": student, **changes})
+
+
+def problems(**changes: Any) -> list[tuple[Any, str]]:
+    with pytest.raises(ValidationError) as caught:
+        with_split(2, **changes)
+    return [(error["loc"], error["msg"]) for error in caught.value.errors()]
+
+
+def test_a_micro_batch_is_not_tried_out_with_a_split_teacher() -> None:
+    """A rank that finds no memory would leave the others of its group waiting."""
+    assert with_split(1, micro_batch="auto").student.training.micro_batch == "auto"
+    assert with_split(2, micro_batch=2).teachers[0].tensor_parallel == 2
+    ((loc, message),) = problems(micro_batch="auto")
+    assert loc == ("student",)
+    assert "training.micro_batch: got auto, expected a number, since teachers.one is" in message
+
+
+@pytest.mark.parametrize("compiled", ["auto", "none", "student"])
+def test_split_teachers_are_not_compiled(compiled: str) -> None:
+    assert with_split(1, deepspeed={"compile": "all"}).deepspeed.compile == "all"
+    assert with_split(2, deepspeed={"compile": compiled}).deepspeed.compile == compiled
+    ((loc, message),) = problems(deepspeed={"compile": "all"})
+    assert loc == ("deepspeed",)
+    assert "compile: got all, expected student, none or auto, since teachers.one is" in message
+
+
+@pytest.mark.parametrize(
+    ("parts", "changes", "expected"),
+    [
+        (2, {}, None),
+        (4, {}, "got 4 for a model whose num_heads is 6, expected a divisor of 6"),
+        (6, {}, "got 6 for a model whose num_kv_heads is 2, expected a divisor of 2"),
+        (3, {"num_kv_heads": None}, "whose intermediate_size is 40, expected a divisor of 40"),
+        (6, {"num_kv_heads": None, "intermediate_size": 42}, None),
+    ],
+)
+def test_a_teacher_trained_here_is_dealt_out_in_equal_parts(
+    parts: int, changes: dict[str, Any], expected: str | None
+) -> None:
+    training = {"batch_windows": 4, "epochs": 1, "learning_rate": 1e-3}
+    one = {"name": "one", "model": {**LLAMA, **changes}, "training": training}
+    teachers = [{**one, "tensor_parallel": parts}]
+    if expected is None:
+        assert job(teachers=teachers, windows={"length": 64}).teachers[0].tensor_parallel == parts
+        return
+    with pytest.raises(ValidationError, match="tensor_parallel: ") as caught:
+        job(teachers=teachers, windows={"length": 64})
+    assert expected in str(caught.value)
+
+
+def test_a_gpt2_is_not_split() -> None:
+    gpt2 = {"kind": "gpt2", "hidden_size": 48, "num_layers": 1, "num_heads": 4}
+    training = {"batch_windows": 4, "epochs": 1, "learning_rate": 1e-3}
+    teachers = [{"name": "one", "model": gpt2, "training": training, "tensor_parallel": 2}]
+    with pytest.raises(ValidationError, match=r"tensor_parallel: got 2 for a gpt2, expected 1"):
+        job(teachers=teachers)

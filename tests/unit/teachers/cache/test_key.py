@@ -53,6 +53,8 @@ def test_what_decides_the_states_decides_the_key(
         seen.key(teacher),
         seen.key(teacher_of(seed=1)),
         seen.key(replace(teacher, attention="eager")),
+        seen.key(replace(teacher, tensor_parallel=2)),
+        seen.key(replace(teacher, tensor_parallel=4)),
         replace(seen, dtype=torch.float32).key(teacher),
         replace(seen, windows=windows(length=9)).key(teacher),
         replace(seen, windows=windows(offsets=Phases(phases=3))).key(teacher),

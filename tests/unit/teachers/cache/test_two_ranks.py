@@ -66,6 +66,7 @@ def opened(
     *,
     tier: Any = "disk",
     stop: StopRequest | None = None,
+    in_step: bool = False,
 ) -> dict[str, Any]:
     """What this rank reads from the cache, and what it was asked to compute; or its error."""
     around = Surroundings(
@@ -75,7 +76,9 @@ def opened(
         tier=tier,
         student_bytes=0,
     )
-    wanted = Wanted(name="cache of teachers/a", key=name, layout=LAYOUT, made_of={})
+    wanted = Wanted(
+        name="cache of teachers/a", key=name, layout=LAYOUT, made_of={}, in_step=in_step
+    )
     try:
         records = open_cache(wanted, around, lambda: numbers)
     except (UserError, Stopped) as error:
@@ -123,6 +126,44 @@ def one_damaged(folder: Path) -> Any:
     return opened(folder, "disk", Numbers())
 
 
+class Together(Numbers):
+    """As a split teacher's: a forward pass is one of both ranks."""
+
+    passes = 0
+
+    def __call__(self, windows_B: NDArray[np.int64]) -> torch.Tensor:
+        Together.passes += 1
+        assert len(set(ranks.gather_objects(Together.passes))) == 1, "ranks are not in step"
+        return super().__call__(windows_B)
+
+
+def in_step(folder: Path) -> Any:
+    Together.passes = 0
+    found = opened(folder, "together", Together(), in_step=True)
+    return {**found, "passes": Together.passes}
+
+
+def in_step_without_a_disk(folder: Path) -> Any:
+    measure = opening.measure_room
+    opening.measure_room = lambda *_: Room(device=None, device_total=0, host=10**9, disk=0)
+    found = opened(folder, "together-in-memory", Together(), tier="auto", in_step=True)
+    opening.measure_room = measure
+    return found
+
+
+def one_fails_in_step(folder: Path) -> Any:
+    return opened(folder, "failing-together", Together(fail_at=13), in_step=True)
+
+
+def one_is_stopped_in_step(folder: Path) -> Any:
+    StoppedHere.asked = 0
+    return opened(folder, "stopped-together", Together(), stop=StoppedHere(), in_step=True)
+
+
+def goes_on_in_step(folder: Path) -> Any:
+    return opened(folder, "stopped-together", Together(), in_step=True)
+
+
 SCENARIOS: list[Callable[[Path], Any]] = [
     on_disk,
     found_again,
@@ -132,6 +173,11 @@ SCENARIOS: list[Callable[[Path], Any]] = [
     one_is_stopped,
     goes_on_with_other_work,
     one_damaged,
+    in_step,
+    in_step_without_a_disk,
+    one_fails_in_step,
+    one_is_stopped_in_step,
+    goes_on_in_step,
 ]
 
 
@@ -221,6 +267,30 @@ def test_only_the_damaged_shard_is_computed(
     zero, one = of_ranks("one_damaged")
     assert zero == {"read": ALL, "asked": shards(2)}
     assert one == {"read": ALL, "asked": []}
+
+
+@pytest.mark.parametrize("scenario", ["in_step", "in_step_without_a_disk"])
+def test_ranks_of_a_split_teacher_go_in_step(
+    scenario: str, of_ranks: Callable[[str], list[dict[str, Any]]]
+) -> None:
+    """Seven shards of at most two passes, on two ranks: four rounds; in the last, rank 1 has no
+    shard, and rank 0 one of a pass and a half."""
+    zero, one = of_ranks(scenario)
+    assert zero["read"] == one["read"] == ALL
+    assert zero["asked"] == shards(0, 2, 4, 6)  # and window 0, which fills the last pass up
+    assert one["asked"] == sorted({0, *shards(1, 3, 5)})  # and it, which stands for no shard
+    assert zero.get("passes") == one.get("passes") == (8 if scenario == "in_step" else None)
+
+
+def test_in_step_the_error_of_one_and_a_signal_to_one_end_both(
+    of_ranks: Callable[[str], list[dict[str, Any]]],
+) -> None:
+    zero, one = of_ranks("one_fails_in_step")
+    assert zero == one == {"error": "teachers/a: got a failure, expected none"}
+    zero, one = of_ranks("one_is_stopped_in_step")
+    assert zero["error"].startswith("SIGTERM")
+    assert zero == one
+    assert [of_rank["read"] for of_rank in of_ranks("goes_on_in_step")] == [ALL, ALL]
 
 
 if __name__ == "__main__":
