@@ -104,6 +104,9 @@ class DeepSpeedSpec(Spec):
     compile: Literal["auto", "none", "student", "all"] = "auto"
     """What torch.compile makes faster: the models that are trained (`student`), the frozen
     teachers beside them too (`all`), or nothing; `auto`: see docs/decisions/compiling.md."""
+    storage: Literal["shared", "node"] = "shared"
+    """Where the runs folder is on several nodes: one that all of them see (`shared`), or one on
+    each node's own disk (`node`); see docs/storage.md."""
 
 
 class JobSpec(Spec):

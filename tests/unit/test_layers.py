@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "babyllama_ds"
 LAUNCHER = PACKAGE.parent / "launcher" / "run.py"
 
 ROWS = (
-    {"errors", "files", "memory", "store", "ranks", "stopping", "console"},
+    {"errors", "files", "memory", "store", "ranks", "storages", "stopping", "console"},
     {"spec"},
     {"corpus", "losses", "rundir", "environment"},
     {"models", "fingerprints"},
