@@ -23,7 +23,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -295,39 +295,32 @@ def _nodes(numbers: Sequence[str | None], local_ranks: Sequence[int]) -> list[li
 
 def _check_shared(nodes: Storages, runs: Path) -> None:
     """Every node sees what rank 0 writes, and rank 0 what every node writes."""
-    folder = runs / f"{files.TEMPORARY_PREFIX}storage-{_agreed_name()}"
-    asked = nodes.on_each(lambda: _written(folder / "0") if nodes.mine == 0 else "")[0]
-    try:
+    with _test_files(nodes, runs) as paths:
+        asked = nodes.on_each(lambda: _written(paths[0]) if nodes.mine == 0 else "")[0]
 
         def answer() -> str:
             if nodes.mine == 0:
                 return asked
-            _expect(folder / "0", asked, writer=nodes.name(0))
-            return _written(folder / str(nodes.mine))
+            _expect(paths[0], asked, writer=nodes.name(0))
+            return _written(paths[nodes.mine])
 
         answers = nodes.on_each(answer)
 
         def hear() -> None:
-            for storage, told in enumerate(answers):
-                if nodes.mine == 0:
-                    _expect(folder / str(storage), told, writer=nodes.name(storage))
+            if nodes.mine == 0:
+                for storage, content in enumerate(answers):
+                    _expect(paths[storage], content, writer=nodes.name(storage))
 
         nodes.on_each(hear)
-    finally:
-        if ranks.rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _check_apart(nodes: Storages, runs: Path) -> None:
     """No node sees what another writes: else two would work in one folder, as if it were two."""
-    name = f"{files.TEMPORARY_PREFIX}storage-{_agreed_name()}"
-    own = runs / f"{name}-{nodes.mine}"
-    try:
-        nodes.on_each(lambda: _written(own))
+    with _test_files(nodes, runs) as paths:
+        nodes.on_each(lambda: _written(paths[nodes.mine]))
 
         def look() -> None:
-            for other in range(len(nodes.leads)):
-                path = runs / f"{name}-{other}"
+            for other, path in enumerate(paths):
                 if other != nodes.mine and path.exists():
                     raise RunError.of(
                         runs,
@@ -338,14 +331,22 @@ def _check_apart(nodes: Storages, runs: Path) -> None:
                     )
 
         nodes.on_each(look)
+
+
+@contextmanager
+def _test_files(nodes: Storages, runs: Path) -> Iterator[list[Path]]:
+    """A file's path for each node to write, gone afterwards.
+
+    The names are new, so that no file system remembers that there was no such file.
+    """
+    name = ranks.broadcast_object(f"{files.TEMPORARY_PREFIX}storage-{secrets.token_hex(8)}")
+    paths = [runs / f"{name}-{storage}" for storage in range(len(nodes.leads))]
+    try:
+        yield paths
     finally:
         if nodes.led_here:
-            own.unlink(missing_ok=True)
-
-
-def _agreed_name() -> str:
-    """New, so that no file system remembers that it was not there."""
-    return ranks.broadcast_object(secrets.token_hex(8))
+            with suppress(OSError):
+                paths[nodes.mine].unlink()
 
 
 def _written(path: Path) -> str:
