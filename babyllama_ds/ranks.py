@@ -108,12 +108,23 @@ def broadcast_tensor(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
     return tensor
 
 
-def send_bytes(content: bytes | None, target: int) -> None:
-    """Send bytes, or none, to rank `target`, which calls `receive_bytes`; no other takes part."""
+def send_bytes(content: bytes | None, targets: Sequence[int]) -> None:
+    """Send bytes, or none, to some ranks, which call `receive_bytes`; no other takes part."""
     size = torch.tensor(-1 if content is None else len(content))
-    dist.send(size, target, group=_control_group())
-    if content:
-        dist.send(torch.frombuffer(bytearray(content), dtype=torch.uint8), target, _control_group())
+    tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else None
+    for target in targets:
+        dist.send(size, target, group=_control_group())
+        if tensor is not None:
+            dist.send(tensor, target, group=_control_group())
+
+
+def send_made(make: Callable[[], bytes | None], targets: Sequence[int]) -> None:
+    """Send what `make` gives; where it fails none is sent, for nobody must wait for it."""
+    content = None
+    try:
+        content = make()
+    finally:
+        send_bytes(content, targets)
 
 
 def receive_bytes(source: int) -> bytes | None:

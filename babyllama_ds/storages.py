@@ -194,16 +194,18 @@ class Storages:
         """Send a small file from one storage, where it may be missing, to others (none: all)."""
         if not self.several:
             return
-        targets = range(len(self.leads)) if to is None else to
-        content = self.on_each(
-            lambda: path.read_bytes() if self.mine == source and path.exists() else None
-        )[source]
+        storages = range(len(self.leads)) if to is None else to
+        targets = [self.leads[storage] for storage in storages if storage != source]
 
-        def write() -> None:
-            if content is not None and self.mine in targets and self.mine != source:
-                files.write_atomic(path, content)
+        def take_part() -> None:
+            if ranks.rank() == self.leads[source]:
+                ranks.send_made(lambda: path.read_bytes() if path.exists() else None, targets)
+            elif ranks.rank() in targets:
+                content = ranks.receive_bytes(self.leads[source])
+                if content is not None:
+                    files.write_atomic(path, content)
 
-        self.on_each(write)
+        self.together(take_part)
 
     def check_same(
         self, directory: Path, of_each: Sequence[Mapping[str, FileFacts] | None]
@@ -394,18 +396,14 @@ def _manifest_of(directory: Path) -> files.Manifest:
 def _send(directory: Path, manifest: files.Manifest, targets: Sequence[int]) -> None:
     """The sender's part of `copy`: blocks of each file, an empty one at its end."""
 
-    def say(block: bytes | None) -> None:
-        for target in targets:
-            ranks.send_bytes(block, target)
-
     try:
         for name in manifest.files:
             with (directory / name).open("rb") as stream:
                 while block := stream.read(_BLOCK_BYTES):
-                    say(block)
-            say(b"")
+                    ranks.send_bytes(block, targets)
+            ranks.send_bytes(b"", targets)
     except OSError as error:
-        say(None)
+        ranks.send_bytes(None, targets)
         raise RunError.of(
             error.filename or directory,
             got=error.strerror or str(error),

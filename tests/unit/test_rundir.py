@@ -102,6 +102,7 @@ FREE = {
         "deepspeed.device=cpu",
         "deepspeed.config=zero2_cpu",
         "deepspeed.compile=all",
+        "deepspeed.storage=node",
         "evaluation.batch_tokens=100",
         "evaluation.leading_space=false",
         "evaluation.max_pairs_per_task=3",

@@ -68,11 +68,6 @@ def fresh(node: int | None = None) -> bool:
     return NODE.led_here and node in (None, here)
 
 
-def together(error: BaseException | None, after: Any = None) -> Any:
-    """What a rank saw of an error that all should see, and what is left."""
-    return type(error), str(error), after
-
-
 def outcome_of(work: Callable[[], Any], after: Callable[[], Any] = lambda: None) -> Any:
     try:
         result = work()

@@ -240,12 +240,7 @@ def _pass_on(
     """This rank's part in bringing a shard from rank `source`, where it is `own()`, to others."""
     targets = [work.storages.leads[storage] for storage in to]
     if ranks.rank() == source:
-        content = None  # which is told where it cannot be read: nobody must wait for it
-        try:
-            content = own().numpy().tobytes()
-        finally:
-            for target in targets:
-                ranks.send_bytes(content, target)
+        ranks.send_made(lambda: own().numpy().tobytes(), targets)
     elif ranks.rank() in targets and (content := ranks.receive_bytes(source)) is not None:
         records = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         _write(work, directory, shard, records.view(-1, work.layout.record_bytes), left)
