@@ -173,20 +173,19 @@ class Storages:
         """
         if not to:
             return
+        lead = self.leads[source]
         manifest: files.Manifest = ranks.broadcast_object(
-            self.together(
-                lambda: _manifest_of(directory) if self._leads_one_of([source]) else None
-            ),
-            self.leads[source],
+            self.together(lambda: _manifest_of(directory) if ranks.rank() == lead else None),
+            lead,
         )
         log.info("%s: sent to %s", directory, ", ".join(self.name(storage) for storage in to))
         targets = [self.leads[storage] for storage in to]
 
         def take_part() -> None:
-            if ranks.rank() == self.leads[source]:
+            if ranks.rank() == lead:
                 _send(directory, manifest, targets)
             elif ranks.rank() in targets:
-                _receive(directory, manifest, self.leads[source], sender=self.name(source))
+                _receive(directory, manifest, lead, sender=self.name(source))
 
         self.together(take_part)
 
@@ -228,9 +227,6 @@ class Storages:
                 hint=f"delete the folder {directory} on one of the two and start again: it is "
                 "made or sent anew",
             )
-
-    def _leads_one_of(self, storages: Sequence[int]) -> bool:
-        return self.led_here and self.mine in storages
 
 
 def find_storages(kind: Literal["shared", "node"], runs: Path) -> Storages:
