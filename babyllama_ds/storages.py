@@ -398,8 +398,10 @@ def _send(directory: Path, manifest: files.Manifest, targets: Sequence[int]) -> 
                 while block := stream.read(_BLOCK_BYTES):
                     ranks.send_bytes(block, targets)
             ranks.send_bytes(b"", targets)
-    except OSError as error:
+    except BaseException as error:  # whatever it is, the receivers must not wait for it
         ranks.send_bytes(None, targets)
+        if not isinstance(error, OSError):
+            raise
         raise RunError.of(
             error.filename or directory,
             got=error.strerror or str(error),
@@ -449,7 +451,7 @@ class _Arrival:
 
     def __init__(self, place: Path, source: int) -> None:
         self.place, self.source = place, source
-        self.error: OSError | UserError | None = None
+        self.error: Exception | None = None
         self.broken_off = False
         self.digest = ""
 
@@ -458,6 +460,7 @@ class _Arrival:
         digest = hashlib.sha256()
         path = self.place / name
         with ExitStack() as stack:
+            stack.enter_context(suppress(OSError))  # of closing what could not be written
             stream: Any = None
             while block := ranks.receive_bytes(self.source):
                 digest.update(block)
@@ -465,7 +468,7 @@ class _Arrival:
                     try:
                         stream = stream or stack.enter_context(_opened(path))
                         stream.write(block)
-                    except OSError as error:
+                    except Exception as error:
                         self.error = error
             self.broken_off = block is None
             try:
@@ -473,7 +476,7 @@ class _Arrival:
                     stream = stream or stack.enter_context(_opened(path))  # an empty file
                     stream.flush()
                     os.fsync(stream.fileno())
-            except OSError as error:
+            except Exception as error:
                 self.error = error
         self.digest = digest.hexdigest()
 
