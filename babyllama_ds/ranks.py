@@ -108,6 +108,37 @@ def broadcast_tensor(tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
     return tensor
 
 
+def send_bytes(content: bytes | None, targets: Sequence[int]) -> None:
+    """Send bytes, or none, to some ranks, which call `receive_bytes`; no other takes part."""
+    size = torch.tensor(-1 if content is None else len(content))
+    tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else None
+    for target in targets:
+        dist.send(size, target, group=_control_group())
+        if tensor is not None:
+            dist.send(tensor, target, group=_control_group())
+
+
+def send_made(make: Callable[[], bytes | None], targets: Sequence[int]) -> None:
+    """Send what `make` gives; where it fails none is sent, for nobody must wait for it."""
+    content = None
+    try:
+        content = make()
+    finally:
+        send_bytes(content, targets)
+
+
+def receive_bytes(source: int) -> bytes | None:
+    """What rank `source` sent to this one."""
+    size = torch.tensor(0)
+    dist.recv(size, source, group=_control_group())
+    if size < 0:
+        return None
+    content = torch.empty(int(size), dtype=torch.uint8)
+    if size > 0:
+        dist.recv(content, source, group=_control_group())
+    return content.numpy().tobytes()
+
+
 def gather_objects(value: T) -> list[T]:
     """Every rank's `value` (pickled), in rank order, on every rank."""
     if world_size() == 1:

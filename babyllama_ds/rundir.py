@@ -19,12 +19,13 @@ from babyllama_ds import files
 from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.resolved import dump_job
+from babyllama_ds.storages import Storages
 
 # Keys that change no model: how it runs, where inputs lie (their content is compared by each
 # stage's fingerprint instead), and what is measured afterwards.
 FREE_KEYS = re.compile(
     r"evaluation(\..*)?"
-    r"|deepspeed\.(device|config|compile|join_timeout_minutes|node_timeout_minutes)"
+    r"|deepspeed\.(device|config|compile|storage|join_timeout_minutes|node_timeout_minutes)"
     r"|distillation\.(chunk_tokens|cache_tier)"
     r"|.*\.(micro_batch|gradient_checkpointing|log_every_steps|profile_steps)"
     r"|.*\.(checkpoint_every_steps|model\.attention|tensor_parallel)"
@@ -32,9 +33,12 @@ FREE_KEYS = re.compile(
     r"|(tokenizer|.*\.model)\.path"
 )
 
+METRICS_NAME = "metrics.jsonl"
+"""An object for each logged step; written by rank 0."""
+
 
 class RunDirectory:
-    """`<runs>/<job name>/`, on rank 0."""
+    """`<runs>/<job name>/`, on the lead of a storage."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,7 +91,31 @@ class RunDirectory:
 
     def settle(self, where: str, found: Mapping[str, Any]) -> None:
         """Keep what a job left to be found out (`auto`), so that later starts do the same."""
-        files.write_json(self.path / "settled.json", self.settled() | {where: dict(found)})
+        self._write_settled(self.settled() | {where: dict(found)})
+
+    def _write_settled(self, settled: Mapping[str, Mapping[str, Any]]) -> None:
+        files.write_json(self.path / "settled.json", settled)
+
+    def bring_together(self, storages: Storages) -> None:
+        """What nodes know of earlier starts, on all of them: one may be new. A collective.
+
+        Of what was settled, and of where models were made, the first node's word counts; of
+        metrics the longest file says most.
+        """
+        if not storages.several:
+            return
+        settled: dict[str, dict[str, Any]] = {}
+        for known in reversed(storages.on_each(self.settled)):
+            settled |= known
+        storages.on_each(lambda: self._write_settled(settled) if settled else None)
+        environment, metrics = self.path / "environment.json", self.path / METRICS_NAME
+        made = [size > 0 for size in storages.on_each(lambda: _num_bytes(environment))]
+        if any(made) and not all(made):
+            lacking = [storage for storage, there in enumerate(made) if not there]
+            storages.copy_file(environment, source=made.index(True), to=lacking)
+        sizes = storages.on_each(lambda: _num_bytes(metrics))
+        if max(sizes) > sizes[0]:
+            storages.copy_file(metrics, source=sizes.index(max(sizes)), to=[0])
 
     def set_state(self, status: str, **facts: object) -> None:
         """Write `state.json`: running, done, stopped or failed, for schedulers and people."""
@@ -107,6 +135,11 @@ def differing_keys(
 def flat_job(job: JobSpec) -> dict[str, Any]:
     """Every value of a job, by key path."""
     return dict(_flat(_plain(job)))
+
+
+def _num_bytes(path: Path) -> int:
+    """Of a file; 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _experiment(job: Mapping[str, Any]) -> dict[str, Any]:

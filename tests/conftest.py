@@ -150,16 +150,17 @@ class Running:
         folder: Path,
         envs: Sequence[Mapping[str, str]],
         limit_s: float,
+        places: Sequence[Path],
     ) -> None:
         self._paths = (folder / "out.txt", folder / "err.txt")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._deadline_s = time.monotonic() + limit_s
         folder.mkdir(parents=True)
         with self._paths[0].open("wb") as out, self._paths[1].open("wb") as err:
-            for command, env in zip(commands, envs, strict=True):
+            for command, env, place in zip(commands, envs, places, strict=True):
                 # Files, not pipes: a rank that outlives its launcher must not block us.
                 process = subprocess.Popen(
-                    command, cwd=ROOT, env=env, stdout=out, stderr=err, start_new_session=True
+                    command, cwd=place, env=env, stdout=out, stderr=err, start_new_session=True
                 )
                 self._processes.append(process)
 
@@ -226,10 +227,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ru
         commands: Sequence[Sequence[object]],
         envs: Sequence[Mapping[str, str]] = ({},),
         limit_s: float = LAUNCH_LIMIT_S,
+        places: Sequence[Path] | None = None,
     ) -> Running:
         words = [[str(word) for word in command] for command in commands]
         environments = [{**plain_environment(), **env} for env in envs]
-        started.append(Running(words, folder / str(len(started)), environments, limit_s))
+        output = folder / str(len(started))
+        started.append(Running(words, output, environments, limit_s, places or [ROOT] * len(words)))
         return started[-1]
 
     yield begin
@@ -259,6 +262,29 @@ def start_ranks(start: Callable[..., Running]) -> Callable[..., Running]:
         command = [sys.executable, "-u", "launcher/run.py"]
         commands = [[*command, f"--local_rank={rank}", *words] for rank in range(2)]
         return start(commands, environments_of_ranks())
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def start_nodes(start: Callable[..., Running]) -> Callable[..., Running]:
+    """`launcher/run.py WORDS` on two nodes of a rank each, which have a working folder each.
+
+    So a relative `--runs` is the same words and two folders, as on two machines' own disks.
+    `before` are words in front of each node's command.
+    """
+
+    def begin(
+        folders: Sequence[Path], *words: object, before: Sequence[Sequence[str]] = ((), ())
+    ) -> Running:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        run = [sys.executable, "-u", ROOT / "launcher" / "run.py", "--local_rank=0", *words]
+        envs = [
+            {**env, "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_RANK": env["RANK"]}
+            for env in environments_of_ranks()
+        ]
+        return start([[*first, *run] for first in before], envs, folders)
 
     return begin
 
@@ -299,7 +325,8 @@ def run_alone(start: Callable[..., Running]) -> Callable[..., Ended]:
 
 def plain_environment() -> dict[str, str]:
     """Ours, without a trace of ranks that a test in this process was; computing on the CPU."""
-    dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    dropped = ("RANK", "LOCAL_RANK", "CROSS_RANK", "WORLD_SIZE", "LOCAL_SIZE")
+    dropped += ("MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 

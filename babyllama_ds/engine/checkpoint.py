@@ -7,6 +7,8 @@
         best.safetensors      the best weights so far, when they are not this step's
 
 A folder appears whole or not at all; the newest two are kept. No pickle is written or read.
+Rank 0 writes it and hands what it reads to the others. Where every node has a storage of its own,
+a second node keeps a copy, so that no checkpoint is lost with a node.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from babyllama_ds import files, ranks
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import RunError
+from babyllama_ds.storages import Storages
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +52,19 @@ class Progress:
     """Evaluations since then."""
 
 
+COPIES_TO = (1,)
+"""Of several storages, those that get a copy of what rank 0 writes to the first."""
+
+
 class CheckpointFolder:
     """The checkpoints of one stage."""
 
-    def __init__(self, directory: Path, *, fingerprint: str) -> None:
+    def __init__(
+        self, directory: Path, *, fingerprint: str, storages: Storages | None = None
+    ) -> None:
         self.directory = directory
         self.fingerprint = fingerprint
+        self.storages = storages or Storages()
 
     # -- writing (collective) ---------------------------------------------------------------------
 
@@ -65,9 +75,21 @@ class CheckpointFolder:
             if ranks.rank() == 0:
                 state[key] = tensor.contiguous()
         ranks.on_rank_zero(lambda: self._write(state, progress, best))
+        self._copy(self._path(progress.step))
+        self.storages.on_each(self._prune)
+
+    def _copy(self, checkpoint: Path) -> None:
+        if self.storages.several:
+            there = self.storages.on_each(checkpoint.exists)
+            lacking = [storage for storage in COPIES_TO if not there[storage]]
+            self.storages.copy(checkpoint, source=0, to=lacking)
+
+    def keep_beside(self, path: Path) -> None:
+        """Copy a file of rank 0 to where copies of checkpoints are."""
+        self.storages.copy_file(path, to=COPIES_TO)
 
     def _write(self, state: dict[str, Tensor], progress: Progress, best: BestWeights) -> None:
-        final = self.directory / f"step-{progress.step:08d}"
+        final = self._path(progress.step)
         if final.exists():
             return
         temporary = self.directory / f".tmp-{final.name}"
@@ -88,6 +110,8 @@ class CheckpointFolder:
             ) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+
+    def _prune(self) -> None:
         for old in self._whole()[:-KEPT]:
             shutil.rmtree(old)
 
@@ -99,6 +123,7 @@ class CheckpointFolder:
         Raises:
             RunError: a damaged checkpoint, named, or one of another training.
         """
+        self._fetch()
         newest = ranks.on_rank_zero(self._newest)
         if newest is None:
             return Progress()
@@ -107,6 +132,17 @@ class CheckpointFolder:
         ranks.on_rank_zero(lambda: best.read(newest / "best.safetensors"))
         log.info("going on from %s", newest)
         return progress
+
+    def _fetch(self) -> None:
+        """Bring the newest checkpoint of any storage to rank 0's, which may be a new node's."""
+        if not self.storages.several:
+            return
+        steps = self.storages.on_each(lambda: [path.name for path in self._whole()])
+        newest = max((names[-1] for names in steps if names), default=None)
+        if newest is None or newest in steps[0]:
+            return
+        source = next(storage for storage, names in enumerate(steps) if newest in names)
+        self.storages.copy(self.directory / newest, source=source, to=[0])
 
     def newest_name(self) -> str:
         """The last good checkpoint's path, for messages."""
@@ -126,6 +162,9 @@ class CheckpointFolder:
                 hint="give the job another name, or remove the run directory",
             )
         return whole[-1]
+
+    def _path(self, step: int) -> Path:
+        return self.directory / f"step-{step:08d}"
 
     def _whole(self) -> list[Path]:
         return sorted(self.directory.glob("step-*")) if self.directory.is_dir() else []

@@ -18,16 +18,19 @@ from babyllama_ds.environment import describe_environment
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.storages import Storages
 
 log = logging.getLogger(__name__)
 
 
-def describe_run(parts: Parts, directory: RunDirectory, speed: Speed, corpus: Corpus) -> None:
+def describe_run(
+    parts: Parts, directory: RunDirectory, storages: Storages, speed: Speed, corpus: Corpus
+) -> None:
     """Say what runs where, and keep it for the report. A collective.
 
     Written is where the models are made; a later start that makes none does not rewrite it.
     """
-    made = ranks.on_rank_zero(lambda: _made_before(directory.path))
+    made = any(storages.on_each(lambda: _made_before(directory.path)))
     facts = _facts(
         parts,
         corpus,
@@ -35,7 +38,8 @@ def describe_run(parts: Parts, directory: RunDirectory, speed: Speed, corpus: Co
         settled=ranks.on_rank_zero(directory.settled),
     )
     if not made:
-        ranks.on_rank_zero(lambda: files.write_json(directory.path / "environment.json", facts))
+        facts = ranks.broadcast_object(facts)  # of other nodes the hardware may be another
+        storages.on_each(lambda: files.write_json(directory.path / "environment.json", facts))
     log.info(
         "%s: ranks %d, on %s, threads per rank %d, ZeRO-%d, %s, attention %s, in %s",
         parts.job.run_name,

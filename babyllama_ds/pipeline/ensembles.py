@@ -17,6 +17,7 @@ from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
+from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache.opening import Surroundings
 from babyllama_ds.teachers.cache.remembered import Teacher, TeacherInput, remembered_ensemble
@@ -54,6 +55,7 @@ def cached_ensemble(
     teachers: dict[str, Path],
     *,
     store: Store,
+    storages: Storages,
     stop: StopRequest,
 ) -> Ensemble:
     """The ensemble computed once for each distinct window, or found in the store. A collective."""
@@ -79,6 +81,7 @@ def cached_ensemble(
         ),
         Surroundings(
             store=store,
+            storages=storages,
             stop=stop,
             device=parts.device,
             tier=parts.job.distillation.cache_tier,

@@ -25,6 +25,7 @@ from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
+from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.loop import Stage, Surroundings, train
@@ -36,13 +37,20 @@ class Maker:
     """Makes the models of one run; every method is a collective."""
 
     def __init__(
-        self, parts: Parts, directory: RunDirectory, speed: Speed, store: Store, stop: StopRequest
+        self,
+        parts: Parts,
+        directory: RunDirectory,
+        speed: Speed,
+        store: Store,
+        storages: Storages,
+        stop: StopRequest,
     ) -> None:
         self.parts = parts
         self.run_dir = directory.path
         self.speed = speed
-        self.settling = Settling(parts, directory, speed)
+        self.settling = Settling(parts, directory, storages, speed)
         self.store = store
+        self.storages = storages
         self.stop = stop
 
     def make(
@@ -102,7 +110,14 @@ class Maker:
         if self.parts.job.distillation.cache == "none":
             return live_ensemble(self.parts, teachers, compiled=compiled == "all")
         return cached_ensemble(
-            self.parts, student, training, corpus, teachers, store=self.store, stop=self.stop
+            self.parts,
+            student,
+            training,
+            corpus,
+            teachers,
+            store=self.store,
+            storages=self.storages,
+            stop=self.stop,
         )
 
     def _train(

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.errors import Stopped, UserError
 from babyllama_ds.pipeline.stages import Pipeline
 from babyllama_ds.rundir import RunDirectory, flat_job
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.stopping import StopRequest, started_by_launcher
+from babyllama_ds.storages import Storages, find_storages
 from babyllama_ds.store import RunLock, Store
 
 
@@ -40,13 +40,14 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     )
     directory = RunDirectory(runs / job.run_name)
     try:
+        storages = find_storages(job.deepspeed.storage, runs)
         lock = RunLock(directory.path, launcher_pid=stop.launcher_pid)
-        with distributed.failures_told(), ranks.held_by_rank_zero(lock):
-            ranks.on_rank_zero(lambda: directory.open(job))
-            with _state_kept(directory):
-                Pipeline(
-                    job, directory, Store(runs / "store", while_waiting=stop.check), device, stop
-                ).run()
+        with distributed.failures_told(), storages.held(lock):
+            storages.on_each(lambda: directory.open(job))
+            directory.bring_together(storages)
+            with _state_kept(directory, storages):
+                store = Store(runs / "store", while_waiting=stop.check)
+                Pipeline(job, directory, store, storages, device, stop).run()
     finally:
         stop.uninstall()
         distributed.stop()
@@ -54,9 +55,9 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
 
 
 @contextmanager
-def _state_kept(directory: RunDirectory) -> Iterator[None]:
-    """`state.json` tells how the run stands and how it ended."""
-    lead = ranks.rank() == 0
+def _state_kept(directory: RunDirectory, storages: Storages) -> Iterator[None]:
+    """`state.json` tells how the run stands and how it ended, on every storage."""
+    lead = storages.led_here
     if lead:
         directory.set_state("running", pid=os.getpid(), since=time.time())
         distributed.when_a_node_is_lost(

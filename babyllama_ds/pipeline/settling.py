@@ -20,6 +20,7 @@ from babyllama_ds.pipeline.parts import Parts, training_key
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.training import TrainingSpec
+from babyllama_ds.storages import Storages
 from babyllama_ds.training.micro_batch import find_micro_batch
 from babyllama_ds.training.objective import objective_of
 
@@ -29,9 +30,12 @@ log = logging.getLogger(__name__)
 class Settling:
     """Of one run; its directory remembers what was found."""
 
-    def __init__(self, parts: Parts, directory: RunDirectory, speed: Speed) -> None:
+    def __init__(
+        self, parts: Parts, directory: RunDirectory, storages: Storages, speed: Speed
+    ) -> None:
         self.parts = parts
         self.directory = directory
+        self.storages = storages
         self.speed = speed
 
     def settle(
@@ -75,7 +79,7 @@ class Settling:
             compiled = ranks.broadcast_object(compiled)
             known = {**known, "compile": compiled}
         log.info("%s: torch.compile %s: %s", stage, compiled, why)
-        ranks.on_rank_zero(lambda: self._keep(where, known))
+        self.storages.on_each(lambda: self._keep(where, known))
         return training, compiled
 
     def _find_micro_batch(

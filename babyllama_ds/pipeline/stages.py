@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,17 +32,19 @@ from babyllama_ds.models.export import export_model
 from babyllama_ds.pipeline.checks import check_job
 from babyllama_ds.pipeline.describing import describe_run
 from babyllama_ds.pipeline.ensembles import frozen_teacher
+from babyllama_ds.pipeline.equal import check_same_benchmarks, check_same_corpus
 from babyllama_ds.pipeline.making import Maker
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.report.board import write_boards
 from babyllama_ds.report.card import render_model_card
 from babyllama_ds.report.write import write_report
-from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.rundir import METRICS_NAME, RunDirectory
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest, stopped
+from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class Pipeline:
         job: JobSpec,
         directory: RunDirectory,
         store: Store,
+        storages: Storages,
         device: torch.device,
         stop: StopRequest,
     ) -> None:
@@ -62,16 +66,17 @@ class Pipeline:
         self.directory = directory
         self.run_dir = directory.path
         self.store = store
+        self.storages = storages
         self.stop = stop
         self.parts = Parts(job, device)
         self.speed = Speed(self.parts)
-        self.maker = Maker(self.parts, directory, self.speed, store, stop)
+        self.maker = Maker(self.parts, directory, self.speed, store, storages, stop)
 
     def run(self) -> None:
         """Every stage, in order."""
         corpus = self.prepare()
         ranks.on_every_rank(lambda: check_job(self.parts, corpus))
-        describe_run(self.parts, self.directory, self.speed, corpus)
+        describe_run(self.parts, self.directory, self.storages, self.speed, corpus)
         teachers = {spec.name: self.teacher(spec, corpus) for spec in self.job.teachers}
         student = self.student(corpus, teachers)
         models = {**teachers, "student": student}
@@ -79,14 +84,19 @@ class Pipeline:
             models["control"] = self.control(corpus)
         for name, path in models.items():
             self.evaluate(name, path, corpus)
+        self.storages.on_each(self.tidy)
         ranks.on_rank_zero(self.report)
 
     # -- before training --------------------------------------------------------------------------
 
     def prepare(self) -> Corpus:
-        """Tokenizer and token shards, from the store or made now."""
-        entries = ranks.on_rank_zero(lambda: prepare_corpus(self.job, self.store, self.stop.check))
-        ranks.on_rank_zero(lambda: self._link_corpus(entries))
+        """Tokenizer and token shards, from the store or made now, on each storage."""
+        of_each = self.storages.on_each(
+            lambda: prepare_corpus(self.job, self.store, self.stop.check)
+        )
+        check_same_corpus(self.storages, of_each)
+        entries = of_each[0]
+        self.storages.on_each(lambda: self._link_corpus(entries))
         return ranks.on_every_rank(lambda: open_corpus(entries))
 
     def _link_corpus(self, entries: CorpusEntries) -> None:
@@ -101,19 +111,19 @@ class Pipeline:
         """The teacher's model directory in the store: found, trained, or taken in."""
         stage = f"teachers/{spec.name}"
         key = ranks.on_rank_zero(lambda: self._teacher_key(spec, corpus))
-        ranks.on_rank_zero(
+        self.storages.on_each(
             lambda: self.directory.claim_stage(
                 stage, key, made_from="its text, weights or precision"
             )
         )
-        with ranks.held_by_rank_zero(self.store.lock("teachers", key)):
-            entry = ranks.on_rank_zero(lambda: self.store.find("teachers", key))
+        with self.storages.held(self.store.lock("teachers", key)):
+            entry = self.storages.everywhere(lambda: self.store.find("teachers", key))
             if entry is None:
                 entry = self._teacher_in_store(spec, corpus, stage, key)
             else:
                 log.info("%s: done before", stage)
         found = entry
-        ranks.on_rank_zero(lambda: link_entry(found, self.run_dir / "teachers" / spec.name))
+        self.storages.on_each(lambda: link_entry(found, self.run_dir / "teachers" / spec.name))
         return found
 
     def _teacher_key(self, spec: TeacherSpec, corpus: Corpus) -> str:
@@ -125,15 +135,14 @@ class Pipeline:
         checkpoints = self._checkpoints(stage, key)
         model, summary = self.maker.make(stage, spec.model, spec.training, corpus, checkpoints)
 
-        def publish() -> Path:
+        def publish() -> None:
             directory = self.store.new_directory("teachers", key)
             tokenizer_dir = corpus.entries.tokenizer_dir
             export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
-            return self.store.publish("teachers", key, directory, {"stage": stage})
+            self.store.publish("teachers", key, directory, {"stage": stage})
 
-        entry = ranks.on_rank_zero(publish)
-        ranks.on_rank_zero(checkpoints.remove)
-        return entry
+        ranks.on_rank_zero(publish)
+        return self._finished(lambda: self.store.find("teachers", key), checkpoints)
 
     def student(self, corpus: Corpus, teachers: dict[str, Path]) -> Path:
         """The distilled model."""
@@ -162,12 +171,16 @@ class Pipeline:
         teachers: dict[str, Path] | None,
     ) -> Path:
         target = self.run_dir / stage
-        ranks.on_rank_zero(
+        self.storages.on_each(
             lambda: self.directory.claim_stage(
                 stage, key, made_from="its text, teachers or precision"
             )
         )
-        if ranks.on_rank_zero(lambda: files.read_manifest(target) is not None):
+
+        def find() -> Path | None:
+            return target if files.read_manifest(target) is not None else None
+
+        if self.storages.everywhere(find) is not None:
             log.info("%s: done before", stage)
             return target
         checkpoints = self._checkpoints(stage, key)
@@ -184,8 +197,15 @@ class Pipeline:
             directory.rename(target)
 
         ranks.on_rank_zero(publish)
-        ranks.on_rank_zero(checkpoints.remove)
-        return target
+        return self._finished(find, checkpoints)
+
+    def _finished(self, find: Callable[[], Path | None], checkpoints: CheckpointFolder) -> Path:
+        """The model just made on rank 0, now on every storage; its checkpoints are gone."""
+        made = self.storages.everywhere(find)
+        assert made is not None, "it was published"
+        self.storages.copy_file(self.run_dir / METRICS_NAME)
+        self.storages.on_each(checkpoints.remove)
+        return made
 
     def _trained_key(
         self, stage: str, model: ModelSpec, training: TrainingSpec, corpus: Corpus
@@ -200,18 +220,22 @@ class Pipeline:
         )
 
     def _checkpoints(self, stage: str, key: str) -> CheckpointFolder:
-        return CheckpointFolder(self.run_dir / "checkpoints" / stage, fingerprint=key)
+        return CheckpointFolder(
+            self.run_dir / "checkpoints" / stage, fingerprint=key, storages=self.storages
+        )
 
     # -- after training ---------------------------------------------------------------------------
 
     def evaluate(self, name: str, path: Path, corpus: Corpus) -> None:
         """Measure a finished model, unless the same measurement stands here or in the store."""
         result_path = self.run_dir / "evaluation" / f"{name}.json"
-        fingerprint = ranks.on_rank_zero(
+        of_each = self.storages.on_each(
             lambda: evaluation_fingerprint(
                 path, self.job, corpus.entries.tokens_key, corpus.entries.pairs_dir
             )
         )
+        check_same_benchmarks(self.storages, of_each)
+        fingerprint = of_each[0]
         if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
             log.info("evaluation of %s: done before", name)
             return
@@ -273,6 +297,10 @@ class Pipeline:
                 frozen.destroy()
         return {**result, "seconds": time.monotonic() - started}
 
+    def tidy(self) -> None:
+        """Remove what only an unfinished run needs."""
+        shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
+
     def _stop_together(self, group: RankGroup) -> None:
         """Raise `Stopped` on all ranks of a group if one of them was asked to stop.
 
@@ -283,7 +311,6 @@ class Pipeline:
 
     def report(self) -> None:
         """report/, TensorBoard's part of it, and the model cards that quote it."""
-        shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
         report = write_report(self.run_dir)
         for name in ("student", "control"):
             if (self.run_dir / name).is_dir():

@@ -131,6 +131,9 @@ class DeepSpeedSpec(Spec):
     node_timeout_minutes: Annotated[float, Field(gt=0, le=1440)] = 5.0
     """How long another node's host may be silent (switched off, cut off) before all ranks end;
     nodes that compute for long are not silent."""
+    storage: Literal["shared", "node"] = "shared"
+    """Where the runs folder is on several nodes: one that all of them see (`shared`), or one on
+    each node's own disk (`node`); see docs/storage.md."""
 
 
 class JobSpec(Spec):

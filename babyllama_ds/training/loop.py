@@ -28,6 +28,7 @@ from babyllama_ds.errors import ModelError, Problem, TrainingError
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.models.build import count_parameters
+from babyllama_ds.rundir import METRICS_NAME
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest, stopped
@@ -444,6 +445,7 @@ class _Trainer:
 
     def _checkpoint(self) -> None:
         self.around.checkpoints.save(self.engine, self.progress, self.best)
+        self.around.checkpoints.keep_beside(self.around.run_dir / METRICS_NAME)
 
     def _due_log(self, step: int) -> bool:
         every = self.stage.training.log_every_steps

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from babyllama_ds import files, ranks
+from babyllama_ds.rundir import METRICS_NAME
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ class MetricsLog:
         self._bar: tqdm[Any] | None = None
         self._board: SummaryWriter | None = None
         if ranks.rank() == 0:
-            self._file = run_dir / "metrics.jsonl"
+            self._file = run_dir / METRICS_NAME
             forget_later_steps(self._file, stage, first_step)
             self._board = SummaryWriter(
                 str(run_dir / "tensorboard" / stage), purge_step=first_step + 1

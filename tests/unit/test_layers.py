@@ -15,7 +15,10 @@ PACKAGE = Path(__file__).parents[2] / "babyllama_ds"
 LAUNCHER = PACKAGE.parent / "launcher" / "run.py"
 
 ROWS = (
-    {"errors", "files", "memory", "store", "ranks", "slurm", "stopping", "console"},
+    {
+        *("errors", "files", "memory", "store"),
+        *("ranks", "storages", "slurm", "stopping", "console"),
+    },
     {"spec"},
     {"corpus", "losses", "rundir", "environment"},
     {"models", "fingerprints"},

@@ -89,6 +89,19 @@ def crash_beside_a_user_error() -> Any:
         return error.problems, handler.messages
 
 
+def sent_bytes() -> Any:
+    """Something, nothing, none; then a maker that fails."""
+    contents = [bytes(range(256)) * 1000, b"", None]
+    if ranks.rank() == 1:
+        return [ranks.receive_bytes(0) for _ in range(len(contents) + 1)]
+    for content in contents:
+        ranks.send_bytes(content, [1])
+    try:
+        ranks.send_made(lambda: b"%d" % (1 // 0), [1])
+    except ZeroDivisionError:
+        return contents
+
+
 class Recorder(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
@@ -115,6 +128,7 @@ def peer_dies() -> Any:
 
 SCENARIOS: dict[str, Callable[[], Any]] = {
     "small agreements": small_agreements,
+    "sent bytes": sent_bytes,
     "control group": control_group_is_made_once_and_patient,
     "zero: result": rank_zero_result,
     "zero: user error": lambda: ranks.on_rank_zero(fail_with(JobError(problem("a")), None)),
@@ -205,6 +219,11 @@ def test_small_agreements(both: Both) -> None:
     assert zero["sums"] == [0.1 + 1.1, -4.0, 1e17, 2.0]
     assert zero["max"] == 1 << 40
     assert zero["max of negatives"] == -2
+
+
+def test_bytes_go_from_one_rank_to_another(both: Both) -> None:
+    sent, received = values(both("sent bytes"))
+    assert received == [*sent, None], "of what could not be made none comes, and nobody waits"
 
 
 def test_control_group_is_made_once_and_outlasts_long_preparation(both: Both) -> None:

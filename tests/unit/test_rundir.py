@@ -105,6 +105,7 @@ FREE = {
         "deepspeed.compile=all",
         "deepspeed.join_timeout_minutes=0.5",
         "deepspeed.node_timeout_minutes=60",
+        "deepspeed.storage=node",
         "evaluation.batch_tokens=100",
         "evaluation.leading_space=false",
         "evaluation.max_pairs_per_task=3",

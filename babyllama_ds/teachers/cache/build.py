@@ -7,6 +7,9 @@ the control group, whose time-out is weeks. A kill costs the shards of a round.
 Teachers that are split over ranks run on several at once. With one of these all ranks go in step:
 as many forward passes in each round, a rank without work beside the others, and agreement after
 every pass.
+
+On several storages a shard is computed once in all and sent to the others: they hold the same
+bytes, and what one of them has lost comes from another.
 """
 
 from __future__ import annotations
@@ -15,8 +18,8 @@ import errno
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from babyllama_ds import ranks
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import FileFacts
 from babyllama_ds.stopping import StopRequest, stopped
+from babyllama_ds.storages import Storages
 from babyllama_ds.teachers.cache.layout import (
     Layout,
     examine_shard,
@@ -55,30 +59,76 @@ class Work:
     stop: StopRequest
     in_step: bool = False
     """Whether ranks run their forward passes together, as those of a split teacher must."""
+    storages: Storages = field(default_factory=Storages)
 
 
 Whole = dict[int, FileFacts]
 """The shards that are there and undamaged."""
 
 
-def examine(work: Work, directory: Path) -> Whole:
-    """The whole shards of a directory; damaged ones are told by name. A collective.
+def examine(work: Work, directory: Path) -> list[Whole]:
+    """The whole shards in the directory of each storage; damaged ones are told. A collective.
 
-    Every byte is read once, by all ranks together.
+    Every byte is read once, by all ranks of a storage together.
     """
-    mine = range(ranks.rank(), work.layout.num_shards, ranks.world_size())
+    storages = work.storages
+    mine = storages.share_of(work.layout.num_shards)
 
     def look() -> dict[int, FileFacts | str | None]:
         return {shard: _examined(work, directory, shard) for shard in mine}
 
-    found = {}
-    for of_rank in ranks.gather_objects(ranks.on_every_rank(look)):
-        found.update(of_rank)
-    for shard, what in sorted(found.items()):
-        if isinstance(what, str) and ranks.rank() == 0:
-            path = shard_path(directory, shard)
-            log.warning("%s: %s is damaged (%s): computed anew", work.name, path, what)
-    return {shard: what for shard, what in found.items() if isinstance(what, FileFacts)}
+    found = storages.together(look)
+    of_each: list[Whole] = [{} for _ in storages.leads]
+    for storage, of_rank in ranks.gather_objects((storages.mine, found)):
+        for shard, what in of_rank.items():
+            if isinstance(what, FileFacts):
+                of_each[storage][shard] = what
+            elif what is not None and ranks.rank() == 0:
+                path = str(shard_path(directory, shard))
+                place = f"{storages.name(storage)}: {path}" if storages.several else path
+                log.warning("%s: %s is damaged (%s): computed anew", work.name, place, what)
+    return of_each
+
+
+def whole_on_each(of_each: Sequence[Whole]) -> Whole:
+    """The shards that are the same on every storage."""
+    first, *others = of_each
+    return {
+        shard: facts
+        for shard, facts in first.items()
+        if all(other.get(shard) == facts for other in others)
+    }
+
+
+def spread(work: Work, directory: Path, of_each: Sequence[Whole], wanted: list[int]) -> Whole:
+    """Send each of the `wanted` shards that some storage has to those that have another or none.
+
+    The shards that stand on every storage now. A collective.
+
+    Raises:
+        RunError: a disk refuses.
+        Stopped: the run was asked to stop; the next start goes on from what is written.
+    """
+    sent: Whole = {}
+    for shard in wanted:
+        holders = [storage for storage, whole in enumerate(of_each) if shard in whole]
+        if not holders:
+            continue
+        if (reason := work.stop.agreed()) is not None:
+            raise stopped(reason, at=f"{work.name}, sent to other nodes")
+        source = holders[0]
+        sent[shard] = facts = of_each[source][shard]
+        to = [storage for storage, whole in enumerate(of_each) if whole.get(shard) != facts]
+
+        def hand_over(shard: int = shard, source: int = source, to: Sequence[int] = to) -> None:
+            lead = work.storages.leads[source]
+            own = partial(_read, work.layout, directory, shard)
+            _pass_on(work, directory, shard, own, lead, to, left=wanted)
+
+        work.storages.together(hand_over)
+    if sent:
+        log.info("%s: %d shards sent to other nodes", work.name, len(sent))
+    return sent
 
 
 def make_files(work: Work, directory: Path, missing: list[int], compute: Compute) -> Whole:
@@ -91,9 +141,13 @@ def make_files(work: Work, directory: Path, missing: list[int], compute: Compute
     made: Whole = {}
     for shard in _rounds(work, missing):
         left = [number for number in missing if number not in made]
-        mine = ranks.on_every_rank(partial(_write, work, directory, shard, left, compute))
+        mine, records = work.storages.together(
+            partial(_make, work, directory, shard, left, compute)
+        )
+        if work.storages.several:
+            _pass_on_round(work, directory, shard, records, left)
         for of_rank in ranks.gather_objects(mine):
-            made.update(of_rank)
+            made |= of_rank
     return made
 
 
@@ -114,11 +168,7 @@ def make_in_memory(work: Work, memory: MemoryRecords, missing: list[int], comput
 def load(layout: Layout, directory: Path, shards: Whole, memory: MemoryRecords) -> None:
     """Put shards that stand in files into this rank's `memory`."""
     for shard in sorted(shards):
-        content = np.fromfile(
-            shard_path(directory, shard), np.uint8, count=layout.shard_bytes(shard)
-        )
-        records_NR = torch.from_numpy(content).view(-1, layout.record_bytes)
-        memory.put(shard * layout.shard_windows, records_NR)
+        memory.put(shard * layout.shard_windows, _read(layout, directory, shard))
 
 
 def compute_shard(work: Work, shard: int | None, compute: Compute) -> Tensor:
@@ -170,18 +220,58 @@ def _rounds(work: Work, missing: list[int]) -> Iterator[int | None]:
         yield missing[number] if number < len(missing) else None
 
 
-def _write(
-    work: Work,
-    directory: Path,
-    shard: int | None,
-    left: list[int],
-    compute: Compute,
-) -> Whole:
+def _make(
+    work: Work, directory: Path, shard: int | None, left: list[int], compute: Compute
+) -> tuple[Whole, Tensor]:
+    """This rank's shard of a round, computed and written at once; its records."""
     records = compute_shard(work, shard, compute)
     if shard is None:
-        return {}
+        return {}, records
+    return {shard: _write(work, directory, shard, records, left)}, records
+
+
+def _pass_on_round(
+    work: Work, directory: Path, shard: int | None, records: Tensor, left: list[int]
+) -> None:
+    """The shards of a round, from the ranks that made them to the storages of others."""
+    storages = work.storages
+    for source, (theirs, at) in enumerate(ranks.gather_objects((shard, storages.mine))):
+        if theirs is not None:
+            own = partial(torch.Tensor.cpu, records)
+            to = [storage for storage in range(len(storages.leads)) if storage != at]
+            storages.together(
+                partial(_pass_on, work, directory, theirs, own, source, to, left=left)
+            )
+
+
+def _pass_on(
+    work: Work,
+    directory: Path,
+    shard: int,
+    own: Callable[[], Tensor],
+    source: int,
+    to: Sequence[int],
+    *,
+    left: list[int],
+) -> None:
+    """This rank's part in bringing a shard from rank `source`, where it is `own()`, to others."""
+    targets = [work.storages.leads[storage] for storage in to]
+    if ranks.rank() == source:
+        ranks.send_made(lambda: own().numpy().tobytes(), targets)
+    elif ranks.rank() in targets and (content := ranks.receive_bytes(source)) is not None:
+        records = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        _write(work, directory, shard, records.view(-1, work.layout.record_bytes), left)
+
+
+def _read(layout: Layout, directory: Path, shard: int) -> Tensor:
+    """The records [n, record_bytes] of a shard that stands in a file."""
+    path, size = shard_path(directory, shard), layout.shard_bytes(shard)
+    return torch.from_numpy(np.fromfile(path, np.uint8, count=size)).view(-1, layout.record_bytes)
+
+
+def _write(work: Work, directory: Path, shard: int, records: Tensor, left: list[int]) -> FileFacts:
     try:
-        return {shard: write_shard(directory, shard, records)}
+        return write_shard(directory, shard, records)
     except RunError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):

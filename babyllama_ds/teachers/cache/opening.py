@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +18,7 @@ import torch
 
 from babyllama_ds import files, ranks
 from babyllama_ds.stopping import StopRequest
+from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache import build
 from babyllama_ds.teachers.cache.build import Compute, Whole, Work
@@ -36,11 +36,13 @@ class Surroundings:
     """What a cache needs from its run."""
 
     store: Store
+    """On each of the storages."""
     stop: StopRequest
     device: torch.device
     tier: Literal["auto", "device", "host", "disk"]
     student_bytes: int
     """What the student will take of the accelerator, without its activations."""
+    storages: Storages = field(default_factory=Storages)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,7 @@ def open_cache(
         RunError: the disk is full, or does not let itself be written.
         Stopped: the run was asked to stop; the next start goes on.
     """
-    with ExitStack() as held:
-        lock = around.store.lock(KIND, wanted.key)
-        ranks.on_rank_zero(lambda: held.enter_context(lock))
+    with around.storages.held(around.store.lock(KIND, wanted.key)):
         return _Opening(wanted, around).records(make_compute)
 
 
@@ -81,15 +81,23 @@ class _Opening:
 
     def __init__(self, wanted: Wanted, around: Surroundings) -> None:
         self.wanted, self.around = wanted, around
-        self.entry = ranks.on_rank_zero(lambda: around.store.find(KIND, wanted.key))
-        self.place, layout = ranks.on_rank_zero(self._place)
-        self.work = Work(name=wanted.name, layout=layout, stop=around.stop, in_step=wanted.in_step)
+        self.entry, self.place, layout = self._places()
+        self.work = Work(
+            name=wanted.name,
+            layout=layout,
+            stop=around.stop,
+            storages=around.storages,
+            in_step=wanted.in_step,
+        )
 
     def records(self, make_compute: Callable[[], Compute]) -> Records:
         layout, device = self.work.layout, self.around.device
-        whole = build.examine(self.work, self.place)
-        missing = sorted(set(range(layout.num_shards)) - whole.keys())
-        choice = self._choose(missing)
+        of_each = build.examine(self.work, self.place)
+        whole = build.whole_on_each(of_each)
+        choice = self._choose(_lacking(layout, whole))
+        if choice.kept:
+            whole |= build.spread(self.work, self.place, of_each, _lacking(layout, whole))
+        missing = _lacking(layout, whole)
         self._say(missing, choice)
         compute = make_compute() if missing else _nothing_to_compute
         if choice.kept and missing:
@@ -105,14 +113,34 @@ class _Opening:
         build.make_in_memory(self.work, memory, missing, compute)
         return memory
 
-    def _place(self) -> tuple[Path, Layout]:
-        """Where shards lie, and how; on rank 0."""
-        place = self.entry or self.around.store.building_place(KIND, self.wanted.key)
-        layout = Layout.read(place)
-        if layout is None or not self._fits(layout):
-            layout = self.wanted.layout
+    def _places(self) -> tuple[Path | None, Path, Layout]:
+        """The entry on this rank's storage, if there is one; where shards lie there, and how.
+
+        They lie alike on every storage: as on the first where some were begun.
+        """
+        store, storages = self.around.store, self.around.storages
+
+        def look() -> tuple[Path | None, Path, Layout | None]:
+            entry = store.find(KIND, self.wanted.key)
+            place = entry or store.building_place(KIND, self.wanted.key)
+            layout = Layout.read(place)
+            return entry, place, layout if layout and self._fits(layout) else None
+
+        of_each = storages.on_each(look)
+        begun = [layout for _, _, layout in of_each if layout is not None]
+        layout = begun[0] if begun else self.wanted.layout
+        entry, place, here = of_each[storages.mine]
+
+        def lay_out() -> None:
+            if here == layout:
+                return
+            if here is not None:  # its shards may be as long as these, and are of other windows
+                for shard in range(here.num_shards):
+                    shard_path(place, shard).unlink(missing_ok=True)
             layout.write(place)
-        return place, layout
+
+        storages.on_each(lay_out)
+        return entry, place, layout
 
     def _fits(self, layout: Layout) -> bool:
         """Whether a layout found is of the same records: a damaged one is not."""
@@ -129,7 +157,7 @@ class _Opening:
             disk_bytes=build.bytes_of(layout, missing),
             student_bytes=self.around.student_bytes,
         )
-        room = measure_room(self.place, self.around.device)
+        room = measure_room(self.place, self.around.device, self.around.storages)
         return ranks.on_rank_zero(lambda: choose_tier(self.around.tier, need, room))
 
     def _say(self, missing: list[int], choice: Choice) -> None:
@@ -163,7 +191,12 @@ class _Opening:
                 files.write_manifest(self.place, fingerprint=self.wanted.key, known=known, **facts)
             return self.place
 
-        self.place = ranks.on_rank_zero(publish)
+        storages = self.around.storages
+        self.place = storages.on_each(publish)[storages.mine]
+
+
+def _lacking(layout: Layout, whole: Whole) -> list[int]:
+    return sorted(set(range(layout.num_shards)) - whole.keys())
 
 
 def _nothing_to_compute(_windows: object) -> torch.Tensor:

@@ -21,6 +21,7 @@ import torch
 from babyllama_ds import ranks
 from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import available_host_bytes
+from babyllama_ds.storages import Storages
 
 Tier = Literal["device", "host", "disk"]
 
@@ -95,17 +96,18 @@ def choose_tier(asked: Literal["auto", "device", "host", "disk"], need: Need, ro
     return Choice(tier, kept)
 
 
-def measure_room(directory: Path, device: torch.device) -> Room:
-    """What is free, the same on every rank. A collective."""
+def measure_room(directory: Path, device: torch.device, storages: Storages) -> Room:
+    """What is free, the same on every rank; of several disks on the fullest. A collective."""
     on_cuda = device.type == "cuda"
     free, total = torch.cuda.mem_get_info(device) if on_cuda else (0, 0)
     of_ranks = ranks.gather_objects((free, available_host_bytes() // ranks_of_this_machine()))
-    return ranks.on_rank_zero(
-        lambda: Room(
+    of_disks = storages.on_each(lambda: shutil.disk_usage(directory).free)
+    return ranks.broadcast_object(
+        Room(
             device=min(one[0] for one in of_ranks) if on_cuda else None,
             device_total=total,
             host=min(one[1] for one in of_ranks),
-            disk=shutil.disk_usage(directory).free,
+            disk=min(of_disks),
         )
     )
 

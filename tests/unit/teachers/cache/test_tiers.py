@@ -11,6 +11,7 @@ import torch
 
 from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import available_host_bytes
+from babyllama_ds.storages import Storages
 from babyllama_ds.teachers.cache.tiers import (
     Choice,
     Need,
@@ -125,7 +126,7 @@ def test_only_the_missing_shards_need_disk() -> None:
 
 def test_room_is_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_SIZE", "4")
-    found = measure_room(tmp_path, torch.device("cpu"))
+    found = measure_room(tmp_path, torch.device("cpu"), Storages())
     assert found.device is None
     assert found.disk > 0
     # Four ranks share the machine; other processes come and go in the meantime.

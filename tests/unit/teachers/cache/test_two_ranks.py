@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from babyllama_ds import ranks
-from babyllama_ds.errors import ModelError, Stopped, UserError
+from babyllama_ds.errors import ModelError, RunError, Stopped, UserError
+from babyllama_ds.files import sha256_file
 from babyllama_ds.stopping import StopRequest
+from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
-from babyllama_ds.teachers.cache import opening
-from babyllama_ds.teachers.cache.layout import Layout
+from babyllama_ds.teachers.cache import build, opening
+from babyllama_ds.teachers.cache.layout import Layout, write_shard
 from babyllama_ds.teachers.cache.opening import Surroundings, Wanted, open_cache
 from babyllama_ds.teachers.cache.tiers import Room
 
@@ -67,6 +71,8 @@ def opened(
     tier: Any = "disk",
     stop: StopRequest | None = None,
     in_step: bool = False,
+    storages: Storages | None = None,
+    layout: Layout = LAYOUT,
 ) -> dict[str, Any]:
     """What this rank reads from the cache, and what it was asked to compute; or its error."""
     around = Surroundings(
@@ -75,9 +81,10 @@ def opened(
         device=torch.device("cpu"),
         tier=tier,
         student_bytes=0,
+        storages=storages or Storages(),
     )
     wanted = Wanted(
-        name="cache of teachers/a", key=name, layout=LAYOUT, made_of={}, in_step=in_step
+        name="cache of teachers/a", key=name, layout=layout, made_of={}, in_step=in_step
     )
     try:
         records = open_cache(wanted, around, lambda: numbers)
@@ -164,7 +171,120 @@ def goes_on_in_step(folder: Path) -> Any:
     return opened(folder, "stopped-together", Together(), in_step=True)
 
 
+# -- the same on two nodes of a rank each ----------------------------------------------------------
+
+
+def on_nodes(folder: Path, numbers: Numbers | None = None, **changes: Any) -> dict[str, Any]:
+    """What a rank read and was asked for; of its own storage the files and their times."""
+    me = ranks.rank()
+    nodes = Storages(leads=(0, 1), hosts=("a", "b"), mine=me, readers=(me,))
+    own = folder / f"node {me}"
+    found = opened(own, "nodes", numbers or Numbers(), storages=nodes, **changes)
+    paths = sorted(own.rglob("*nodes/*"))
+    files = {path.name: sha256_file(path) for path in paths}
+    return {**found, "files": files, "entry": (own / "teacher_cache" / "nodes").is_dir()}
+
+
+def entry_of(folder: Path) -> Path:
+    return folder / f"node {ranks.rank()}" / "teacher_cache" / "nodes"
+
+
+def each_node_gets_all(folder: Path) -> Any:
+    return on_nodes(folder)
+
+
+def a_node_is_replaced(folder: Path) -> Any:
+    if ranks.rank() == 1:
+        shutil.rmtree(folder / "node 1")
+    ranks.barrier()
+    return on_nodes(folder)
+
+
+def the_first_is_replaced(folder: Path) -> Any:
+    """Its layout would be another: that of the other node counts."""
+    if ranks.rank() == 0:
+        shutil.rmtree(folder / "node 0")
+    ranks.barrier()
+    return on_nodes(folder, layout=replace(LAYOUT, forward_windows=4), tier="host")
+
+
+def each_lost_a_shard(folder: Path) -> Any:
+    """Another one each, and one that nobody has any more."""
+    for shard in (5, ranks.rank()):
+        (entry_of(folder) / f"shard-{shard:05d}.bin").unlink()
+    ranks.barrier()
+    return on_nodes(folder)
+
+
+def one_has_other_records(folder: Path) -> Any:
+    """Whole, as made by another machine, but not those that the first node has."""
+    if ranks.rank() == 1:
+        write_shard(entry_of(folder), 3, torch.full((4, 16), 77, dtype=torch.uint8))
+    ranks.barrier()
+    return on_nodes(folder)
+
+
+def one_is_laid_out_otherwise(folder: Path) -> Any:
+    """With a shard as long as it should be: not to be taken for the one that the other lost."""
+    if ranks.rank() == 0:
+        (entry_of(folder) / "shard-00006.bin").unlink()
+    else:
+        replace(LAYOUT, forward_windows=1).write(entry_of(folder))
+        write_shard(entry_of(folder), 6, torch.full((3, 16), 77, dtype=torch.uint8))
+    ranks.barrier()
+    return on_nodes(folder)
+
+
+def one_cannot_be_written(folder: Path) -> Any:
+    write = build.write_shard
+
+    def refused(directory: Path, shard: int, records: torch.Tensor) -> Any:
+        if ranks.rank() == 1 and shard == 2:  # the first node's
+            raise RunError.of(directory, got="EROFS", expected="a place that can be written")
+        return write(directory, shard, records)
+
+    shutil.rmtree(folder / f"node {ranks.rank()}")
+    build.write_shard = refused
+    found = on_nodes(folder)
+    build.write_shard = write
+    return found
+
+
+def and_then_it_can(folder: Path) -> Any:
+    return on_nodes(folder)
+
+
+def one_cannot_be_read(folder: Path) -> Any:
+    """A shard is lost after it was looked at."""
+    read = build._read
+
+    def lost(layout: Layout, directory: Path, shard: int) -> torch.Tensor:
+        if shard == 4:
+            raise FileNotFoundError(2, "lost", "a shard")
+        return read(layout, directory, shard)
+
+    if ranks.rank() == 1:
+        shutil.rmtree(folder / "node 1")
+    ranks.barrier()
+    build._read = lost
+    try:
+        return on_nodes(folder)
+    except (FileNotFoundError, ranks.RemoteError) as error:
+        return type(error).__name__
+    finally:
+        build._read = read
+
+
 SCENARIOS: list[Callable[[Path], Any]] = [
+    each_node_gets_all,
+    a_node_is_replaced,
+    the_first_is_replaced,
+    each_lost_a_shard,
+    one_has_other_records,
+    one_is_laid_out_otherwise,
+    one_cannot_be_written,
+    and_then_it_can,
+    one_cannot_be_read,
     on_disk,
     found_again,
     without_a_disk,
@@ -291,6 +411,69 @@ def test_in_step_the_error_of_one_and_a_signal_to_one_end_both(
     assert zero["error"].startswith("SIGTERM")
     assert zero == one
     assert [of_rank["read"] for of_rank in of_ranks("goes_on_in_step")] == [ALL, ALL]
+
+
+# -- on two nodes ----------------------------------------------------------------------------------
+
+OfRanks = Callable[[str], list[dict[str, Any]]]
+
+
+def assert_same_and_whole(zero: dict[str, Any], one: dict[str, Any]) -> None:
+    assert zero["read"] == one["read"] == ALL
+    assert zero["files"] == one["files"]
+    assert len(zero["files"]) == LAYOUT.num_shards + 2  # the layout and the manifest
+    assert zero["entry"]
+    assert one["entry"]
+
+
+def test_nodes_share_the_work_and_have_the_same_files(of_ranks: OfRanks) -> None:
+    zero, one = of_ranks("each_node_gets_all")
+    assert_same_and_whole(zero, one)
+    assert zero["asked"] == shards(0, 2, 4, 6)
+    assert one["asked"] == shards(1, 3, 5)
+
+
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "a_node_is_replaced",
+        "the_first_is_replaced",
+        "one_has_other_records",
+    ],
+)
+def test_what_one_node_has_is_sent_not_computed(scenario: str, of_ranks: OfRanks) -> None:
+    zero, one = of_ranks(scenario)
+    assert_same_and_whole(zero, one)
+    assert zero["files"] == of_ranks("each_node_gets_all")[0]["files"]
+    assert zero["asked"] == one["asked"] == []
+
+
+def test_only_what_no_node_has_is_computed(of_ranks: OfRanks) -> None:
+    zero, one = of_ranks("each_lost_a_shard")
+    assert_same_and_whole(zero, one)
+    assert zero["asked"] == sorted({*shards(5)})
+    assert one["asked"] == []
+
+
+def test_shards_of_another_layout_are_not_taken_for_these(of_ranks: OfRanks) -> None:
+    zero, one = of_ranks("one_is_laid_out_otherwise")
+    assert_same_and_whole(zero, one)
+    assert zero["files"] == of_ranks("each_node_gets_all")[0]["files"]
+    assert zero["asked"] == sorted({*shards(6), 0})
+    assert one["asked"] == []
+
+
+def test_a_disk_that_refuses_names_its_node_and_costs_no_shard(of_ranks: OfRanks) -> None:
+    zero, one = of_ranks("one_cannot_be_written")
+    assert zero["error"] == one["error"]
+    assert zero["error"].startswith("node 1, host b: ")
+    zero, one = of_ranks("and_then_it_can")
+    assert_same_and_whole(zero, one)
+    assert {*zero["asked"], *one["asked"]} == {*shards(4, 5, 6), 0}
+
+
+def test_a_sender_that_fails_leaves_no_one_waiting(of_ranks: OfRanks) -> None:
+    assert of_ranks("one_cannot_be_read") == ["FileNotFoundError", "RemoteError"]
 
 
 if __name__ == "__main__":
