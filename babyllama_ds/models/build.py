@@ -218,7 +218,7 @@ def check_positions(model: nn.Module, length: int, *, where: str) -> None:
     Raises:
         ModelError: windows are longer than the model's positions.
     """
-    positions = positions_of(model.config)  # type: ignore[arg-type]
+    positions = positions_of(model.config)
     if positions is not None and positions < length:
         raise ModelError.of(
             where,

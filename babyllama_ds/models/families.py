@@ -6,6 +6,8 @@ Shapes: S positions.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -97,7 +99,7 @@ def check_trainable(config: PretrainedConfig, *, where: str) -> None:
 
 def _probe(model: nn.Module) -> Tensor:
     """A few tokens that differ, [S]."""
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     return torch.arange(PROBE_TOKENS, device=next(model.parameters()).device) % rows
 
 
@@ -105,8 +107,8 @@ def _run(model: nn.Module, input_ids_BS: Tensor) -> Tensor:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        logits: Tensor = model(input_ids=input_ids_BS, use_cache=False).logits
+        outputs: Any = model(input_ids=input_ids_BS, use_cache=False)
     finally:
         for module, training in modes.items():
             module.training = training
-    return logits
+    return cast(Tensor, outputs.logits)

@@ -144,7 +144,7 @@ def _check_loaded(
     check_positions(model, parts.job.windows.length, where=where)
     check_causal(model, where=where)
     if any(training is not None for training in trainings):
-        check_trainable(model.config, where=where)  # type: ignore[arg-type]
+        check_trainable(model.config, where=where)
     if any(training and training.gradient_checkpointing for training in trainings):
         check_recomputable(model, where=f"{training_key(stage)}.gradient_checkpointing")
     kind = check_plain_head(model, where=where)
@@ -180,7 +180,9 @@ def _tell_other_splits(corpus: Corpus, theirs: PreTrainedTokenizerFast, *, where
     Its logits mean what they should; but it was trained on other splits than it will be shown.
     """
     length = min(_COMPARED_TOKENS, corpus.shards.num_tokens("dev"))
-    compared = compare_splits(corpus.tokenizer, theirs, corpus.shards.read("dev", 0, length))
+    compared = compare_splits(
+        corpus.tokenizer, theirs, corpus.shards.read("dev", 0, length).tolist()
+    )
     if compared.otherwise:
         log.warning(
             "%s: its tokenizer has the job's vocabulary, but splits the text otherwise: %.1f %% of "

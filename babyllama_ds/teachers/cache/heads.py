@@ -41,8 +41,8 @@ def load_head(model_dir: Path, *, device: torch.device, dtype: torch.dtype) -> H
         whole = load_model(str(model_dir), attention=None, where=str(model_dir), dtype=dtype)
         head = whole.get_output_embeddings()  # type: ignore[operator]
         found = [each.detach() for each in (head.weight, head.bias) if each is not None]
-    weight, *bias = (tensor.to(device, dtype) for tensor in found if tensor is not None)
-    return Head(weight, *bias)
+    weight, *biases = (tensor.to(device, dtype) for tensor in found if tensor is not None)
+    return Head(weight, biases[0] if biases else None)
 
 
 def _names(model: nn.Module, wanted: object) -> set[str]:
