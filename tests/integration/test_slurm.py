@@ -1,8 +1,8 @@
 """`launcher/slurm/distil.sbatch`, with stand-ins for Slurm's programs.
 
 They do what those of Slurm 22.05 were seen to do: srun tells its tasks `SLURM_STEP_…`, kills them
-at a SIGTERM of its own, and ends with the highest of their exit statuses; scancel signals the tasks
-and not the script.
+at a SIGTERM of its own, and ends with the highest of their exit statuses; scancel signals the
+tasks and not the script.
 """
 
 from __future__ import annotations
