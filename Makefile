@@ -10,6 +10,11 @@ RUNS   ?= runs
 GPUS   := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | wc -l)
 NPROC  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS   ?=
+# All that bash reads: those with its suffix, and those that say so themselves.
+SCRIPTS = $(shell git ls-files '*.sh' .ci/run 2>/dev/null || find . -name '*.sh' -not -path './$(VENV)/*')
+# What the image's labels say.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' babyllama_ds/__init__.py)
+PROVENANCE = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) --build-arg SOURCE=$(shell git remote get-url origin 2>/dev/null || echo unknown)
 # Options of the `deepspeed` launcher itself: --hostfile, --master_port, ...
 LAUNCH ?=
 
@@ -20,7 +25,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives check format seeds reference lock clean
+.PHONY: help setup distill test test-data test-lm-eval bench bench-grid grid-objectives check format seeds reference lock image docker-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -56,10 +61,12 @@ bench-grid: setup  ## time a token against vocabulary, teachers, window length a
 grid-objectives: setup  ## run a job with several objectives and seeds: ARGS="--seeds 1 2 3 --max-tokens N"
 	$(BIN)/python tests/benchmarks/objectives.py --ranks $(NPROC) --runs $(RUNS) $(ARGS)
 
-check: setup  ## ruff, ruff format, mypy --strict
+check: setup  ## ruff, ruff format, mypy --strict, hadolint, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/hadolint docker/Dockerfile
 
 format: setup  ## rewrite the code the way `check` wants it
 	$(BIN)/ruff check --fix .
@@ -73,10 +80,17 @@ reference: setup  ## write docs/jobs.md and the jobs' JSON schema anew
 	$(BIN)/babyllama-ds schema > launcher/jobs/job.schema.json
 	$(BIN)/babyllama-ds schema --reference > docs/jobs.md
 
-lock: setup  ## write the versions installed here to constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
+lock: setup  ## write the versions installed here to constraints.txt, and the image's locks
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval,lock]'
 	$(BIN)/pip freeze --exclude-editable --exclude babyllama_ds --exclude triton | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
 	@touch $(VENV)/.ready
+	docker/lock.sh
+
+image: setup  ## build the image for GPUs: ARGS="--build-arg MAX_JOBS=16"
+	docker build -f docker/Dockerfile -t babyllama_ds:$(VERSION) -t babyllama_ds:latest $(PROVENANCE) $(ARGS) .
+
+docker-test: setup  ## build the image's CPU form, run the nursery in it, read its student outside
+	docker/test.sh
 
 clean:  ## remove the environment, caches and builds (runs stay)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,10 +38,13 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, `+changes` when the tree differs; none outside a checkout."""
+    """The checkout's commit, `+changes` when the tree differs.
+
+    Outside a checkout what `BABYLLAMA_DS_REVISION` says, which the image sets; else none.
+    """
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("BABYLLAMA_DS_REVISION") or None
 
     def git(*words: str) -> str:
         done = subprocess.run(

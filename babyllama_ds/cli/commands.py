@@ -59,7 +59,7 @@ def doctor(options: argparse.Namespace) -> None:
     """Examine this machine and print what was found; a failed check is an error."""
     import time
 
-    from babyllama_ds.doctor.examine import examine
+    from babyllama_ds.doctor.examine import examine, glance
     from babyllama_ds.doctor.findings import refuse_failures
     from babyllama_ds.doctor.table import as_json, as_table
     from babyllama_ds.engine.distributed import resolve_device
@@ -67,7 +67,10 @@ def doctor(options: argparse.Namespace) -> None:
     print("examining this machine ...", file=sys.stderr)
     start_s = time.monotonic()
     device = resolve_device(options.device)
-    findings = examine(options.runs, device, compiled=options.compile)
+    if options.quick:
+        findings = glance(options.runs, device)
+    else:
+        findings = examine(options.runs, device, compiled=options.compile)
     show = as_json if options.json else as_table
     print(show(findings, seconds=time.monotonic() - start_s), end="")
     refuse_failures(findings)

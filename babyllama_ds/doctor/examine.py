@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from babyllama_ds.doctor.attention import attention
-from babyllama_ds.doctor.devices import bf16, devices
+from babyllama_ds.doctor.devices import bf16, devices, host, shared_memory
 from babyllama_ds.doctor.disk import disk
 from babyllama_ds.doctor.findings import Finding
 from babyllama_ds.doctor.versions import versions
@@ -25,7 +25,7 @@ def examine(runs: Path, device: Device, *, compiled: bool) -> list[Finding]:
     `compiled` asks for the proof of torch.compile too, where there is a compiler.
     """
     quiet_known_noise()
-    found = [*versions(), *devices(device), *disk(runs)]
+    found = [*versions(), *devices(device), *shared_memory(device), *disk(runs)]
     lacking = what_compiling_lacks(device) if compiled else None
     compiled = compiled and lacking is None
     with ExitStack() as stack:
@@ -37,6 +37,11 @@ def examine(runs: Path, device: Device, *, compiled: bool) -> list[Finding]:
         for each in started:
             found += zero2(each, compiled=compiled)
     return found if compiled else [*found, not_compiled(lacking)]
+
+
+def glance(runs: Path, device: Device) -> list[Finding]:
+    """What is seen in passing, beside a job that runs: no card is touched, nothing computed."""
+    return [*versions(), host(), *shared_memory(device), *disk(runs, quick=True)]
 
 
 @contextmanager

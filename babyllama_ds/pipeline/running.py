@@ -13,6 +13,7 @@ from pathlib import Path
 
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
+from babyllama_ds.engine.shared_memory import check_shared_memory
 from babyllama_ds.errors import Stopped, UserError
 from babyllama_ds.pipeline.stages import Pipeline
 from babyllama_ds.rundir import RunDirectory
@@ -32,9 +33,12 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     """
     stop = StopRequest(watch_parent=started_by_launcher())
     stop.install()
-    device = distributed.start(distributed.resolve_device(job.deepspeed.device))
+    kind = distributed.resolve_device(job.deepspeed.device)
+    device = distributed.start(kind)
     directory = RunDirectory(runs / job.run_name)
     try:
+        # Before NCCL's first collective: it would end the ranks without a word of what is missing.
+        ranks.on_every_rank(lambda: check_shared_memory(kind, distributed.local_ranks()))
         with ranks.held_by_rank_zero(RunLock(directory.path, launcher_pid=stop.launcher_pid)):
             ranks.on_rank_zero(lambda: directory.open(job))
             with _state_kept(directory):
