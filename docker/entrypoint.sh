@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the image starts. A job, with its overrides and options, is given to the `deepspeed` launcher:
-# one rank a GPU, two CPU ranks where there is none (NPROC overrides it). A command of
-# `babyllama-ds` (check, plan, doctor, ...) is done by it.
+# one rank a GPU, two CPU ranks where there is none. A command of `babyllama-ds` (check, plan,
+# doctor, ...) is done by it. NPROC: how many ranks; RUNS: where runs lie; MASTER_PORT: where ranks
+# meet.
 #
 #   entrypoint.sh JOB [KEY=VALUE ...]      entrypoint.sh COMMAND ...
 set -euo pipefail
@@ -71,4 +72,6 @@ if [ "$gpus" -eq 0 ]; then
     echo "no GPU in this container (docker run --gpus all): $ranks CPU ranks" >&2
   fi
 fi
-launch --quiet --num_gpus "$ranks" "$launcher" --runs "$runs" "$@"
+# On the host's network another run may have the launcher's port.
+port=(${MASTER_PORT:+--master_port "$MASTER_PORT"})
+launch --quiet --num_gpus "$ranks" "${port[@]}" "$launcher" --runs "$runs" "$@"

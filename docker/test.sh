@@ -114,8 +114,11 @@ else
   container=$(buildah_ from --pull-never "$image")
   size=$(du --summarize --block-size=1 "$(buildah_ mount "$container")" | cut -f1)
   entrypoint=$(buildah_ inspect --type image --format '{{index .Docker.Config.Entrypoint 0}}' "$image")
+  # Containers of this kind are on the host's network.
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
   run() {
-    buildah_ run --isolation chroot --volume "$work/runs:/runs$1" "$container" -- "$entrypoint" "${@:2}"
+    buildah_ run --isolation chroot --volume "$work/runs:/runs$1" "$container" -- \
+      env MASTER_PORT="$port" "$entrypoint" "${@:2}"
   }
 fi
 

@@ -29,6 +29,9 @@ DOCKERFILE = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
 LOCKS = ("runtime", "cuda", "flash", "build")
 BIN = Path(sys.executable).parent
 
+# What the entry point takes from its environment, and the launcher.
+OWN_WORDS = ("DS_ACCELERATOR", "NPROC", "RUNS", "MASTER_PORT", "BABYLLAMA_DS_FORM")
+
 # What markers are asked with: the two Pythons of the image's two forms.
 PLATFORM = {"sys_platform": "linux", "platform_machine": "x86_64", "platform_system": "Linux"}
 PYTHONS = ("3.11", "3.12")
@@ -326,7 +329,7 @@ def enter(tmp_path: Path) -> Callable[..., Answer]:
         cards = "\n".join(f"echo 'GPU {i}: card'" for i in range(gpus))
         stub("nvidia-smi", cards or "exit 9")
         told.unlink(missing_ok=True)
-        plain = {k: v for k, v in os.environ.items() if k not in ("DS_ACCELERATOR", "NPROC")}
+        plain = {k: v for k, v in os.environ.items() if k not in OWN_WORDS}
         path = f"{stubs}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             [DOCKER / "entrypoint.sh", *words],
@@ -362,6 +365,12 @@ def test_without_gpus_there_are_two_cpu_ranks(enter: Callable[..., Answer]) -> N
     assert answer.err == ""
     assert enter("nursery", NPROC="1").started[2:4] == ["--num_gpus", "1"]
     assert enter("nursery", gpus=8, NPROC="3").started[2:4] == ["--num_gpus", "3"]
+
+
+def test_ranks_meet_where_they_are_told(enter: Callable[..., Answer]) -> None:
+    assert enter("nursery", MASTER_PORT="4711").started[2:6] == [
+        *("--num_gpus", "2", "--master_port", "4711")
+    ]
 
 
 def test_an_image_for_cuda_says_that_it_was_given_no_gpu(enter: Callable[..., Answer]) -> None:
