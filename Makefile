@@ -20,6 +20,11 @@ OUT      ?= wheelhouse
 KIT_JOB    ?= babyllama
 KIT_PYTHON ?= 3.12
 SYSTEM     ?=
+# All that bash reads: those with its suffix, and those that say so themselves.
+SCRIPTS = $(shell git ls-files '*.sh' .ci/run 2>/dev/null || find . -name '*.sh' -not -path './$(VENV)/*')
+# What the image's labels say.
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' babyllama_ds/__init__.py)
+PROVENANCE = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) --build-arg SOURCE=$(shell git remote get-url origin 2>/dev/null || echo unknown)
 # Options of the `deepspeed` launcher itself: --hostfile, --master_port, ...
 LAUNCH ?=
 
@@ -30,7 +35,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data test-nodes test-lm-eval bench bench-grid grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock clean
+.PHONY: help setup distill test test-data test-nodes test-lm-eval bench bench-grid grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock image docker-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -76,10 +81,12 @@ gpu-kit: setup  ## what an offline GPU machine needs, under 60 MB: BABYLM_DATA=â
 	$(MAKE) wheelhouse PYTHON=$(KIT_PYTHON) TORCH=system SYSTEM=$(SYSTEM) OUT=gpu-kit/wheels
 	$(BIN)/python tests/gpu/kit/collect.py --out gpu-kit --job $(KIT_JOB)
 
-check: setup  ## ruff, ruff format, mypy --strict
+check: setup  ## ruff, ruff format, mypy --strict, hadolint, shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck $(SCRIPTS)
+	$(BIN)/hadolint docker/Dockerfile
 
 format: setup  ## rewrite the code the way `check` wants it
 	$(BIN)/ruff check --fix .
@@ -106,10 +113,17 @@ wheelhouse: dist  ## collect wheels for a machine without internet (docs/offline
 	  $(if $(filter file,$(origin PYTHON)),,--python "$(PYTHON)") --platform "$(PLATFORM)" \
 	  --extras "$(EXTRAS)" --have "$(HAVE)" $(if $(SYSTEM),--system "$(SYSTEM)")
 
-lock: setup  ## write the versions installed here to constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
+lock: setup  ## write the versions installed here to constraints.txt, and the image's locks
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval,lock]'
 	$(BIN)/pip freeze --all --exclude pip --exclude-editable --exclude babyllama_ds --exclude triton | sed -E 's/^(torch==[0-9.]+)\+.*/\1/' > constraints.txt
 	@touch $(VENV)/.ready
+	docker/lock.sh
+
+image: setup  ## build the image for GPUs: ARGS="--build-arg MAX_JOBS=16"
+	docker build -f docker/Dockerfile -t babyllama_ds:$(VERSION) -t babyllama_ds:latest $(PROVENANCE) $(ARGS) .
+
+docker-test: setup  ## build the image's CPU form, run the nursery in it, read its student outside
+	docker/test.sh
 
 clean:  ## remove the environment, caches and builds (runs stay)
 	rm -rf $(VENV) build dist wheelhouse gpu-kit *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -66,10 +66,11 @@ def code_hash() -> str:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, `+changes` when the tree differs; elsewhere that of the build."""
+    """The checkout's commit, `+changes` when the tree differs; elsewhere that of the build, or what
+    `BABYLLAMA_DS_REVISION` says, which the image sets."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return _commit_of_build()
+        return os.environ.get("BABYLLAMA_DS_REVISION") or _commit_of_build()
 
     def git(*words: str) -> str:
         done = subprocess.run(

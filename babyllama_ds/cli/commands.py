@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from babyllama_ds.errors import DataError
+from babyllama_ds.errors import DataError, MachineError
 from babyllama_ds.slurm import describe_task
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.resolved import dump_job
@@ -62,7 +62,7 @@ def doctor(options: argparse.Namespace) -> None:
     """Examine this machine and print what was found; a failed check is an error."""
     import time
 
-    from babyllama_ds.doctor.examine import examine
+    from babyllama_ds.doctor.examine import examine, glance
     from babyllama_ds.doctor.findings import refuse_failures
     from babyllama_ds.doctor.table import as_json, as_table
     from babyllama_ds.engine.distributed import resolve_device
@@ -70,13 +70,23 @@ def doctor(options: argparse.Namespace) -> None:
     print("examining this machine ...", file=sys.stderr)
     start_s = time.monotonic()
     device = resolve_device(options.device)
-    findings = examine(
-        options.runs,
-        device,
-        compiled=options.compile,
-        hostfile=options.hostfile,
-        ssh_port=options.ssh_port,
-    )
+    if options.quick:
+        if options.hostfile is not None:
+            raise MachineError.of(
+                "doctor --quick",
+                got="--hostfile beside it",
+                expected="one of the two",
+                hint="leave out --quick: looking at hosts takes starting something on them",
+            )
+        findings = glance(options.runs, device)
+    else:
+        findings = examine(
+            options.runs,
+            device,
+            compiled=options.compile,
+            hostfile=options.hostfile,
+            ssh_port=options.ssh_port,
+        )
     show = as_json if options.json else as_table
     print(show(findings, seconds=time.monotonic() - start_s), end="")
     refuse_failures(findings)

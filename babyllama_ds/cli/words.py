@@ -158,14 +158,18 @@ def _add_plan(planner: argparse.ArgumentParser) -> None:
     planner.set_defaults(command=lambda args: does.plan(args.job, args.overrides, args))
 
 
-def _add_doctor(examiner: argparse.ArgumentParser) -> None:
+def _add_doctor(examiner: Parser) -> None:
     examiner.add_argument(
         "--runs", type=Path, default=Path("runs"), help="folder of run directories (default: runs)"
     )
     examiner.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what jobs will run on"
     )
-    examiner.add_argument(
+    depth = examiner.add_mutually_exclusive_group()
+    depth.add_argument(
+        "--quick", action="store_true", help="versions, memory and disk alone; start no ranks"
+    )
+    depth.add_argument(
         "--compile", action="store_true", help="prove torch.compile too (about a minute more)"
     )
     examiner.add_argument(
@@ -174,6 +178,7 @@ def _add_doctor(examiner: argparse.ArgumentParser) -> None:
     examiner.add_argument(
         "--ssh-port", type=_positive, metavar="N", help="with --hostfile: where ssh listens"
     )
+    examiner.options += ["--quick", "--compile"]  # a group's own, of which a parser hears nothing
     examiner.add_argument("--json", action="store_true", help="print the findings as JSON")
     examiner.set_defaults(command=does.doctor)
 

@@ -1,4 +1,4 @@
-"""What there is to compute with: cores, cards and their memory, and whether bf16 is right."""
+"""What there is to compute with: cores, cards, their memory and what they share; is bf16 right?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from torch import Tensor
 
 from babyllama_ds.doctor.findings import Finding, failure, ok, warning
 from babyllama_ds.engine.distributed import BF16_CAPABILITY, Device
+from babyllama_ds.engine.shared_memory import (
+    ADVISED_BYTES,
+    REMEDY,
+    free_shared_bytes,
+    needed_shared_bytes,
+)
 from babyllama_ds.memory import available_host_bytes
 
 LOW_MEMORY_GIB = 2.0
@@ -22,12 +28,27 @@ most; summed in bf16 by several times as much."""
 
 def devices(device: Device) -> list[Finding]:
     """Cores and host memory; each card with its memory."""
-    found = [_host()]
+    found = [host()]
     if device == "cuda":
         found += [_card(index) for index in range(torch.cuda.device_count())]
     else:
         found.append(ok("gpu", "none in use: jobs run on the CPU"))
     return found
+
+
+def shared_memory(device: Device) -> list[Finding]:
+    """Room for NCCL's buffers, where several cards of this machine may talk to each other."""
+    cards = torch.cuda.device_count() if device == "cuda" else 0
+    free, needed = free_shared_bytes(), needed_shared_bytes(device, cards)
+    if free is None or not needed:
+        return []
+    found = f"{free / 2**20:,.0f} MiB free in /dev/shm"
+    if free < needed:
+        least = f", {needed / 2**20:,.0f} needed by {cards} ranks"
+        return [failure("shared memory", f"{found}{least}", remedy=REMEDY)]
+    if free < ADVISED_BYTES:
+        return [warning("shared memory", f"{found}, 1,024 advised for NCCL", remedy=REMEDY)]
+    return [ok("shared memory", found)]
 
 
 def bf16(device: Device) -> list[Finding]:
@@ -36,7 +57,8 @@ def bf16(device: Device) -> list[Finding]:
     return [_bf16_on(place, name) for place, name in places]
 
 
-def _host() -> Finding:
+def host() -> Finding:
+    """Cores and memory of the machine."""
     cores = len(os.sched_getaffinity(0))
     free = available_host_bytes() / 2**30
     found = f"{cores} cores, {free:.1f} GiB of memory available"

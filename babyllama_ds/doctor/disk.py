@@ -22,11 +22,15 @@ SLOW_MB_PER_S = 50.0
 _ELSEWHERE = "choose another directory: --runs DIR"
 
 
-def disk(runs: Path) -> list[Finding]:
-    """Free space, write speed and locks of the directory of runs, which need not be there yet."""
+def disk(runs: Path, *, quick: bool = False) -> list[Finding]:
+    """Free space, write speed and locks of the directory of runs, which need not be there yet.
+
+    `quick`: without the speed, which takes time from those who are writing there.
+    """
     try:
         with _folder_in(runs) as folder:
-            return [_free(runs, folder), _speed(folder), _locks(folder)]
+            speed = [] if quick else [_speed(folder)]
+            return [_free(runs, folder), *speed, _locks(folder)]
     except OSError as error:
         found = f"{runs}: {error.strerror or error}"
         return [failure("disk", found, remedy=_ELSEWHERE)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from babyllama_ds.doctor.attention import attention
-from babyllama_ds.doctor.devices import bf16, devices
+from babyllama_ds.doctor.devices import bf16, devices, host, shared_memory
 from babyllama_ds.doctor.disk import disk
 from babyllama_ds.doctor.findings import Finding
 from babyllama_ds.doctor.hosts import hosts, read_hostfile
@@ -38,7 +38,7 @@ def examine(
     """
     quiet_known_noise()
     slots = None if hostfile is None else read_hostfile(hostfile)
-    found = [*versions(), *devices(device), *disk(runs)]
+    found = [*versions(), *devices(device), *shared_memory(device), *disk(runs)]
     if slots is not None:
         found += hosts(slots, device, ssh_port=ssh_port)
     lacking = what_compiling_lacks(device) if compiled else None
@@ -52,6 +52,11 @@ def examine(
         for each in started:
             found += zero2(each, compiled=compiled)
     return found if compiled else [*found, not_compiled(lacking)]
+
+
+def glance(runs: Path, device: Device) -> list[Finding]:
+    """What is seen in passing, beside a job that runs: no card is touched, nothing computed."""
+    return [*versions(), host(), *shared_memory(device), *disk(runs, quick=True)]
 
 
 @contextmanager

@@ -48,16 +48,15 @@ def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
     Raises:
         MachineError: CUDA is asked for by name and there is none, or too few cards.
     """
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     # DeepSpeed's own variable may settle what `auto` leaves open; a named device overrides it.
     prefers_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
     if requested == "cpu" or (requested == "auto" and prefers_cpu):
         return "cpu"
     cards = torch.cuda.device_count()
-    if cards < local_ranks:
+    if cards < local_ranks():
         raise MachineError.of(
             "deepspeed.device",
-            got=f"{cards} CUDA devices for {local_ranks} ranks on this machine",
+            got=f"{cards} CUDA devices for {local_ranks()} ranks on this machine",
             expected="a CUDA device for every rank",
             hint="start fewer ranks (NPROC, --num_gpus) or set deepspeed.device=cpu",
         )
@@ -170,8 +169,12 @@ def threads_per_rank() -> int:
     """This rank's share of the cores it may run on; `OMP_NUM_THREADS` overrides it."""
     if "OMP_NUM_THREADS" in os.environ:
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    return max(1, len(os.sched_getaffinity(0)) // local_ranks())
+
+
+def local_ranks() -> int:
+    """Ranks on this machine, as the launcher says; one without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def quiet_known_noise() -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
+from babyllama_ds.engine.shared_memory import check_shared_memory
 from babyllama_ds.errors import Stopped, UserError
 from babyllama_ds.pipeline.stages import Pipeline
 from babyllama_ds.rundir import RunDirectory, flat_job
@@ -32,14 +34,17 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     """
     stop = StopRequest(watch_parent=started_by_launcher())
     stop.install()
+    kind = distributed.resolve_device(job.deepspeed.device)
     device = distributed.start(
-        distributed.resolve_device(job.deepspeed.device),
+        kind,
         same={f"the job's {key}": value for key, value in flat_job(job).items()},
         join_timeout_s=60 * job.deepspeed.join_timeout_minutes,
         node_timeout_s=60 * job.deepspeed.node_timeout_minutes,
     )
     directory = RunDirectory(runs / job.run_name)
     try:
+        # Before NCCL's first collective: it would end the ranks without a word of what is missing.
+        ranks.on_every_rank(lambda: check_shared_memory(kind, distributed.local_ranks()))
         storages = find_storages(job.deepspeed.storage, runs)
         lock = RunLock(directory.path, launcher_pid=stop.launcher_pid)
         with distributed.failures_told(), storages.held(lock):

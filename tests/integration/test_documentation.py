@@ -15,12 +15,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from babyllama_ds.cli.words import command_line
 from babyllama_ds.errors import JobError
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
@@ -30,6 +32,7 @@ pytestmark = pytest.mark.launch
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 LIMIT_S = 180
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docker/README.md")
 NOT_TYPED = {
     "export": "changes the shell",
     "pip": "changes the environment",
@@ -55,7 +58,8 @@ class Block:
 
 
 def blocks(*languages: str) -> Iterator[Block]:
-    for path in [*sorted(ROOT.glob("[RC]*.md")), *sorted((ROOT / "docs").rglob("*.md"))]:
+    pages = [*map(ROOT.joinpath, PAGES), *sorted((ROOT / "docs").rglob("*.md"))]
+    for path in pages:
         text = path.read_text(encoding="utf-8")
         for found in re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.M | re.S):
             if found[1] in languages:
@@ -126,6 +130,7 @@ def test_a_command(command: Command, home: Path) -> None:
     typists: Mapping[str, Callable[[list[str], Path], subprocess.CompletedProcess[str]]] = {
         "babyllama-ds": of_ours,
         "deepspeed": of_the_launcher,
+        "docker": of_docker,
         "make": of_make,
         "python": of_a_script,
         "tar": lambda words, home: ask(["tar", *words], home),
@@ -172,6 +177,18 @@ def of_make(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
         return done
     overrides = [word for word in shlex.split(given.get("ARGS", "")) if "=" in word]
     return checked(given.get("JOB", "launcher/jobs/nursery.yaml"), overrides, home)
+
+
+def of_docker(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:
+    """What a container is given is tried outside; of a build, whether its arguments are known."""
+    if words[0] == "build":
+        known = re.findall(r"^ARG (\w+)", (ROOT / "docker" / "Dockerfile").read_text(), re.M)
+        given = [b.split("=")[0] for a, b in pairwise(words) if a == "--build-arg"]
+        return ask(["test", "-z", " ".join(set(given) - set(known))], home)
+    first, *rest = words[words.index("babyllama_ds") + 1 :]
+    if first not in command_line().commands:
+        return checked(first, rest, home)
+    return of_ours([first, "--help"] if first == "doctor" else [first, *rest], home)
 
 
 def of_a_script(words: list[str], home: Path) -> subprocess.CompletedProcess[str]:

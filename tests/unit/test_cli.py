@@ -361,6 +361,24 @@ def test_the_doctor_says_what_it_found_and_how_it_ends(
     assert "error: doctor: got 1 failure: locks, expected none" in err
 
 
+def test_the_doctor_in_a_hurry(
+    monkeypatch: pytest.MonkeyPatch, examined: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from babyllama_ds.doctor import examine
+    from babyllama_ds.doctor.findings import ok
+
+    monkeypatch.setattr(examine, "glance", lambda runs, device: [ok("host", f"{runs} {device}")])
+    assert cli.main(["doctor", "--quick", "--device", "cpu", "--runs", "there"]) == 0
+    assert examined == []
+    assert "there cpu" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--quick", "--compile"])
+    assert "not allowed with argument" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--quik"])
+    assert "did you mean `--quick`?" in capsys.readouterr().err
+
+
 # -- the launcher's script -------------------------------------------------------------------------
 
 

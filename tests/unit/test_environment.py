@@ -82,18 +82,27 @@ def git(checkout: Path) -> Git:
 
 
 @needs_git
-def test_the_commit_of_a_checkout(checkout: Path, git: Git) -> None:
+def test_the_commit_of_a_checkout(
+    checkout: Path, git: Git, monkeypatch: pytest.MonkeyPatch
+) -> None:
     head = git("rev-parse", "HEAD")
     assert len(head) == 40
     assert environment._commit() == head
+    monkeypatch.setenv("BABYLLAMA_DS_REVISION", "0123abcd")  # a checkout mounted into an image
     (checkout / "untracked").write_text("a run's output, say")
     assert environment._commit() == head
     (checkout / "tracked").write_text("two")
     assert environment._commit() == f"{head}+changes"
 
 
-def test_outside_a_checkout_there_is_no_commit(checkout: Path) -> None:
+def test_outside_a_checkout_there_is_no_commit_but_an_images(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert environment._commit() is None
+    monkeypatch.setenv("BABYLLAMA_DS_REVISION", "")
+    assert environment._commit() is None
+    monkeypatch.setenv("BABYLLAMA_DS_REVISION", "0123abcd")
+    assert environment._commit() == "0123abcd"
 
 
 @needs_git

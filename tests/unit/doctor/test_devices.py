@@ -51,6 +51,34 @@ def pretend_cards(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * GIB, 80 * GIB))
 
 
+# -- shared memory ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("free_mib", "status", "found"),
+    [
+        (64, "failure", "64 MiB free in /dev/shm, 128 needed by 2 ranks"),
+        (128, "warning", "128 MiB free in /dev/shm, 1,024 advised for NCCL"),
+        (1024, "ok", "1,024 MiB free in /dev/shm"),
+    ],
+)
+def test_shared_memory_of_several_cards(
+    free_mib: int, status: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend_cards(monkeypatch, capability=(9, 0))
+    monkeypatch.setattr(module, "free_shared_bytes", lambda: free_mib * 2**20)
+    (finding,) = module.shared_memory("cuda")
+    assert (finding.status, finding.found) == (status, found)
+    assert (finding.remedy is None) == (status == "ok")
+
+
+def test_only_several_cards_share_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "free_shared_bytes", lambda: 0)
+    assert module.shared_memory("cpu") == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert module.shared_memory("cuda") == []
+
+
 # -- bf16 ------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,13 @@ def test_a_sound_disk_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+def test_quickly_nothing_is_written_but_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_write_seconds", lambda _: pytest.fail("written"))
+    assert [finding.check for finding in module.disk(tmp_path, quick=True)] == ["disk", "locks"]
+
+
 def test_what_is_there_stays(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     by_check(tmp_path)

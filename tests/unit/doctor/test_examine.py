@@ -45,6 +45,16 @@ def test_the_doctor_on_two_cpu_ranks(run_alone: Callable[..., Any], tmp_path: Pa
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_glance_starts_nothing_and_touches_no_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("Started", "bf16", "attention", "devices", "zero2"):
+        monkeypatch.setattr(module, name, lambda *_, name=name: pytest.fail(name))
+    found = [each.check for each in module.glance(tmp_path / "runs", "cpu")]
+    assert found == ["packages", "deepspeed", "host", "disk", "locks"]
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("asked", "lacking", "tried", "told"),
     [
