@@ -374,6 +374,8 @@ def test_the_doctor_in_a_hurry(
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--quick", "--compile"])
     assert "not allowed with argument" in capsys.readouterr().err
+    assert cli.main(["doctor", "--quick", "--hostfile", "hosts"]) == 2
+    assert "got --hostfile beside it, expected one of the two" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["doctor", "--quik"])
     assert "did you mean `--quick`?" in capsys.readouterr().err
