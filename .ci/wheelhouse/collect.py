@@ -318,8 +318,11 @@ class Index:
         if done.returncode == 0:
             return
         missing = re.search(r"No matching distribution found for (\S+)", done.stderr)
-        if missing is None or "Retrying (" in done.stderr:
-            raise UserError.of(f"pip {words[0]}", got=done.stderr.strip(), expected="success")
+        broken = re.search(r"connection broken by .*", done.stderr)
+        if missing is None or broken is not None:
+            got = broken[0] if broken else done.stderr.strip()
+            expected = "a package index that answers" if broken else "success"
+            raise UserError.of(f"pip {words[0]}", got=got, expected=expected)
         raise UserError.of(
             missing[1],
             got=f"no wheel for {self.target}",
@@ -378,7 +381,7 @@ def follow(
     followed: set[str] = set()
     beside = [(Requirement(BESIDE_TORCH), "torch")] if "torch" in machine else []
     while pending:
-        new = [
+        new: list[tuple[Requirement, str]] = [
             (one, name)
             for name, extras in ((canonicalize_name(one.name), one.extras) for one in pending)
             for one in requirements_of(told[name], extras, target, whole=name in closure.house)

@@ -364,6 +364,18 @@ def test_a_list_that_does_not_do(
     assert told in capsys.readouterr().err
 
 
+def test_an_index_that_does_not_answer_is_no_missing_wheel(
+    collect_by_pip: Collect, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    assert collect_by_pip(["unheard-of"]) == 2
+    err = capsys.readouterr().err
+    assert "pip download: got connection broken by" in err
+    assert "expected a package index that answers" in err
+
+
 def test_pins_that_do_not_agree(
     collect: Collect, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
