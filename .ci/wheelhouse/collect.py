@@ -36,9 +36,9 @@ from babyllama_ds.spec.explain import did_you_mean
 FROM_SOURCE = ("deepspeed",)
 """Published as source alone. Built here, where it has to become a wheel for any machine."""
 
-OF_ENVIRONMENTS = "setuptools"
-"""Never left to the machine: a new environment of Python 3.11 has one of its own, which hides the
-machine's and is older than torch asks for."""
+BESIDE_TORCH = "setuptools"
+"""What a torch of the machine needs, and may not find: a new environment of Python 3.11 has an old
+one of its own, which hides the machine's. So it is always in the house."""
 
 LEAST_GLIBC = 5
 LEGACY_TAGS = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
@@ -158,7 +158,7 @@ Machine = Mapping[str, Version | None]
 def machine_of(torch: str, have: str, system: Path | None) -> Machine:
     """From TORCH, HAVE and SYSTEM. Raises `UserError`."""
     there: dict[str, Version | None] = {} if system is None else read_freeze(system)
-    there.pop(OF_ENVIRONMENTS, None)
+    there.pop(BESIDE_TORCH, None)
     for word in words_of(have):
         found = installed(word if "=" in word else f"{word} @ there")
         if found is None:
@@ -318,8 +318,11 @@ class Index:
         if done.returncode == 0:
             return
         missing = re.search(r"No matching distribution found for (\S+)", done.stderr)
-        if missing is None or "Retrying (" in done.stderr:
-            raise UserError.of(f"pip {words[0]}", got=done.stderr.strip(), expected="success")
+        broken = re.search(r"connection broken by .*", done.stderr)
+        if missing is None or broken is not None:
+            got = broken[0] if broken else done.stderr.strip()
+            expected = "a package index that answers" if broken else "success"
+            raise UserError.of(f"pip {words[0]}", got=got, expected=expected)
         raise UserError.of(
             missing[1],
             got=f"no wheel for {self.target}",
@@ -376,12 +379,15 @@ def follow(
     told = {ours.name: own}
     pending = [Requirement(f"{ours.name}[{','.join(extras)}]")]
     followed: set[str] = set()
+    beside = [(Requirement(BESIDE_TORCH), "torch")] if "torch" in machine else []
     while pending:
-        new = [
+        new: list[tuple[Requirement, str]] = [
             (one, name)
             for name, extras in ((canonicalize_name(one.name), one.extras) for one in pending)
             for one in requirements_of(told[name], extras, target, whole=name in closure.house)
         ]
+        if not closure.asked:
+            new += beside
         closure.asked += new
         # Of a package that the machine has only its extras may be lacking: its wheel is read for
         # them (`fsspec[http]`), and left out.
