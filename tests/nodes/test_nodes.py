@@ -186,6 +186,11 @@ def test_without_rank_0_the_others_end_too(struck: Any) -> None:
     assert "host host-a (rank 0): got the connection broke off" in on_b.err
 
 
+def test_the_environment_file_arrives_over_ssh(struck: Any) -> None:
+    """ssh alone passes nothing on; without it a rank would take both cores."""
+    assert "threads per rank 1," in struck.ended[-1].err
+
+
 def test_no_error_of_the_network_is_shown_raw(struck: Any) -> None:
     for ended in struck.ended:
         assert "Traceback" not in ended.err
