@@ -29,7 +29,8 @@ def exit_code_of(work: Callable[[], None]) -> int:
     """Do `work`; an expected end is told once, by rank 0, and becomes the exit status.
 
     0: done. 2: an error that a user can mend, the same on every rank. 128 + signal: stopped as
-    asked. 1: our own mistake, with its trace from the rank where it happened.
+    asked. 1: our own mistake, with its trace from the rank where it happened. (75, where another
+    node is gone, comes from `engine.watching`, which ends the process by itself.)
     """
     try:
         work()

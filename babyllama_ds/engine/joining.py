@@ -32,6 +32,8 @@ TELL_EVERY_S = 30.0
 RETRY_S = 0.2
 ANSWER_S = 15.0
 """How long after its own time is up rank 0 may take to answer."""
+HELLO_S = 5.0
+"""How long whoever connects may take to say who it is: meanwhile nobody else is let in."""
 LARGEST_BYTES = 4_000_000
 """Of one rank's facts, or of all ranks' names: more is not one of ours."""
 
@@ -201,7 +203,7 @@ def _arrivals(listener: socket.socket) -> Iterator[tuple[socket.socket, dict[str
         link, _ = listener.accept()
     except OSError:  # nobody, or gone again
         return
-    hello = _hear(link, time.monotonic() + ANSWER_S)
+    hello = _hear(link, time.monotonic() + HELLO_S)
     if hello is not None and {"member", "size", "facts"} <= hello.keys():
         yield link, hello
     else:

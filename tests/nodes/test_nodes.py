@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import yaml
 from babyllama_ds.errors import LOST_EXIT_CODE
 
 ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
 
 pytestmark = pytest.mark.nodes
 
@@ -37,9 +39,9 @@ def job(tiny_job: Callable[..., Path]) -> Callable[..., Path]:
         path = tiny_job(folder, control=None)
         plain = yaml.safe_load(path.read_text())
         plain["teachers"] = plain["teachers"][1:]
-        plain["teachers"][0]["training"]["max_steps"] = 8
-        plain["student"]["training"] |= {
-            "batch_windows": 6,  # for two ranks, and for three
+        batch = {"batch_windows": 6}  # for two ranks, and for three
+        plain["teachers"][0]["training"] |= batch | {"max_steps": 8}
+        plain["student"]["training"] |= batch | {
             "max_steps": STUDENT_STEPS,
             "evaluate_every_steps": STUDENT_STEPS // 3,
             "checkpoint_every_steps": 10,
@@ -184,6 +186,11 @@ def test_without_rank_0_the_others_end_too(struck: Any) -> None:
     assert "host host-a (rank 0): got the connection broke off" in on_b.err
 
 
+def test_the_environment_file_arrives_over_ssh(struck: Any) -> None:
+    """ssh alone passes nothing on; without it a rank would take both cores."""
+    assert "threads per rank 1," in struck.ended[-1].err
+
+
 def test_no_error_of_the_network_is_shown_raw(struck: Any) -> None:
     for ended in struck.ended:
         assert "Traceback" not in ended.err
@@ -229,18 +236,29 @@ def test_nodes_that_run_different_jobs_are_refused(
 
 def test_hosts_with_different_numbers_of_slots_train(
     tmp_path: Path,
-    once: Any,
     job: Callable[..., Path],
     start: Callable[..., Any],
     start_without_ssh: Callable[..., Any],
 ) -> None:
     """Every rank has the same share of the batch, wherever it runs."""
+    path, folders = job(tmp_path), [tmp_path / "uneven", tmp_path / "alone"]
+    words = ("student.training.max_steps=12",)
     slots = {"host-a": 2, "host-b": 1}
-    words = (job(tmp_path), "--runs", tmp_path / "runs", "student.training.max_steps=12")
-    for running in start_without_ssh(tmp_path, *words, slots=slots):
+    for running in start_without_ssh(tmp_path, path, "--runs", folders[0], *words, slots=slots):
         running.end().assert_done()
-    found = json.loads((tmp_path / "runs" / "tiny-1" / "student" / "training.json").read_text())
-    assert found
+    command = [BIN / "deepspeed", "--quiet", "--num_gpus", 3, "--master_port", free_port()]
+    script = ["launcher/run.py", path, "--runs", folders[1], *words]
+    start([[*command, *script]], limit_s=600.0).end().assert_done()
+    uneven, alone = (
+        (folder / "tiny-1" / "student" / "model.safetensors").read_bytes() for folder in folders
+    )
+    assert uneven == alone
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
 
 
 LOOK = """
