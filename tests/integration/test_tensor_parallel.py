@@ -101,7 +101,11 @@ def test_split_teachers_are_trained_as_whole_ones(ran: Any) -> None:
     assert (ran.runs / BY_LAUNCHER / "report" / "report.json").exists()
 
 
-def test_remembered_states_are_those_of_the_split_teacher(ran: Any) -> None:
+def test_remembered_states_are_those_of_the_split_teacher_to_the_bit(ran: Any) -> None:
+    live, remembered = (
+        (ran.runs / name / "student" / "model.safetensors").read_bytes() for name in WHOLE
+    )
+    assert remembered == live
     told = ran.ended[list(CASES).index("hidden-split")].err
     assert "cache of teachers/llama: computing" in told
 
