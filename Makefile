@@ -10,8 +10,8 @@ RUNS   ?= runs
 GPUS   := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | wc -l)
 NPROC  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS   ?=
-# All that bash reads: those with its suffix, and those that say so themselves.
-SCRIPTS = $(shell git ls-files '*.sh' .ci/run 2>/dev/null || find . -name '*.sh' -not -path './$(VENV)/*')
+# All that a shell reads, by their first lines.
+SCRIPTS = $(shell git grep -lE '^\#!.*[/ ](ba)?sh( |$$)' -- ':!*.py' ':!*.md')
 # What the image's labels say.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' babyllama_ds/__init__.py)
 PROVENANCE = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) --build-arg SOURCE=$(shell git remote get-url origin 2>/dev/null || echo unknown)
