@@ -20,8 +20,8 @@ OUT      ?= wheelhouse
 KIT_JOB    ?= babyllama
 KIT_PYTHON ?= 3.12
 SYSTEM     ?=
-# All that bash reads: those with its suffix, and those that say so themselves.
-SCRIPTS = $(shell git ls-files '*.sh' .ci/run 2>/dev/null || find . -name '*.sh' -not -path './$(VENV)/*')
+# All that a shell reads, by their first lines.
+SCRIPTS = $(shell git grep -lE '^\#!.*[/ ](ba)?sh( |$$)' -- ':!*.py' ':!*.md')
 # What the image's labels say.
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' babyllama_ds/__init__.py)
 PROVENANCE = --build-arg VERSION=$(VERSION) --build-arg REVISION=$(shell git rev-parse HEAD) --build-arg SOURCE=$(shell git remote get-url origin 2>/dev/null || echo unknown)
