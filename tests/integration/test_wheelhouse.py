@@ -211,7 +211,7 @@ OF_TARGETS = ["pure"] + [
             {"compiled==1.0", "old==1.0", "arm==1.0"},
         ),
     ],
-    ids=str,
+    ids=["glibc 2.34", "glibc 2.39", "glibc 2.17", "Python 3.13", "arm64"],
 )
 def test_markers_and_tags_are_those_of_the_target(
     target: dict[str, str], found: set[str], collect_by_pip: Collect, tmp_path: Path
