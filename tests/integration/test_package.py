@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -18,6 +19,7 @@ import tomllib
 import venv
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from email.parser import HeaderParser
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -30,7 +32,7 @@ from packaging.requirements import Requirement
 import babyllama_ds
 
 ROOT = Path(__file__).parents[2]
-LIMIT_S = 180
+LIMIT_S = 300
 NOT_COPIED = (".git", ".venv", ".*_cache", ".hypothesis", "runs", "build", "dist", "wheelhouse")
 FOR_PEOPLE = {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE", "constraints.txt"}
 
@@ -41,15 +43,21 @@ def command(words: Sequence[object], folder: Path) -> subprocess.CompletedProces
     """Run outside of the checkout, with no way to it in the environment."""
     dropped = ("PYTHON", "PIP_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
-    return subprocess.run(
+    process = subprocess.Popen(
         [str(word) for word in words],
         cwd=folder,
         env={**kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=LIMIT_S,
-        check=False,
+        start_new_session=True,
     )
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    finally:  # the launcher's ranks too, when their time is up
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def done(words: Sequence[object], folder: Path) -> str:
@@ -190,11 +198,17 @@ def test_the_schema_is_that_of_the_checkout(bin_folder: Path, folder: Path) -> N
     assert schema == json.loads((ROOT / "launcher" / "jobs" / "job.schema.json").read_text())
 
 
+SHORT = {"batch_windows": 8, "epochs": 1, "max_steps": 3, "learning_rate": 1e-3, "warmup_steps": 1}
+LLAMA = {"kind": "llama", "hidden_size": 32, "num_layers": 1, "num_heads": 2}
 TINY: Mapping[str, Any] = {
     "corpus.words": 4000,
     "corpus.dev_words": 1500,
     "corpus.pairs_per_task": 4,
     "tokenizer.vocab_size": 400,
+    "teachers": [
+        {"name": "one", "model": {**LLAMA, "intermediate_size": 48}, "training": SHORT},
+    ],
+    "student.training": SHORT,
     "evaluation.samples": 0,
     "control": None,
 }
@@ -206,13 +220,11 @@ def test_a_job_runs_on_two_ranks_without_a_checkout(bin_folder: Path, folder: Pa
     launcher = [bin_folder / "python", "-m", "deepspeed.launcher.runner", "--num_gpus", 2]
     ours = ["--module", "babyllama_ds.cli.launch", "nursery", "--runs", "there"]
     tiny = [f"{key}={json.dumps(value)}" for key, value in TINY.items()]
-    stages = ("teachers[0].training", "teachers[1].training", "student.training")
-    short = [f"{stage}.{key}" for stage in stages for key in ("max_steps=4", "warmup_steps=1")]
-    done([*launcher, "--quiet", "--master_port", free_port(), *ours, *tiny, *short], folder)
+    done([*launcher, "--quiet", "--master_port", free_port(), *ours, *tiny], folder)
     run_dir = folder / "there" / "nursery-1"
     assert json.loads((run_dir / "state.json").read_text())["status"] == "done"
     report = json.loads((run_dir / "report" / "report.json").read_text())
-    assert {"student", "gpt2", "llama"} <= report["models"].keys()
+    assert {"student", "one"} <= report["models"].keys()
     assert "<svg" in (run_dir / "report" / "report.html").read_text(encoding="utf-8")
     # The tree that this was built from is no archive of a commit.
     assert report["environment"]["commit"] is None
