@@ -19,14 +19,15 @@ if command -v docker >/dev/null && docker info >/dev/null 2>&1; then
   engine=docker
 elif command -v buildah >/dev/null && command -v debootstrap >/dev/null && [ "$(id -u)" -eq 0 ]; then
   engine=buildah
-  export STORAGE_DRIVER=vfs
 else
   echo "docker-test: got no Docker daemon, expected one, or root with buildah and debootstrap" >&2
   exit 2
 fi
 
+# With the driver that it takes by itself (overlay); STORAGE_DRIVER=vfs works everywhere, slowly.
 buildah_() {
-  buildah --root "$work/storage" --runroot "$work/run" "$@"
+  buildah ${STORAGE_DRIVER:+--storage-driver "$STORAGE_DRIVER"} \
+    --root "$work/storage" --runroot "$work/run" "$@"
 }
 
 clean_up() {
