@@ -128,8 +128,8 @@ fi
 told 'run'
 run '' doctor --quick --runs /runs
 # A shorter nursery; what is tried is the image.
-run '' nursery corpus.words=20000 student.training.epochs=2 \
-  teachers.0.training.epochs=2 teachers.1.training.epochs=2
+run '' nursery corpus.words=20000 student.training.epochs=4 \
+  teachers.0.training.epochs=4 teachers.1.training.epochs=4
 
 told 'a folder that cannot be written'
 if run ':ro' nursery 2>"$work/refused.txt"; then
