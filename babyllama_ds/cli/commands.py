@@ -112,7 +112,8 @@ def generate(options: argparse.Namespace) -> None:
     """Print prompts and how a model goes on from them."""
     import torch
 
-    from babyllama_ds.engine.distributed import quiet_known_noise, resolve_device
+    from babyllama_ds.engine.distributed import resolve_device
+    from babyllama_ds.engine.quirks import quiet_known_noise
     from babyllama_ds.evaluation.generate import Sampling
     from babyllama_ds.evaluation.generate import generate as texts_of
 
@@ -156,7 +157,8 @@ def evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from babyllama_ds.console import BatchBar, configure_logging
-    from babyllama_ds.engine.distributed import quiet_known_noise, resolve_device
+    from babyllama_ds.engine.distributed import resolve_device
+    from babyllama_ds.engine.quirks import quiet_known_noise
     from babyllama_ds.evaluation.measure import Wanted, measure
     from babyllama_ds.report.measured import render_measured
     from babyllama_ds.store import Store

@@ -17,7 +17,8 @@ from babyllama_ds.doctor.versions import versions
 from babyllama_ds.doctor.world import Started, worlds
 from babyllama_ds.doctor.zero2 import not_compiled, zero2
 from babyllama_ds.engine.compiling import what_compiling_lacks
-from babyllama_ds.engine.distributed import Device, quiet_known_noise
+from babyllama_ds.engine.distributed import Device
+from babyllama_ds.engine.quirks import quiet_known_noise
 
 
 def examine(

@@ -9,7 +9,6 @@ import os
 import socket
 import struct
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,16 +16,19 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from transformers.utils import logging as transformers_logging
 
 from babyllama_ds import ranks
 from babyllama_ds.engine.joining import Facts, Joined, join
+from babyllama_ds.engine.quirks import (
+    quiet_known_noise,
+    skip_looks_at_windows,
+    skip_shared_memory_op,
+)
 from babyllama_ds.engine.tensor_parallel import forget_groups
 from babyllama_ds.engine.watching import NodeWatch
 from babyllama_ds.environment import compared_code, compared_hardware
 from babyllama_ds.errors import EXIT_CODE, MachineError, MeetingError, Stopped, UserError
 from babyllama_ds.memory import keep_freed_memory
-from babyllama_ds.models.documents import sequences_of
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +104,8 @@ def start(
     _describe_lone_rank()
     import deepspeed
 
-    _skip_shared_memory_op(deepspeed)
-    _skip_looks_at_windows()
+    skip_shared_memory_op()
+    skip_looks_at_windows()
     quiet_known_noise()
     if device == "cuda":
         torch.cuda.set_device(ranks.local_rank())
@@ -175,15 +177,6 @@ def threads_per_rank() -> int:
 def local_ranks() -> int:
     """Ranks on this machine, as the launcher says; one without it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-
-
-def quiet_known_noise() -> None:
-    """Silence warnings that say nothing about the job; all others stay."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"deepspeed\..*")
-    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"deepspeed\..*")
-    # DeepSpeed calls collectives by names that torch is about to drop.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
-    transformers_logging.disable_progress_bar()
 
 
 def _meet(backend: str, facts: Facts, *, join_timeout_s: float, node_timeout_s: float) -> None:
@@ -273,35 +266,3 @@ def _describe_lone_rank() -> None:
     lone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in lone.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
-
-
-def _skip_shared_memory_op(deepspeed: object) -> None:
-    """Do not let DeepSpeed compile its shared-memory all-reduce at start.
-
-    On CPU ranks it builds `deepspeed_shm_comm` with g++ and ninja (and fails without them), but
-    only tensor-parallel inference calls it: training reduces through gloo. Marked incompatible,
-    it is neither built nor loaded, no compiler is needed, and split teachers reduce through gloo
-    too. (It knows of one group, that of all ranks: groups of some it would not keep apart.)
-    """
-    compatible: dict[str, bool] = deepspeed.ops.__compatible_ops__  # type: ignore[attr-defined]
-    compatible["deepspeed_shm_comm"] = False
-
-
-def _skip_looks_at_windows() -> None:
-    """Tell transformers which windows hold several sequences, and that none is padded: it need not
-    look.
-
-    It would look in every forward pass of every model, and wait for the device to know: at the
-    positions, with FlashAttention in every layer (where there is one window: others are never
-    packed), and in GPT-2 at the tokens. (Under torch.compile it cannot look, and masks attention
-    as if there were several sequences.) Documents that are kept apart are known by the type of
-    their positions. Sentences that are padded, in evaluation, are padded on the right, where no
-    causal model sees it.
-    """
-    # Bring all of torch's compiler.
-    from transformers import PreTrainedModel, masking_utils, modeling_flash_attention_utils
-
-    # Lengths of documents are given with their positions (`models.documents`).
-    modeling_flash_attention_utils._is_packed_sequence = lambda *_, **__: False
-    masking_utils.find_packed_sequence_indices = sequences_of
-    PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_: None

@@ -7,21 +7,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus, CorpusEntries, open_corpus, prepare_corpus
 from babyllama_ds.engine.checkpoint import CheckpointFolder
-from babyllama_ds.engine.tensor_parallel import RankGroup
-from babyllama_ds.evaluation.evaluate import SplitModel, evaluate_model
-from babyllama_ds.evaluation.forward import Share
-from babyllama_ds.evaluation.stored import store_key, stored_evaluation
 from babyllama_ds.fingerprints import (
     evaluation_fingerprint,
     loaded_teacher_fingerprint,
@@ -31,9 +24,9 @@ from babyllama_ds.fingerprints import (
 from babyllama_ds.models.export import export_model
 from babyllama_ds.pipeline.checks import check_job
 from babyllama_ds.pipeline.describing import describe_run
-from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.equal import check_same_benchmarks, check_same_corpus
 from babyllama_ds.pipeline.making import Maker
+from babyllama_ds.pipeline.measuring import Measurer
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.report.board import write_boards
@@ -43,7 +36,7 @@ from babyllama_ds.rundir import METRICS_NAME, RunDirectory
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
-from babyllama_ds.stopping import StopRequest, stopped
+from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
 
@@ -71,6 +64,7 @@ class Pipeline:
         self.parts = Parts(job, device)
         self.speed = Speed(self.parts)
         self.maker = Maker(self.parts, directory, self.speed, store, storages, stop)
+        self.measurer = Measurer(self.parts, store, stop)
 
     def run(self) -> None:
         """Every stage, in order."""
@@ -239,75 +233,13 @@ class Pipeline:
         if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
             log.info("evaluation of %s: done before", name)
             return
-        teacher = next((spec for spec in self.job.teachers if spec.name == name), None)
-        model = self.job.student.model if teacher is None else teacher.model
-        attention = self.parts.attention(name, model, training=False)
-        result = stored_evaluation(
-            self.store,
-            store_key(
-                fingerprint,
-                device=self.parts.device_kind,
-                attention=attention,
-                tensor_parallel=1 if teacher is None else teacher.tensor_parallel,
-            ),
-            lambda: self._measure(name, path, corpus, attention, teacher),
-            name=name,
-        )
+        result = self.measurer.measure(name, path, corpus, fingerprint)
         result |= {"fingerprint": fingerprint}
         ranks.on_rank_zero(lambda: files.write_json(result_path, result))
-
-    def _measure(
-        self,
-        name: str,
-        path: Path,
-        corpus: Corpus,
-        attention: str,
-        teacher: TeacherSpec | None,
-    ) -> dict[str, Any]:
-        """`teacher`: the one that it is. One that is split is measured as it taught, in groups."""
-        started = time.monotonic()
-        measure = partial(
-            evaluate_model,
-            tokenizer=corpus.tokenizer,
-            name=name,
-            dev=self.parts.dev_windows(corpus, self.job.evaluation.dev_windows),
-            benchmarks=self.parts.benchmarks(corpus),
-            leading_space=self.job.evaluation.leading_space,
-            prefix=self.job.evaluation.prefix,
-            batch_tokens=self.job.evaluation.batch_tokens,
-            device=self.parts.device,
-            attention=attention,
-            samples=self.job.evaluation.samples,
-        )
-        group = None if teacher is None else self.parts.group(teacher)
-        if teacher is None or group is None:
-            result = measure(path.resolve(), on_batch=lambda _done, _all: self.stop.check())
-        else:
-            frozen = frozen_teacher(self.parts, teacher, path)
-            try:
-                result = measure(
-                    SplitModel(
-                        module=frozen.module,
-                        params=frozen.params,
-                        share=Share(group.number, group.count, counts=group.index == 0),
-                    ),
-                    on_batch=lambda _done, _all: self._stop_together(group),
-                )
-            finally:
-                frozen.destroy()
-        return {**result, "seconds": time.monotonic() - started}
 
     def tidy(self) -> None:
         """Remove what only an unfinished run needs."""
         shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
-
-    def _stop_together(self, group: RankGroup) -> None:
-        """Raise `Stopped` on all ranks of a group if one of them was asked to stop.
-
-        Its ranks meet in every layer: one that left alone would leave the others waiting.
-        """
-        if (reason := self.stop.agreed(group.max_int)) is not None:
-            raise stopped(reason)
 
     def report(self) -> None:
         """report/, TensorBoard's part of it, and the model cards that quote it."""

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, masking_utils
 from transformers import modeling_flash_attention_utils as flash
 
-from babyllama_ds.engine import distributed
+from babyllama_ds.engine import quirks
 from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.losses.distillation import TeacherStates
@@ -222,7 +222,7 @@ def transformers_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", LOOKING)
     monkeypatch.setattr(flash, "_is_packed_sequence", LOOKING_IN_LAYERS)
     if request.param != "as it is":
-        distributed._skip_looks_at_windows()
+        quirks.skip_looks_at_windows()
 
 
 LOOKING = masking_utils.find_packed_sequence_indices
@@ -273,9 +273,9 @@ def test_no_layer_looks_at_positions_for_documents(
     expected = with_kernel(random_model(kind), "eager")(input_ids=tokens_1S).logits
     backbone, head = split_causal_lm(model)
     backbone(tokens_1S)
-    assert asked, "transformers does not ask any more: `_skip_looks_at_windows` can do less"
+    assert asked, "transformers does not ask any more: `skip_looks_at_windows` can do less"
     asked.clear()
-    distributed._skip_looks_at_windows()
+    quirks.skip_looks_at_windows()
     states_1SD = backbone(tokens_1S)
     assert not asked
     torch.testing.assert_close(states_1SD @ head.weight_PD.T, expected, rtol=1e-4, atol=1e-6)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from babyllama_ds.engine import distributed
+from babyllama_ds.engine import quirks
 from babyllama_ds.engine.proof.case import VOCAB
 from babyllama_ds.models.attention import FLASH_KERNELS, why_unusable
 from babyllama_ds.models.documents import Pieces
@@ -39,7 +39,7 @@ BACKENDS = {
 
 
 def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
-    distributed._skip_looks_at_windows()  # as in every job
+    quirks.skip_looks_at_windows()  # as in every job
     usable = [PLAIN_ATTENTION, "sdpa"]
     for kernel in FLASH_KERNELS:
         reason = why_unusable(kernel, device.type, "bf16")

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -202,24 +201,6 @@ def test_the_shared_memory_operator_is_not_built(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "built").exists()
-
-
-def test_only_known_noise_is_silenced() -> None:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.resetwarnings()
-        warnings.simplefilter("always")
-        distributed.quiet_known_noise()
-        for module, category in (
-            ("deepspeed.comm", FutureWarning),
-            ("deepspeed.comm", UserWarning),
-            ("torch.distributed.c10d", FutureWarning),
-            ("torch.nn.modules", FutureWarning),
-        ):
-            warnings.warn_explicit("text", category, "file.py", 1, module=module)
-    assert [(one.category, one.filename) for one in caught] == [
-        (UserWarning, "file.py"),
-        (FutureWarning, "file.py"),
-    ]
 
 
 # -- several nodes ---------------------------------------------------------------------------------

@@ -1,0 +1,100 @@
+"""One model is measured: its directory and a corpus enter, its evaluation leaves.
+
+The same measurement of the same model is done once for all runs: the store keeps it.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from babyllama_ds.corpus.prepare import Corpus
+from babyllama_ds.engine.tensor_parallel import RankGroup
+from babyllama_ds.evaluation.evaluate import SplitModel, evaluate_model
+from babyllama_ds.evaluation.forward import Share
+from babyllama_ds.evaluation.stored import store_key, stored_evaluation
+from babyllama_ds.pipeline.ensembles import frozen_teacher
+from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.spec.job import TeacherSpec
+from babyllama_ds.stopping import StopRequest, stopped
+from babyllama_ds.store import Store
+
+
+class Measurer:
+    """Measures the models of one run; `measure` is a collective."""
+
+    def __init__(self, parts: Parts, store: Store, stop: StopRequest) -> None:
+        self.parts = parts
+        self.store = store
+        self.stop = stop
+
+    def measure(self, name: str, path: Path, corpus: Corpus, fingerprint: str) -> dict[str, Any]:
+        """The evaluation of a run's model by the name it has there, from the store or made now.
+
+        Raises:
+            UserError: it cannot be read or measured.
+            Stopped: the run was asked to stop.
+        """
+        job = self.parts.job
+        teacher = next((spec for spec in job.teachers if spec.name == name), None)
+        model = job.student.model if teacher is None else teacher.model
+        attention = self.parts.attention(name, model, training=False)
+        key = store_key(
+            fingerprint,
+            device=self.parts.device_kind,
+            attention=attention,
+            tensor_parallel=1 if teacher is None else teacher.tensor_parallel,
+        )
+        return stored_evaluation(
+            self.store,
+            key,
+            lambda: self._measure_now(name, path, corpus, attention, teacher),
+            name=name,
+        )
+
+    def _measure_now(
+        self, name: str, path: Path, corpus: Corpus, attention: str, teacher: TeacherSpec | None
+    ) -> dict[str, Any]:
+        """`teacher`: the one that it is. One that is split is measured as it taught, in groups."""
+        started = time.monotonic()
+        evaluation = self.parts.job.evaluation
+        measure = partial(
+            evaluate_model,
+            tokenizer=corpus.tokenizer,
+            name=name,
+            dev=self.parts.dev_windows(corpus, evaluation.dev_windows),
+            benchmarks=self.parts.benchmarks(corpus),
+            leading_space=evaluation.leading_space,
+            prefix=evaluation.prefix,
+            batch_tokens=evaluation.batch_tokens,
+            device=self.parts.device,
+            attention=attention,
+            samples=evaluation.samples,
+        )
+        group = None if teacher is None else self.parts.group(teacher)
+        if teacher is None or group is None:
+            result = measure(path.resolve(), on_batch=lambda _done, _all: self.stop.check())
+        else:
+            frozen = frozen_teacher(self.parts, teacher, path)
+            try:
+                result = measure(
+                    SplitModel(
+                        module=frozen.module,
+                        params=frozen.params,
+                        share=Share(group.number, group.count, counts=group.index == 0),
+                    ),
+                    on_batch=lambda _done, _all: self._stop_together(group),
+                )
+            finally:
+                frozen.destroy()
+        return {**result, "seconds": time.monotonic() - started}
+
+    def _stop_together(self, group: RankGroup) -> None:
+        """Raise `Stopped` on all ranks of a group if one of them was asked to stop.
+
+        Its ranks meet in every layer: one that left alone would leave the others waiting.
+        """
+        if (reason := self.stop.agreed(group.max_int)) is not None:
+            raise stopped(reason)
