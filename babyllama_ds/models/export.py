@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def export_model(
         generation.max_length = positions_of(model.config)
     try:
         model.save_pretrained(directory)  # type: ignore[operator]
+        _let_others_read(directory)
         for path in tokenizer_dir.glob("*.json"):
             if path.name != files.MANIFEST_NAME:
                 shutil.copy(path, directory)
@@ -55,3 +57,11 @@ def export_model(
         ) from error
     params = count_parameters(model)
     files.write_json(directory / "training.json", {**summary, "params": params})
+
+
+def _let_others_read(directory: Path) -> None:
+    """Weights get the permissions of any new file: safetensors writes them for their owner alone,
+    and a model is often read by others than who trained it (a container's user, a group)."""
+    permissions = stat.S_IMODE((directory / "config.json").stat().st_mode)
+    for path in directory.glob("*.safetensors"):
+        path.chmod(permissions)

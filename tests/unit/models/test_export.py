@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,24 @@ def test_the_directory_is_whole_and_holds_no_pickle(
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert AutoTokenizer.from_pretrained(out)("w5 w60 w3")["input_ids"] == [5, 60, 3]
     assert GenerationConfig.from_pretrained(out).eos_token_id == 2
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_who_may_read_the_model_may_read_its_weights(
+    mask: int,
+    expected: int,
+    tmp_path: Path,
+    tiny_model: Callable[..., Any],
+    tokenizer_dir: Path,
+) -> None:
+    before = os.umask(mask)
+    try:
+        export_model(
+            tiny_model("llama"), tokenizer_dir, tmp_path / "out", SUMMARY, dtype=torch.bfloat16
+        )
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == expected
 
 
 def test_an_exported_model_generates(
