@@ -284,7 +284,7 @@ def start_nodes(start: Callable[..., Running]) -> Callable[..., Running]:
             {**env, "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_RANK": env["RANK"]}
             for env in environments_of_ranks()
         ]
-        return start([[*first, *run] for first in before], envs, folders)
+        return start([[*first, *run] for first in before], envs, places=folders)
 
     return begin
 

@@ -84,7 +84,7 @@ def test_a_run_is_refused_before_it_writes_anything(
     pretend_free(monkeypatch, OF_DOCKER)
     ended = []
     monkeypatch.setattr(distributed, "resolve_device", lambda _: "cuda")
-    monkeypatch.setattr(distributed, "start", lambda _: None)
+    monkeypatch.setattr(distributed, "start", lambda _, **__: None)
     monkeypatch.setattr(distributed, "stop", lambda: ended.append(True))
     monkeypatch.setattr(ranks, "on_every_rank", lambda work: work())
     monkeypatch.setenv("LOCAL_SIZE", "4")

@@ -117,6 +117,7 @@ def test_what_looks_ahead_is_refused(saved: Callable[..., PretrainedModel], corp
 def opt(**changes: Any) -> Any:
     sizes = {"hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     values = {"vocab_size": VOCAB, "word_embed_proj_dim": 16, **sizes, **changes}
+    torch.manual_seed(0)
     return hf.OPTForCausalLM(hf.OPTConfig(**values))
 
 

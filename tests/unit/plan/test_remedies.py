@@ -89,7 +89,7 @@ def test_where_nothing_helps_a_larger_card_is_what_is_left(
     assert text.endswith("no change of the job's own settings was found to fit: take a larger card")
 
 
-@pytest.mark.parametrize("micro_batch", ["16", "auto"])
+@pytest.mark.parametrize("micro_batch", ["8", "auto"])
 def test_large_teachers_are_split_over_ranks(
     micro_batch: str,
     refused: Callable[..., tuple[str, Reload, Question]],
