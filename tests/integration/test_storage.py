@@ -150,7 +150,7 @@ def test_a_runs_folder_that_is_not_shared_is_refused_before_anything_is_made(
     nodes = [tmp_path / "node 0", tmp_path / "node 1"]
     ended = start_nodes(nodes, tiny_job(tmp_path), "--runs", "runs").end()
     assert ended.code == 2
-    assert ended.err.startswith("error: node 1, host ")
+    assert "\nerror: node 1, host " in f"\n{ended.err}"
     assert "got no such file, expected what node 0, host " in ended.err
     assert (
         "hint: mount it there, or keep runs on each node with deepspeed.storage=node" in ended.err
