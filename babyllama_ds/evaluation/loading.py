@@ -74,12 +74,6 @@ def load_causal_lm(path: str, *, device: torch.device, where: str = WHERE) -> nn
     return model
 
 
-def embedding_rows(model: nn.Module) -> int:
-    """Token ids that the model has an embedding for."""
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    return rows
-
-
 def _no_model(path: str, got: str, where: str) -> ModelError:
     return ModelError.of(
         where,

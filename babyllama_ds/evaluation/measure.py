@@ -38,7 +38,6 @@ from babyllama_ds.evaluation.forward import OnBatch
 from babyllama_ds.evaluation.loading import (
     WHERE,
     check_model_directory,
-    embedding_rows,
     load_causal_lm,
     model_directory,
 )
@@ -48,6 +47,7 @@ from babyllama_ds.evaluation.stored import store_key, stored_evaluation
 from babyllama_ds.files import hash_json
 from babyllama_ds.fingerprints import measured_fingerprint, model_hashes
 from babyllama_ds.models.families import positions_of
+from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.evaluation import Prefix
 from babyllama_ds.store import Store
 

@@ -25,6 +25,7 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.models.directories import check_weight_files, read_config
 from babyllama_ds.models.families import positions_of
 from babyllama_ds.models.fused import fuse
+from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
 
@@ -202,7 +203,7 @@ def check_vocabulary_fits(model: nn.Module, vocab_size: int, *, where: str) -> N
     Raises:
         ModelError: fewer rows than token ids.
     """
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    rows = embedding_rows(model)
     if rows < vocab_size:
         raise ModelError.of(
             where,

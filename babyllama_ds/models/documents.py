@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from babyllama_ds.errors import ModelError
+from babyllama_ds.models.probe import probe_tokens
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,7 @@ def check_documents(model: nn.Module, states: States, *, where: str) -> None:
 def _tried(model: nn.Module, states: States) -> tuple[Tensor, Tensor, Tensor]:
     """States of two documents as pieces of a window, each by itself, and as one document."""
     device = next(model.parameters()).device
-    num_tokens = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    probe_BS = torch.arange(_PROBE_TOKENS, device=device)[None] % num_tokens
+    probe_BS = probe_tokens(model, _PROBE_TOKENS)
     begins_BS = np.isin(np.arange(_PROBE_TOKENS), (0, _PROBE_CUT))[None]
     pieces = Pieces.of(begins_BS, lambda tensor: tensor.to(device))
     alone = [states(probe_BS[:, :_PROBE_CUT], None), states(probe_BS[:, _PROBE_CUT:], None)]

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.directories import causal_lm_class
+from babyllama_ds.models.probe import probe_tokens
 
 PROBE_TOKENS = 8
 
@@ -46,7 +47,7 @@ def check_causal(model: nn.Module, *, where: str) -> None:
     Raises:
         ModelError: it does.
     """
-    first_S = _probe(model)
+    first_S = probe_tokens(model, PROBE_TOKENS)[0]
     other_S = first_S.clone()
     other_S[-1] = first_S[-2]
     logits_2SV: Tensor = _run(model, torch.stack([first_S, other_S]))
@@ -67,7 +68,7 @@ def check_runs(model: nn.Module, *, where: str) -> None:
         ModelError: it fails, as in families that keep some of their numbers in fp32.
     """
     try:
-        _run(model, _probe(model)[None])
+        _run(model, probe_tokens(model, PROBE_TOKENS))
     except (RuntimeError, ValueError, TypeError) as error:
         kind = str(next(model.parameters()).dtype).removeprefix("torch.")
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -95,12 +96,6 @@ def check_trainable(config: PretrainedConfig, *, where: str) -> None:
             expected="no layerdrop: ranks would leave out different ones",
             hint='set "layerdrop": 0.0 in its config.json',
         )
-
-
-def _probe(model: nn.Module) -> Tensor:
-    """A few tokens that differ, [S]."""
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    return torch.arange(PROBE_TOKENS, device=next(model.parameters()).device) % rows
 
 
 def _run(model: nn.Module, input_ids_BS: Tensor) -> Tensor:

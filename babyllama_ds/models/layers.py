@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.families import PROBE_TOKENS
+from babyllama_ds.models.probe import probe_tokens
 
 
 def num_layers(model: nn.Module) -> int:
@@ -95,9 +96,7 @@ def check_layers(
     """
     layers = sorted(set(layers))
     tap = LayerTap(model, layers, where=where)
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    device = next(model.parameters()).device
-    probe_BS = torch.arange(PROBE_TOKENS, device=device)[None] % rows
+    probe_BS = probe_tokens(model, PROBE_TOKENS)
     try:
         _, kept = tap.collect(lambda: states(probe_BS))
     finally:

@@ -27,6 +27,7 @@ from torch._compile import _disable_dynamo
 from babyllama_ds.errors import ModelError
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.models.documents import Pieces, model_inputs
+from babyllama_ds.models.probe import probe_tokens
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +132,7 @@ def _probe(model: nn.Module) -> _Probed:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        device = next(model.parameters()).device
-        num_tokens = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        probe_BS = torch.arange(_PROBE_TOKENS, device=device)[None] % num_tokens
+        probe_BS = probe_tokens(model, _PROBE_TOKENS)
         theirs_BSV = _own_logits(model, probe_BS)
         ours_BSV = _head_of_backbone(model, probe_BS)
     finally:
