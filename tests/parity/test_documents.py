@@ -258,7 +258,7 @@ def test_no_layer_looks_at_positions_for_documents(
 ) -> None:
     """With FlashAttention and one window a layer of transformers would wait for the device."""
     asked = []
-    monkeypatch.setattr(flash, "_is_packed_sequence", lambda *_: asked.append("looked"))
+    monkeypatch.setattr(flash, "_is_packed_sequence", lambda *_, **__: asked.append("looked"))
     whole = partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True)
 
     def plain(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:

@@ -58,6 +58,7 @@ from babyllama_ds.teachers.cache.remembered import remembered_ensemble
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.ensemble import Ensemble, Member, Targets
 from babyllama_ds.training.batches import MicroBatch, micro_batch
+from references.flops import forward_flops
 
 ROOT = Path(__file__).parents[2]
 P, V, S = 64, 61, 20
@@ -485,7 +486,7 @@ def test_sizes_are_those_that_pytorch_counts(family: str, scene: Scene) -> None:
     assert sizes.params == count_parameters(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=tokens_BS, use_cache=False)
-    assert counter.get_total_flops() == tokens_BS.numel() * sizes.forward_flops(S, P)
+    assert forward_flops(counter) == tokens_BS.numel() * sizes.forward_flops(S, P)
     head = model.get_output_embeddings().weight
     assert (sizes.head_rows, sizes.state_size) == tuple(head.shape)
     assert sizes.head_weights == head.numel()

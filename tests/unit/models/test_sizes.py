@@ -14,6 +14,7 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import count_parameters
 from babyllama_ds.models.sizes import model_sizes, sizes_of
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
+from references.flops import forward_flops
 
 VOCAB = 16_000
 
@@ -62,11 +63,7 @@ def test_the_published_models(spec: ModelSpec, params: int) -> None:
 def test_flops_are_those_that_pytorch_counts(
     kind: str, changes: dict[str, Any], tiny_model: Callable[..., Any]
 ) -> None:
-    """Exactly, with eager attention: the CPU's fused kernel is unknown to `FlopCounterMode`.
-
-    Older releases of transformers make the angles of positions by a matrix product, which is no
-    work of the model's weights: a frequency times a position.
-    """
+    """Exactly, with eager attention: the CPU's fused kernel is unknown to `FlopCounterMode`."""
     windows, length, vocab = 3, 17, 61
     model = tiny_model(kind, attn_implementation="eager", **changes)
     sizes = sizes_of(model.config)
@@ -76,13 +73,7 @@ def test_flops_are_those_that_pytorch_counts(
         logits = model(input_ids=torch.randint(0, vocab, (windows, length)), use_cache=False).logits
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
-    angles = sum(
-        sum(flops.values())
-        for module, flops in forward.get_flop_counts().items()
-        if module.endswith(".rotary_emb")
-    )
-    assert angles in (0, 2 * length * (sizes.head_size // 2))
-    found = forward.get_total_flops() - angles
+    found = forward_flops(forward)
     assert found == tokens * sizes.forward_flops(length, vocab)
     both = found + backward.get_total_flops()
     assert both == tokens * sizes.training_flops(length, vocab)
