@@ -1,12 +1,13 @@
 """`make gpu-proof`: what this project says of itself, tried on a real GPU; numbers leave.
 
-    python tests/gpu/proof.py --out DIR [--only PART …] [--seconds N] [--device cpu]
+    python tests/gpu/proof.py --out DIR [--only PART …] [--seconds N] [--jobs N] [--device cpu]
 
 Parts run in order, each in a process of its own, so that a kernel that takes the card's context
-with it takes no other part along. A measure is written as soon as it is there, a part's end before
-the next one begins; `DIR/table.md` is whole after every part. Started again with the same folder,
-parts that have ended are passed over, failed ones too (`--only PART` runs one again); one that was
-cut off begins anew.
+with it takes no other part along. With `--jobs` several share the card, those aside whose numbers
+are rates: most of a part's time is starting and compiling. A measure is written as soon as it is
+there, a part's end before the next one begins; `DIR/table.md` is whole after every part. Started
+again with the same folder, parts that have ended are passed over, failed ones too (`--only PART`
+runs one again); one that was cut off begins anew.
 
     DIR/results.jsonl   a line for the machine, and one for each beginning, measure and end
     DIR/table.md        the same, for people
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -55,6 +58,8 @@ class Part:
     name: str
     budget_s: float
     """It is ended after so long, and what it has measured stands."""
+    alone: bool = False
+    """Whether the machine is to do nothing else meanwhile: a rate is measured."""
     command: Callable[[str], Sequence[str]] | None = None
     """What is started, for a device; none: the module `gpu.parts.NAME`."""
 
@@ -66,7 +71,7 @@ class Part:
 
 
 PARTS = (
-    Part(name="environment", budget_s=60),
+    Part(name="environment", budget_s=60, alone=True),
     Part(name="doctor", budget_s=420),
     Part(name="losses", budget_s=180),
     Part(name="tests", budget_s=300),
@@ -77,8 +82,8 @@ PARTS = (
     Part(name="resume", budget_s=300),
     Part(name="cache", budget_s=300),
     Part(name="memory", budget_s=420),
-    Part(name="bench", budget_s=590),
-    Part(name="experiment", budget_s=590),
+    Part(name="bench", budget_s=590, alone=True),
+    Part(name="experiment", budget_s=590, alone=True),
 )
 
 
@@ -93,6 +98,7 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self._path = folder / "results.jsonl"
+        self._lock = threading.Lock()  # parts may run at the same time
         self.lines = _whole_lines(self._path)
         if not self.lines:
             self.add({"machine": facts})
@@ -106,8 +112,8 @@ class Record:
 
     def add(self, line: dict[str, Any]) -> None:
         """One line more, on the disk when this returns."""
-        self.lines.append(line)
-        with self._path.open("a", encoding="utf-8") as stream:
+        with self._lock, self._path.open("a", encoding="utf-8") as stream:
+            self.lines.append(line)
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
@@ -125,7 +131,8 @@ class Record:
         return next((line["why"] for line in reversed(self._of(part)) if "why" in line), "")
 
     def _of(self, part: str) -> list[dict[str, Any]]:
-        mine = [line for line in self.lines if line.get("part") == part]
+        with self._lock:
+            mine = [line for line in self.lines if line.get("part") == part]
         begun = [number for number, line in enumerate(mine) if "begun" in line]
         return mine[begun[-1] :] if begun else []
 
@@ -174,26 +181,64 @@ def prove(
     device: str,
     again: Sequence[str] = (),
     seconds: float | None = None,
+    jobs: int = 1,
 ) -> int:
-    """Run the parts that have not ended, and those of `again`; the exit code."""
+    """Run the parts that have not ended, and those of `again`, so many at once; the exit code."""
     deadline = None if seconds is None else time.monotonic() + seconds
     shown = PARTS if set(parts) <= set(PARTS) else parts
-    for part in parts:
-        if part.name not in again and record.ended(part.name) is not None:
-            print(f"{part.name}: done before ({record.ended(part.name)})", flush=True)
-            continue
+    shows, live = threading.Lock(), _Live()
+
+    def run(part: Part) -> None:
         left = math.inf if deadline is None else deadline - time.monotonic()
         if left < LEAST_S:
             print(f"{part.name}: no time left; start again to go on", flush=True)
-            break
-        run_part(part, record, device=device, budget_s=min(part.budget_s, left))
-        write_table(record, shown)
+            return
+        run_part(part, record, device=device, budget_s=min(part.budget_s, left), live=live)
+        with shows:
+            write_table(record, shown)
+
+    waiting = []
+    for part in parts:
+        if part.name not in again and (ended := record.ended(part.name)) is not None:
+            print(f"{part.name}: done before ({ended})", flush=True)
+        else:
+            waiting.append(part)
+    for alone, together in itertools.groupby(waiting, lambda part: part.alone):
+        with ThreadPoolExecutor(1 if alone else jobs) as pool, live:
+            live.wait([pool.submit(run, part) for part in together])
     write_table(record, shown)
     ends = [record.ended(part.name) for part in parts]
     return int(any(end not in ("passed", "skipped", None) for end in ends))
 
 
-def run_part(part: Part, record: Record, *, device: str, budget_s: float) -> None:
+class _Live:
+    """The processes of the parts that are running; whatever interrupts us ends them all."""
+
+    def __init__(self) -> None:
+        self._processes = set[subprocess.Popen[bytes]]()
+        self._waiting: Sequence[Future[None]] = ()
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        self._processes.add(process)
+
+    def wait(self, futures: Sequence[Future[None]]) -> None:
+        """Until all have ended; raises what one of them has raised."""
+        self._waiting = futures
+        for future in futures:
+            future.result()
+
+    def __enter__(self) -> None:
+        self._processes.clear()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for future in self._waiting:
+                future.cancel()
+            for process in tuple(self._processes):
+                _end(process)
+
+
+def run_part(part: Part, record: Record, *, device: str, budget_s: float, live: _Live) -> None:
     """One part in a process of its own, to its end or its time's; whatever it does, we go on."""
     print(f"\n== {part.name} (at most {budget_s:.0f} s)", flush=True)
     record.add({"part": part.name, "begun": datetime.now(UTC).isoformat(timespec="seconds")})
@@ -208,6 +253,7 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float) -> Non
             cwd=TESTS.parent,
             start_new_session=True,  # whatever it starts is ended with it
         )
+        live.add(process)
         assert process.stdout is not None, "asked for"
         last = _Last()
         reader = threading.Thread(
@@ -246,7 +292,7 @@ def _read(
     stream: IO[bytes], log: IO[bytes], part: Part, record: Record, skipped: list[str], last: _Last
 ) -> None:
     for raw in stream:
-        log.write(raw)
+        log.write(f"{part.name}: ".encode() + raw)
         log.flush()
         line = raw.decode(errors="replace").strip()
         message = _message(line)
@@ -259,7 +305,8 @@ def _read(
             measure = message["measure"]
             sign = "ok   " if measure["passed"] else "WRONG"
             allowed = f"   ({measure['allowed']})" if measure["allowed"] else ""
-            print(f"{sign if allowed else '     '} {measure['check']}: {measure['found']}{allowed}")
+            shown = f"{part.name}: {measure['check']}: {measure['found']}{allowed}"
+            print(sign if allowed else "     ", shown, flush=True)
 
 
 def _message(line: str) -> dict[str, Any] | None:
@@ -347,6 +394,9 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seconds", type=float, help="begin no part that would not end by then")
     parser.add_argument(
+        "--jobs", type=int, default=1, help="parts that share the card (default: 1)"
+    )
+    parser.add_argument(
         "--job", nargs="+", default=[], metavar="WORD", help="the experiment: JOB KEY=VALUE …"
     )
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
@@ -358,7 +408,14 @@ def main() -> int:
     os.environ["GPU_PROOF_JOB"] = shlex.join(job)  # for the part's process
     record = Record(words.out, machine(words.device))
     chosen = [part for part in PARTS if words.only is None or part.name in words.only]
-    code = prove(chosen, record, device=words.device, again=words.only or (), seconds=words.seconds)
+    code = prove(
+        chosen,
+        record,
+        device=words.device,
+        again=words.only or (),
+        seconds=words.seconds,
+        jobs=words.jobs,
+    )
     print(f"\n{words.out / 'table.md'}")
     return code
 

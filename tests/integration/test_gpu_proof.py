@@ -24,10 +24,9 @@ from gpu.proof import Part, Record, prove
 FACTS = {"device": "made up", "torch": "0", "commit": "0"}
 
 
-def part(name: str, script: str, *, budget_s: float = 60) -> Part:
-    return Part(
-        name=name, budget_s=budget_s, command=lambda _: [sys.executable, "-u", "-c", script]
-    )
+def part(name: str, script: str, *, budget_s: float = 60, alone: bool = False) -> Part:
+    command = [sys.executable, "-u", "-c", script]
+    return Part(name=name, budget_s=budget_s, alone=alone, command=lambda _: command)
 
 
 def says(*measures: Any, then: str = "") -> str:
@@ -161,6 +160,76 @@ def test_no_part_is_begun_without_time(tmp_path: Path, capsys: pytest.CaptureFix
     assert record.ended("one") is None
     assert "one: no time left; start again to go on" in capsys.readouterr().out
     assert "not begun" in (tmp_path / "table.md").read_text()
+
+
+# -- several at once -------------------------------------------------------------------------------
+
+
+def meets(folder: Path, name: str, other: str) -> str:
+    """Ends well only if the other runs at the same time."""
+    return (
+        "import pathlib, time\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
+        f"(folder / {name!r}).touch()\n"
+        f"while not (folder / {other!r}).exists():\n    time.sleep(0.01)\n" + says(told("met", 1.0))
+    )
+
+
+def finds_no_other(folder: Path, name: str) -> str:
+    """Ends well only if none of its like runs at the same time."""
+    return (
+        "import pathlib, time\n"
+        f"folder = pathlib.Path({str(folder)!r})\n"
+        "assert not list(folder.glob('*.runs'))\n"
+        f"mine = folder / '{name}.runs'\nmine.touch()\ntime.sleep(0.3)\nmine.unlink()\n"
+    )
+
+
+def test_parts_share_the_card_but_for_those_that_are_alone(tmp_path: Path) -> None:
+    parts = [
+        part("rate", finds_no_other(tmp_path, "rate"), alone=True),
+        part("one", meets(tmp_path, "one", "two"), budget_s=20),
+        part("two", meets(tmp_path, "two", "one"), budget_s=20),
+        part("bench", finds_no_other(tmp_path, "bench"), alone=True),
+        part("last", finds_no_other(tmp_path, "last"), alone=True),
+    ]
+    out = tmp_path / "out"
+    assert prove(parts, Record(out, FACTS), device="cpu", jobs=2) == 0
+    assert ends_of(out) == dict.fromkeys(("rate", "one", "two", "bench", "last"), "passed")
+    order = [line["part"] for line in lines_of(out) if "begun" in line]
+    assert order[0] == "rate"
+    assert order[3:] == ["bench", "last"]
+    assert "one: some noise" in (out / "log.txt").read_text()
+    alone = [part("one", meets(tmp_path / "nowhere", "one", "two"), budget_s=1)]
+    assert prove(alone, Record(tmp_path / "alone", FACTS), device="cpu", jobs=1) == 1
+
+
+def test_interrupted_it_ends_all_that_run(tmp_path: Path) -> None:
+    sleeps = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))"
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom gpu.proof import Part, Record, prove\n"
+        "def part(name):\n"
+        f"    words = [sys.executable, '-c', {sleeps + '; time.sleep(60)'!r}, name]\n"
+        "    return Part(name=name, budget_s=60, command=lambda _: words)\n"
+        f"names = [{str(tmp_path / 'a')!r}, {str(tmp_path / 'b')!r}]\n"
+        f"prove([part(n) for n in names], Record(Path({str(tmp_path / 'out')!r}), {FACTS!r}), "
+        "device='cpu', jobs=2)\n"
+    )
+    tests = str(Path(proof.__file__).resolve().parents[1])
+    running = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    pids = [tmp_path / "a", tmp_path / "b"]
+    until = time.monotonic() + 60
+    while not all(p.exists() and p.read_text() for p in pids) and time.monotonic() < until:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(20) != 0
+    assert not any(_lives(int(path.read_text())) for path in pids)
 
 
 # -- the script ------------------------------------------------------------------------------------
