@@ -38,6 +38,9 @@ from babyllama_ds.losses.mixture import Mixture, log_mix, mix
 
 log = logging.getLogger(__name__)
 
+MAX_TEACHERS = 8
+"""Whose logits the Triton kernel has places for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
@@ -136,8 +139,12 @@ def takes_kernel(
     if num_teachers and divergence.kind != "forward_kl":
         _say_without_kernel(f"there is no kernel for {divergence.kind}")
         return False
-    kernels = _kernels()
-    return kernels is not None and num_teachers <= kernels.MAX_TEACHERS
+    return is_kernels_work(divergence.kind, num_teachers) and _kernels() is not None
+
+
+def is_kernels_work(kind: DivergenceKind, num_teachers: int) -> bool:
+    """Whether the Triton kernel does this, on a machine that has Triton."""
+    return num_teachers == 0 or (kind == "forward_kl" and num_teachers <= MAX_TEACHERS)
 
 
 @functools.cache

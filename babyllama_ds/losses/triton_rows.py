@@ -22,12 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from babyllama_ds.losses.mixture import Mixture
-from babyllama_ds.losses.rows import Factors
+from babyllama_ds.losses.rows import MAX_TEACHERS, Factors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels read."""
-
-MAX_TEACHERS = 8
 
 _MAX_BLOCK = 4096
 _NUM_WARPS = 8

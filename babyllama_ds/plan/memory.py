@@ -120,7 +120,8 @@ class StageShape:
     """Whether the teachers' logits are made as one sum, not apart (`losses.chunks.Voter`)."""
     work_spaces: int
     """fp32 [C, V] that the loss works in: 3 with teachers' states (5 for another divergence than
-    the forward KL), 2 with their most likely tokens, 1 without teachers (`losses.distillation`)."""
+    the forward KL), 2 with their most likely tokens, 1 without teachers (`losses.distillation`); 0
+    where the Triton kernel does it."""
     cache_bytes: int
     """Of the teacher cache in this device's memory."""
     host_cache_bytes: int
@@ -358,7 +359,7 @@ def _evaluation(stage: StageShape) -> dict[Item, int]:
         chunk_tokens=None,
         teachers=(),
         summed=False,
-        work_spaces=1,
+        work_spaces=0 if stage.micro.device == "cuda" else 1,  # plain cross-entropy
     )
     return {
         "work of a layer": _passing(stage.model, alone.micro),

@@ -17,7 +17,7 @@ from pathlib import Path
 from babyllama_ds.engine.distributed import check_precision
 from babyllama_ds.errors import JobError
 from babyllama_ds.losses.chunks import votes_are_summed
-from babyllama_ds.losses.rows import work_of_divergence
+from babyllama_ds.losses.rows import is_kernels_work, work_of_divergence
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.sizes import absent_kernels
 from babyllama_ds.models.splitting import check_groups
@@ -223,6 +223,8 @@ class _Planner:
         )
         loss = self.job.distillation
         teachers = self.work.teachers if stage.distilled and loss.cache != "topk" else ()
+        weights = [each.weight for each in self.job.teachers]
+        summed = bool(teachers) and votes_are_summed(loss.mean_of, weights)
         cached = self._cached(ranks) if stage.distilled else {}
         # On a CPU the host's memory is the device's.
         in_memory = cached.get("host", 0)
@@ -238,9 +240,8 @@ class _Planner:
                 HeldTeacher(sizes=t.sizes, live=loss.cache == "none", parts=t.parts)
                 for t in teachers
             ],
-            summed=bool(teachers)
-            and votes_are_summed(loss.mean_of, [each.weight for each in self.job.teachers]),
-            work_spaces=self._work_spaces() if stage.distilled else 1,
+            summed=summed,
+            work_spaces=self._work_spaces(1 if summed else len(teachers), stage),
             cache_bytes=in_memory if on_cpu else cached.get("device", 0),
             host_cache_bytes=0 if on_cpu else in_memory,
             filling=self._filling() if stage.distilled else (),
@@ -251,9 +252,15 @@ class _Planner:
             matched=self._matched() if stage.distilled else (),
         )
 
-    def _work_spaces(self) -> int:
+    def _work_spaces(self, num_voters: int, stage: PlannedStage) -> int:
+        """None where a kernel does the work: on CUDA, whose torch brings Triton."""
         loss = self.job.distillation
-        return 2 if loss.cache == "topk" else work_of_divergence(loss.divergence.kind)
+        if stage.distilled and loss.cache == "topk":
+            return 2
+        kind = loss.divergence.kind
+        if self.machine.device == "cuda" and is_kernels_work(kind, num_voters):
+            return 0
+        return work_of_divergence(kind) if stage.distilled else 1
 
     def _matched(self) -> Sequence[MatchedPair]:
         matching = self.job.distillation.hidden_matching

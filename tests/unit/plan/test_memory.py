@@ -125,8 +125,8 @@ def test_an_evaluation_has_its_own_windows_and_no_teachers() -> None:
     teachers = [HeldTeacher(sizes=TEACHER, live=True)]
     stage = replace(STAGE, teachers=teachers, work_spaces=3, chunk_tokens=None)
     items = rank_memory(stage).moments["evaluation"]
-    # 64 tokens, where a training's micro-batch has 32: logits in bf16, one work space in fp32.
-    assert items["logits of a chunk"] == 64 * 100 * (2 + 4)
+    # 64 tokens, where a training's micro-batch has 32: logits in bf16, the kernel at work.
+    assert items["logits of a chunk"] == 64 * 100 * 2
     chunked = rank_memory(replace(stage, chunk_tokens=5)).moments["evaluation"]
     assert chunked["logits of a chunk"] == items["logits of a chunk"]
 

@@ -443,3 +443,29 @@ def test_what_an_objective_asks_for_is_planned(nursery: Job, tmp_path: Path) -> 
     assert items[1]["logits of a chunk"] > items[0]["logits of a chunk"]
     for name in ("teachers/gpt2", "control"):
         assert rich.counts[0].memory[name] == plain.counts[0].memory[name]
+
+
+@pytest.mark.parametrize(
+    ("words", "models", "spaces"),
+    [
+        ((), 2, 0),
+        (("distillation.divergence={kind: reverse_kl}",), 2, 5),
+        (("distillation.cache=topk", "windows.offsets=fixed"), 1, 2),
+    ],
+)
+def test_the_kernels_work_takes_no_room(
+    words: tuple[str, ...], models: int, spaces: int, nursery: Job, tmp_path: Path
+) -> None:
+    """On a card: logits of the student and of the teachers' sum, and what the loss works in."""
+    job = nursery("distillation.chunk_tokens=16", *words)
+    question = Question(tokens=64 * 100, runs=tmp_path, gpu="H100", ranks=(1,))
+    (count,) = plan_job(job, question).counts
+    chunk = {
+        stage: count.memory[stage].moments["forward"]["logits of a chunk"]
+        for stage in ("student", "control")
+    }
+    vocab, tokens = 800, 64 * count.micro_batches["control"]
+    assert chunk == {
+        "student": 16 * vocab * (2 * models + 4 * spaces),
+        "control": tokens * vocab * 2,
+    }
