@@ -85,9 +85,9 @@ def measure_published(words: argparse.Namespace) -> int:
         tiny=device == "cpu",
         compiled=_can_compile(words.compiled),
     )
-    chosen = [group for group in todo if not words.only or group.name in words.only]
+    chosen = published.chosen(todo, groups=words.only, rows=words.rows)
     if not chosen:
-        print(f"no such group; there are: {', '.join(group.name for group in todo)}")
+        print(f"no such groups and rows; there are:\n{published.listed(todo)}")
         return 2
     record = published.Record(out, {"rounds": words.rounds, **_provenance()})
     published.measure(chosen, record, logs, rounds=words.rounds, seconds=words.seconds)
@@ -313,6 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-windows", type=int, metavar="N", help="of the student's step, on both sides"
     )
     of_published.add_argument("--only", nargs="+", metavar="GROUP", help="these groups of rows")
+    of_published.add_argument("--rows", nargs="+", metavar="ROW", help="these rows of them")
     return parser
 
 

@@ -131,11 +131,12 @@ class Marked(Breakdown):
 # -- kernels ---------------------------------------------------------------------------------------
 
 KINDS = {
+    "compiled": r"^triton_",
+    "losses": r"^(_row|_log_sum_exp|_mean_logits|_mean_probability)",
     "attention": r"flash|fmha|attention|sdpa|cudnn.*sdp",
     "matrix products": r"gemm|gemv|cutlass|nvjet|xmma|cublas|splitk|wgrad|addmm|\bmm\b|bmm|linear",
     "optimizer": r"multi_tensor|adam|lamb",
     "copies and casts": r"memcpy|memset|copy|_to_copy|cast",
-    "compiled": r"^triton_",
     "communication": r"nccl",
     "reductions and norms": r"reduce|norm|softmax|logsumexp|welford",
     "elementwise": r"elementwise|vectorized|unrolled|aten::",

@@ -21,13 +21,15 @@ from typing import Any
 
 from race import Deadline, FailedError, NoMemoryError, OutOfTimeError, Running, Variant, tuned
 from scenario import machine
-from workloads import STUDENT, Contender, Workload
+from workloads import STUDENT, TINY_PART, Contender, Workload
 
 from babyllama_ds import files
 from babyllama_ds.report.formatting import number, table
 
 TURN_S = {"cuda": 0.8, "cpu": 0.2}
 """About how long a turn is."""
+LEAST_MICRO = 16
+"""Windows of a forward pass that ours may go down to."""
 TOLERANCE = {"bf16": 0.02, "fp32": 0.02, "autocast": 0.15}
 """Relative difference from the fp32 first loss above which a side cannot be doing the same work;
 bf16 logits alone move the textbook's by some percent."""
@@ -138,6 +140,26 @@ def groups(
     ]
 
 
+def chosen(
+    todo: Iterable[Group], *, groups: Sequence[str] | None, rows: Sequence[str] | None
+) -> list[Group]:
+    """Those of these names; none: all."""
+    found = [
+        Group(group.name, tuple(row for row in group.rows if not rows or row.name in rows))
+        for group in todo
+        if not groups or group.name in groups
+    ]
+    return [group for group in found if group.rows]
+
+
+def listed(todo: Iterable[Group]) -> str:
+    """Their names, and those of their rows."""
+    return "\n".join(
+        f"    {group.name}: {', '.join(dict.fromkeys(row.name for row in group.rows))}"
+        for group in todo
+    )
+
+
 @dataclass(frozen=True)
 class _Rows:
     """The rows of each kind of group."""
@@ -192,9 +214,9 @@ class _Rows:
 
     def _ours(self, work: Workload, name: str, *, like: str | None = None, **more: Any) -> Row:
         """The whole batch at once, or halves and quarters of it if they are faster."""
+        least = min(work.batch_windows, LEAST_MICRO // (TINY_PART if work.tiny else 1))
         parts = [work.batch_windows // n for n in (1, 2, 4, 8) if work.batch_windows % n == 0]
-        least = min(16, work.batch_windows)
-        micros = tuple(n for n in parts if n >= least or n == work.batch_windows)
+        micros = tuple(n for n in parts if n >= least)
         return Row(
             name=name, contender=self.contender("ours", work, **more), micros=micros, like=like
         )
@@ -234,8 +256,11 @@ class Record:
     def row(self, row: Row) -> dict[str, Any]:
         """The facts of a row, to be added to."""
         work = row.contender.work
-        known = self.workloads.setdefault(work.name, {**work.facts(), "rows": {}})
-        found: dict[str, Any] = known["rows"].setdefault(row.name, {"kind": row.contender.kind})
+        if work.name not in self.workloads:
+            self.workloads[work.name] = {**work.facts(), "rows": {}}
+        found: dict[str, Any] = self.workloads[work.name]["rows"].setdefault(
+            row.name, {"kind": row.contender.kind}
+        )
         return found
 
     def choice(self, row: Row) -> Variant | None:
@@ -407,7 +432,7 @@ class _Turns:
 
     def _sum_up(self, row: Row, facts: dict[str, Any]) -> None:
         work, step_s = row.contender.work, median(facts["rounds_s"])
-        flops = work.work(cached=row.contender.cache).flops_per_token * work.tokens
+        flops = work.flops_per_step(cached=row.contender.cache)
         facts |= {
             "step_s": step_s,
             "tokens_per_s": work.tokens / step_s,

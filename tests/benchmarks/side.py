@@ -32,6 +32,7 @@ from babyllama_ds.memory import keep_freed_memory
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import split_causal_lm
+from babyllama_ds.models.sizes import attention_dropout
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.teachers.cache.hidden import RememberedMember
@@ -217,6 +218,7 @@ def attention_of(model: ModelSpec, device: torch.device, *, training: bool) -> s
         precision="bf16",
         training=training,
         where="bench",
+        dropout=attention_dropout(model, where="bench"),
     )
 
 

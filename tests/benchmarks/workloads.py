@@ -140,6 +140,15 @@ class Workload:
             where=self.name,
         )
 
+    @cached_property
+    def _flops_per_token(self) -> dict[bool, float]:
+        """With a cache or without; to look at the models' shapes takes as long as a turn."""
+        return {cached: self.work(cached=cached).flops_per_token for cached in (False, True)}
+
+    def flops_per_step(self, *, cached: bool) -> float:
+        """Of the matrix products that the work takes, however it is done."""
+        return self._flops_per_token[cached] * self.tokens
+
     def params(self) -> dict[str, int]:
         """Parameters of every model in it."""
         models = {self.trains: self.model, **{each.name: each.model for each in self.teachers}}
