@@ -30,6 +30,7 @@ import published
 import torch
 from scenario import SIZES, SMALL, Sizes, machine
 from turns import TURN_S, Running, Side, fastest, take_turns
+from workloads import PUBLISHED_MICRO, STUDENT
 
 from babyllama_ds import files
 from babyllama_ds.engine.compiling import what_compiling_lacks
@@ -74,6 +75,10 @@ def measure_published(words: argparse.Namespace) -> int:
     device, _ = machine()
     if device == "cpu" and words.device != "cpu":
         print("no CUDA device for models of these sizes; --device cpu rehearses with narrow ones")
+        return 2
+    step = max(PUBLISHED_MICRO[job][STUDENT] for job in PUBLISHED_MICRO)
+    if words.batch_windows is not None and words.batch_windows % step:
+        print(f"--batch-windows {words.batch_windows}: a multiple of {step}, which is published")
         return 2
     out = words.out or Path("runs/bench/published.json")
     logs = out.parent / "logs"

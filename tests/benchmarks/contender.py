@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import sys
 import tempfile
@@ -50,6 +51,8 @@ from babyllama_ds.training.step import train_step
 REPEATED = 2**10
 """Times that the textbook's epoch holds every window."""
 LOOKED_AT_STEPS = 4
+REMEMBERED_AT_ONCE = 32
+"""Windows at most of a teacher's forward pass for the cache."""
 
 
 def main() -> None:
@@ -197,7 +200,7 @@ class Ours:
             )
             member = Member(teacher.name, frozen, teacher.weight)
             if self._contender.cache:
-                micro = min(32, self._work.batch_windows)
+                micro = math.gcd(NUM_BATCHES * self._work.batch_windows, REMEMBERED_AT_ONCE)
                 kept = remembered(member, self._work, self._device, micro=micro)
                 # A job with a cache holds no more of the teacher than its head.
                 head = Head(kept.head.weight_PD.detach().clone())

@@ -226,7 +226,7 @@ class _Rows:
     ) -> Row:
         """Its published micro-batch, and larger ones if they are faster."""
         micros = [work.published_micro]
-        while not as_published and 2 * micros[-1] <= work.batch_windows:
+        while not as_published and work.batch_windows % (2 * micros[-1]) == 0:
             micros.append(2 * micros[-1])
         name = f"textbook {precision}" + (", as published" if as_published else "")
         contender = self.contender(

@@ -30,6 +30,8 @@ ANSWER_S = 300.0
 WARM_STEPS = 2
 
 _NUMBERS = itertools.count()
+_PORTS: set[int] = set()
+"""Given to contenders, which may meet at them much later."""
 
 
 class FailedError(Exception):
@@ -87,7 +89,7 @@ class Running:
         with self._log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, str(CONTENDER), json.dumps(asdict(contender))],
-                env=environment(side, 0, free_port()),
+                env=environment(side, 0, _another_port()),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -154,6 +156,12 @@ class Running:
     def _last_words(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return f"it ended: {lines[-1] if lines else 'without a word'}"
+
+
+def _another_port() -> int:
+    port = next(port for port in iter(free_port, None) if port not in _PORTS)
+    _PORTS.add(port)
+    return port
 
 
 def tuned(

@@ -14,7 +14,8 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-import inside  # noqa: E402 - found by the line above
+import bench  # noqa: E402 - found by the line above
+import inside  # noqa: E402
 import published  # noqa: E402
 import race  # noqa: E402
 from workloads import Workload  # noqa: E402
@@ -131,6 +132,29 @@ def test_another_batch_is_the_same_for_both_sides() -> None:
     assert micros["ours"] == (128, 64, 32, 16)
     assert micros["textbook fp32"] == (32, 64, 128)
     assert micros["textbook fp32, as published"] == (32,)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--sizes", "babyllama"], "--device cpu rehearses"),
+        (["--sizes", "alone", "--device", "cpu", "--batch-windows", "48"], "a multiple of 32"),
+        (["--sizes", "alone", "--device", "cpu", "--rows", "hers"], "360M alone: ours, textbook"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--out", str(tmp_path / "out.json")])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().out
 
 
 # -- choosing --------------------------------------------------------------------------------------
