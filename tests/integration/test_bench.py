@@ -33,7 +33,7 @@ def test_the_published_workload_in_small(start: Callable[..., Any], tmp_path: Pa
     out = tmp_path / "published.json"
     words = ["--sizes", "babyllama", "--device", "cpu", "--rounds", "1", "--no-compiled"]
     words += ["--rows", "ours", "ours cached", "textbook fp32", "--only", "babyllama"]
-    start([[sys.executable, BENCH, *words, "--out", out]]).end().assert_done()
+    start([[sys.executable, BENCH, *words, "--out", out]], limit_s=400).end().assert_done()
 
     result = json.loads(out.read_text())
     assert result["ended_by"] == "all measured"

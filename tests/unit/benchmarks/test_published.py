@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -324,3 +328,97 @@ def test_time_in_which_something_runs() -> None:
 )
 def test_kinds_of_kernels(kernel: str, kind: str) -> None:
     assert inside.kind_of(kernel) == kind
+
+
+class Mark:
+    """A CUDA event of a device that does nothing but tick: a second at every mark."""
+
+    ticks = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Mark.ticks += 1
+        self.at = Mark.ticks
+
+    def elapsed_time(self, later: Mark) -> float:
+        return 1000.0 * (later.at - self.at)
+
+
+def test_parts_by_the_devices_own_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+    monkeypatch.setattr(torch.cuda, "Event", Mark)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    parts = inside.Marked(torch.device("cuda"))
+    for _ in range(2):
+        with parts.part("loss"), parts.part("student forward"):
+            pass  # a tick before it, one of its own, and one after it
+        with parts.part("optimizer"):
+            pass
+    assert not waits
+    parts.settle()
+    assert len(waits) == 1
+    told = {name: seconds for name, seconds in parts.seconds.items() if seconds}
+    assert told == {"loss": 4.0, "student forward": 2.0, "optimizer": 2.0}
+
+
+@dataclass
+class Span:
+    """What kineto tells of something that ran."""
+
+    label: str
+    start: int
+    length: int
+    on_card: bool = True
+    annotation: bool = False
+
+    def name(self) -> str:
+        return self.label
+
+    def start_ns(self) -> int:
+        return self.start
+
+    def duration_ns(self) -> int:
+        return self.length
+
+    def device_type(self) -> DeviceType:
+        return DeviceType.CUDA if self.on_card else DeviceType.CPU
+
+    def is_user_annotation(self) -> bool:
+        return self.annotation
+
+
+def test_kernels_of_a_card_and_the_time_in_which_none_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spans = [
+        Span("nvjet_one", 10_000, 4_000),
+        Span("nvjet_one", 12_000, 4_000),  # on another stream
+        Span("vectorized_elementwise_kernel", 26_000, 4_000),
+        Span("cudaLaunchKernel", 0, 90_000, on_card=False),
+        Span("Optimizer.step#AdamW.step", 0, 90_000),
+        Span("mine", 0, 90_000, annotation=True),
+    ]
+
+    @contextmanager
+    def seen(activities: list[Any]) -> Iterator[Any]:
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+        results = SimpleNamespace(events=lambda: spans)
+        yield SimpleNamespace(profiler=SimpleNamespace(kineto_results=results))
+
+    monkeypatch.setattr(inside, "profile", seen)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    steps: list[int] = []
+    found = inside.profiled(
+        lambda: steps.append(1), torch.device("cuda"), steps=2, step_s=20_000e-9
+    )
+    assert len(steps) == 3  # the first of them is not looked at
+    assert found["busy_s"] == pytest.approx(5_000e-9)
+    assert found["idle_share"] == pytest.approx(0.75)
+    assert found["idle_share_profiled"] == pytest.approx(0.5)
+    assert found["kernels_per_step"] == 1.5
+    (longest, _) = found["longest"]
+    assert (longest["name"], longest["times"]) == ("nvjet_one", 1)
+    assert longest["ms"] == pytest.approx(4e-3)
+    assert found["kinds"]["matrix products"]["share"] == pytest.approx(2 / 3)
