@@ -311,7 +311,7 @@ def test_a_course_counts_the_turns_alone() -> None:
 
 
 def test_time_in_which_something_runs() -> None:
-    assert inside.covered([(10, 20), (15, 30), (40, 50), (41, 42)]) == 30
+    assert inside.covered([(10, 20), (15, 30), (40, 50), (41, 42), (45, 52)]) == 32
 
 
 @pytest.mark.parametrize(
