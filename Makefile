@@ -65,7 +65,7 @@ test-lm-eval: setup  ## compare minimal pairs with lm-eval's, item by item (inst
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lm-eval]'
 	$(BIN)/pytest tests/parity/test_lm_eval.py
 
-bench: setup  ## our trainer against the textbook's, on a quiet machine: ARGS="--rounds 5"
+bench: setup  ## our trainer against the textbook's, on a quiet machine: ARGS="--rounds 5", on a GPU ARGS="--sizes published"
 	$(BIN)/python tests/benchmarks/bench.py $(ARGS)
 
 bench-grid: setup  ## time a token against vocabulary, teachers, window length and ranks

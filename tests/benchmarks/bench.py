@@ -6,6 +6,10 @@ the median, over rounds, of the ratio of two sides' times in the same round.
 
     python tests/benchmarks/bench.py [--sizes default|small] [--rounds N] [--no-compiled] [--grid]
         [--out FILE]
+    python tests/benchmarks/bench.py --sizes published|babyllama|babyllama2|alone [--seconds N]
+        [--batch-windows N] [--device cuda|cpu] …
+
+The second form is that of published.py, for a GPU.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ from statistics import median
 from typing import Any
 
 import grid
+import published
 import torch
 from scenario import SIZES, SMALL, Sizes, machine
 from turns import TURN_S, Running, Side, fastest, take_turns
+from workloads import PUBLISHED_MICRO, STUDENT
 
 from babyllama_ds import files
 from babyllama_ds.engine.compiling import what_compiling_lacks
@@ -33,6 +39,9 @@ from babyllama_ds.report.formatting import number, table
 
 LOSS = Path(__file__).resolve().parent / "loss.py"
 SMALL_TURN_S = 0.1
+ALL = ("babyllama", "alone", "babyllama2")
+PUBLISHED = {"published": ALL, **{name: (name,) for name in ALL}}
+"""What `--sizes` may ask of published.py."""
 LOSS_TOLERANCE = {"bf16": 0.01, "fp32": 0.01, "autocast": 0.15}
 """Relative difference from the fp32 textbook's first loss above which a side cannot be doing the
 same work. Under autocast the textbook averages bf16 logits, which moves its loss by 6 %."""
@@ -41,6 +50,12 @@ same work. Under autocast the textbook averages bf16 logits, which moves its los
 def main() -> None:
     """Measure, print, write."""
     words = _parser().parse_args()
+    if words.rounds is None:
+        words.rounds = 3 if words.sizes in PUBLISHED else 5
+    if words.device is not None:
+        os.environ["DS_ACCELERATOR"] = words.device
+    if words.sizes in PUBLISHED:
+        sys.exit(measure_published(words))
     out = words.out or Path("runs/bench") / ("grid.json" if words.grid else "bench.json")
     logs = out.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -53,6 +68,38 @@ def main() -> None:
         shown = render(result)
     files.write_json(out, {**result, **_provenance()})
     print(f"\n{shown}\n\nwritten to {out}")
+
+
+def measure_published(words: argparse.Namespace) -> int:
+    """The published workloads; 1 if a side failed, or does not do the same work."""
+    device, _ = machine()
+    if device == "cpu" and words.device != "cpu":
+        print("no CUDA device for models of these sizes; --device cpu rehearses with narrow ones")
+        return 2
+    step = max(PUBLISHED_MICRO[job][STUDENT] for job in PUBLISHED_MICRO)
+    if words.batch_windows is not None and words.batch_windows % step:
+        print(f"--batch-windows {words.batch_windows}: a multiple of {step}, which is published")
+        return 2
+    out = words.out or Path("runs/bench/published.json")
+    logs = out.parent / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    todo = published.groups(
+        PUBLISHED[words.sizes],
+        device=device,
+        windows=words.batch_windows,
+        tiny=device == "cpu",
+        compiled=_can_compile(words.compiled),
+    )
+    chosen = published.chosen(todo, groups=words.only, rows=words.rows)
+    if not chosen:
+        print(f"no such groups and rows; there are:\n{published.listed(todo)}")
+        return 2
+    record = published.Record(out, {"rounds": words.rounds, **_provenance()})
+    published.measure(chosen, record, logs, rounds=words.rounds, seconds=words.seconds)
+    result = record.as_json()
+    print(f"\n{published.render(result)}\n\nended by: {result['ended_by']}; written to {out}")
+    failed = any("failed" in facts for _, facts in published.told_rows(result))
+    return int(failed or result["same_work"] != "yes")
 
 
 def _can_compile(asked: bool) -> bool:
@@ -252,8 +299,8 @@ def _provenance() -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Our trainer against the textbook's.")
-    parser.add_argument("--sizes", choices=SIZES, default="default")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sizes", choices=[*SIZES, *PUBLISHED], default="default")
+    parser.add_argument("--rounds", type=int, help="default: 5; of the published sizes 3")
     parser.add_argument(
         "--compiled",
         action=argparse.BooleanOptionalAction,
@@ -261,7 +308,17 @@ def _parser() -> argparse.ArgumentParser:
         help="measure our side under torch.compile too, as long runs have it (minutes to compile)",
     )
     parser.add_argument("--grid", action="store_true", help="time a token against the sizes")
-    parser.add_argument("--out", type=Path, help="default: runs/bench/bench.json, grid.json")
+    parser.add_argument("--out", type=Path, help="default: in runs/bench, by what is measured")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="default: CUDA where there is one"
+    )
+    of_published = parser.add_argument_group("of the published sizes")
+    of_published.add_argument("--seconds", type=float, help="end then, with what there is")
+    of_published.add_argument(
+        "--batch-windows", type=int, metavar="N", help="of the student's step, on both sides"
+    )
+    of_published.add_argument("--only", nargs="+", metavar="GROUP", help="these groups of rows")
+    of_published.add_argument("--rows", nargs="+", metavar="ROW", help="these rows of them")
     return parser
 
 

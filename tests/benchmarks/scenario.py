@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,27 @@ NUM_BATCHES = 8
 """Batches in an epoch."""
 TEMPERATURE, ALPHA = 2.0, 0.5
 """Of the published recipes."""
+
+
+class Shape(Protocol):
+    """What of a workload says which tokens are in which batch."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window."""
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows in an optimizer step."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in an optimizer step."""
+
 
 STUDENT = {"kind": "llama", "hidden_size": 256, "num_layers": 6, "num_heads": 4}
 TEACHER = {"hidden_size": 384, "num_layers": 8, "num_heads": 6}
@@ -126,8 +147,12 @@ def _long_enough(model: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
     return {**model, "max_positions": max(256, sizes.length)}
 
 
-def build(spec: ModelSpec, sizes: Sizes, *, stage: str, attention: str) -> nn.Module:
-    """A model in fp32 on the CPU, as a job has it, with the same weights wherever it is built."""
+def build(spec: ModelSpec, sizes: Shape, *, stage: str, attention: str) -> nn.Module:
+    """A model in fp32, as a job has it, with the same weights wherever it is built.
+
+    On the CPU, or within `with device:` on that device, where a large one takes no time. Which
+    weights a seed gives depends on the kind of device.
+    """
     seed = 1 + sum(map(ord, stage))
     return build_model(
         spec,
@@ -138,7 +163,7 @@ def build(spec: ModelSpec, sizes: Sizes, *, stage: str, attention: str) -> nn.Mo
     )
 
 
-def build_published(spec: ModelSpec, sizes: Sizes, *, stage: str, attention: str) -> nn.Module:
+def build_published(spec: ModelSpec, sizes: Shape, *, stage: str, attention: str) -> nn.Module:
     """The same weights in transformers' own modules, with GPT-2's published activation."""
     ours = build(spec, sizes, stage=stage, attention=attention)
     config = copy.deepcopy(ours.config)
@@ -149,7 +174,7 @@ def build_published(spec: ModelSpec, sizes: Sizes, *, stage: str, attention: str
     return theirs
 
 
-def windows(sizes: Sizes) -> TrainWindows:
+def windows(sizes: Shape) -> TrainWindows:
     """The training windows, at fixed places."""
     tokens = _RandomTokens(sizes.vocab_size, NUM_BATCHES * sizes.tokens)
     return TrainWindows(tokens, length=sizes.length, offsets="fixed", seed=0)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 
 import numpy as np
 import torch
-from scenario import Sizes, build, build_published, job, windows
+from scenario import Shape, Sizes, build, build_published, job, windows
 from torch import Tensor, nn
 
 from babyllama_ds import ranks
@@ -32,6 +32,7 @@ from babyllama_ds.memory import keep_freed_memory
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import split_causal_lm
+from babyllama_ds.models.sizes import attention_dropout
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.teachers.cache.hidden import RememberedMember
@@ -150,7 +151,8 @@ def ours(side: dict[str, Any], sizes: Sizes) -> Built:
     live = [Member(t.name, model, t.weight) for t, model in zip(spec.teachers, frozen, strict=True)]
     ensemble = Ensemble(live)
     if side["cache"]:
-        ensemble = Ensemble([_remembered(member, sizes, device) for member in live])
+        micro = sizes.batch_windows // ranks.world_size()
+        ensemble = Ensemble([remembered(member, sizes, device, micro=micro) for member in live])
 
     def rate() -> dict[str, float]:
         rates = measure_matmul_rates(products, device)
@@ -173,19 +175,24 @@ def _objective(spec: JobSpec, sizes: Sizes, device: torch.device) -> Objective:
         spec.student.model,
         sizes,
         stage="student",
-        attention=_attention(spec.student.model, device, training=True),
+        attention=attention_of(spec.student.model, device, training=True),
     )
     return Objective(model, vocab_size=sizes.vocab_size, distillation=spec.distillation)
 
 
 def _teacher(teacher: TeacherSpec, sizes: Sizes, device: torch.device) -> nn.Module:
-    attention = _attention(teacher.model, device, training=False)
+    attention = attention_of(teacher.model, device, training=False)
     return build(teacher.model, sizes, stage=teacher.name, attention=attention)
 
 
-def _remembered(member: Member, sizes: Sizes, device: torch.device) -> RememberedMember:
-    """The same teacher with the states of every window kept in the device's memory."""
-    source, micro = windows(sizes), sizes.batch_windows // ranks.world_size()
+def remembered(
+    member: Member, sizes: Shape, device: torch.device, *, micro: int
+) -> RememberedMember:
+    """The same teacher with the states of every window kept in the device's memory.
+
+    They are computed `micro` windows at a time.
+    """
+    source = windows(sizes)
     width = member.head.weight_PD.shape[1]
     layout = Layout.choose(
         num_windows=source.num_windows,
@@ -203,13 +210,15 @@ def _remembered(member: Member, sizes: Sizes, device: torch.device) -> Remembere
     )
 
 
-def _attention(model: ModelSpec, device: torch.device, *, training: bool) -> str:
+def attention_of(model: ModelSpec, device: torch.device, *, training: bool) -> str:
+    """The kernel that a job takes by itself."""
     return resolve_attention(
         model.attention,
         device=device.type,  # type: ignore[arg-type]
         precision="bf16",
         training=training,
         where="bench",
+        dropout=attention_dropout(model, where="bench"),
     )
 
 
@@ -330,7 +339,7 @@ def run_textbook(side: dict[str, Any], sizes: Sizes, replies: TextIO) -> None:
                 device=device,
                 precision=side["precision"],
             ),
-            train_dataset=Windows(_in_our_order(sizes)),
+            train_dataset=Windows(in_our_order(sizes)),
         )
         rounds = Rounds(replies, trainer.args.device, {})
         trainer.add_callback(AfterEachStep(rounds.step_done))
@@ -338,7 +347,8 @@ def run_textbook(side: dict[str, Any], sizes: Sizes, replies: TextIO) -> None:
         trainer.train()
 
 
-def _in_our_order(sizes: Sizes) -> Tensor:
+def in_our_order(sizes: Shape) -> Tensor:
+    """All windows, in the order in which the stack's own side visits them."""
     source = windows(sizes)
     ids = source.batch(0, 0, source.num_windows)
     return torch.from_numpy(source.windows(0, ids))
@@ -346,7 +356,7 @@ def _in_our_order(sizes: Sizes) -> Tensor:
 
 def _first_loss(trainer: Any, sizes: Sizes) -> float:
     """The loss of the batch that our side begins with, before any update."""
-    ids_BS = _in_our_order(sizes)[: sizes.batch_windows].to(trainer.args.device)
+    ids_BS = in_our_order(sizes)[: sizes.batch_windows].to(trainer.args.device)
     with torch.no_grad():
         loss = trainer.compute_loss(trainer.model, {"input_ids": ids_BS, "labels": ids_BS})
     return float(loss)

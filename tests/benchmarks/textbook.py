@@ -7,6 +7,8 @@ benefit: current versions, fused AdamW, whichever attention is faster.
 
     fp32      weights and teachers in fp32; on CUDA the student under bf16 autocast, as published
     autocast  weights in fp32, all models and the loss under bf16 autocast
+
+TF32 is left as PyTorch has it, off, as published; a row that has it says so.
 """
 
 from __future__ import annotations
@@ -26,8 +28,17 @@ Precision = Literal["fp32", "autocast"]
 class DistillationTrainer(Trainer):
     """Hugging Face's trainer with the ensemble's loss."""
 
-    def __init__(self, *args: Any, teachers: Sequence[nn.Module], precision: str, **named: Any):
+    def __init__(
+        self,
+        *args: Any,
+        teachers: Sequence[nn.Module],
+        precision: str,
+        alpha: float = ALPHA,
+        temperature: float = TEMPERATURE,
+        **named: Any,
+    ) -> None:
         super().__init__(*args, **named)
+        self.alpha, self.temperature = alpha, temperature
         self.teachers = teachers
         for teacher in self.teachers:
             teacher.to(self.args.device).eval()
@@ -51,48 +62,73 @@ class DistillationTrainer(Trainer):
                 avg_teacher_logits = torch.stack(all_teacher_logits).mean(dim=0)
             loss_function = nn.KLDivLoss(reduction="batchmean")
             loss_logits = loss_function(
-                torch.log_softmax(outputs_student.logits / TEMPERATURE, dim=-1),
-                torch.softmax(avg_teacher_logits / TEMPERATURE, dim=-1),
-            ) * (TEMPERATURE**2)
-            loss = ALPHA * student_loss + (1.0 - ALPHA) * loss_logits
+                torch.log_softmax(outputs_student.logits / self.temperature, dim=-1),
+                torch.softmax(avg_teacher_logits / self.temperature, dim=-1),
+            ) * (self.temperature**2)
+            loss = self.alpha * student_loss + (1.0 - self.alpha) * loss_logits
         return (loss, outputs_student) if return_outputs else loss
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """All windows of an epoch, in the order in which our side visits them."""
+    """All windows of an epoch, in the order in which our side visits them.
 
-    def __init__(self, windows_NS: Tensor) -> None:
+    `times` over: beginning an epoch costs the trainer time, which an epoch of a few batches would
+    charge to every other step.
+    """
+
+    def __init__(self, windows_NS: Tensor, times: int = 1) -> None:
         self._windows_NS = windows_NS
+        self._times = times
 
     def __len__(self) -> int:
-        return len(self._windows_NS)
+        return self._times * len(self._windows_NS)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self._windows_NS[index], "labels": self._windows_NS[index]}
+        window_S = self._windows_NS[index % len(self._windows_NS)]
+        return {"input_ids": window_S, "labels": window_S}
 
 
 class AfterEachStep(TrainerCallback):
-    """Calls `act` at the end of every optimizer step; it may wait as long as it likes."""
+    """Calls `act` at the end of every optimizer step; it may wait as long as it likes.
 
-    def __init__(self, act: Callable[[], None]) -> None:
+    Training ends when it says True.
+    """
+
+    def __init__(self, act: Callable[[], bool | None]) -> None:
         self._act = act
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._act()
+        if self._act():
+            control.should_training_stop = True
 
 
 def arguments(
-    output_dir: str, *, batch_windows: int, num_ranks: int, device: str, precision: Precision
+    output_dir: str,
+    *,
+    batch_windows: int,
+    num_ranks: int,
+    device: str,
+    precision: Precision,
+    micro_batch: int | None = None,
+    **more: Any,
 ) -> TrainingArguments:
-    """Arguments under which nothing but training happens, for longer than anybody measures."""
+    """Arguments under which nothing but training happens, for longer than anybody measures.
+
+    `micro_batch`: windows of a forward pass of one rank; none: its share of the batch. `more` are
+    the trainer's own.
+    """
+    share = batch_windows // num_ranks
+    defaults: dict[str, Any] = {
+        "bf16": device == "cuda" and precision == "fp32",
+        "learning_rate": 3e-4,
+    }
     return TrainingArguments(
         output_dir=output_dir,
-        per_device_train_batch_size=batch_windows // num_ranks,
+        per_device_train_batch_size=micro_batch or share,
+        gradient_accumulation_steps=share // (micro_batch or share),
         num_train_epochs=10**6 // NUM_BATCHES,
-        learning_rate=3e-4,
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and num_ranks > 1 else None,
-        bf16=device == "cuda" and precision == "fp32",
         # The published shape of the loss gives every parameter a gradient.
         ddp_find_unused_parameters=False,
         save_strategy="no",
@@ -101,4 +137,5 @@ def arguments(
         report_to=[],
         disable_tqdm=True,
         seed=1,
+        **{**defaults, **more},
     )

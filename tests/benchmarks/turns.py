@@ -71,7 +71,7 @@ class Running:
         self.side = side
         self._turn_s = turn_s
         self._log = logs / f"{os.getpid()}-{next(_NUMBERS)}-{side.kind}.log"
-        port = _free_port()
+        port = free_port()
         self._processes = [self._start(rank, port) for rank in range(side.ranks)]
         self.first_loss = math.nan
         """Of the same batch with the same weights on every side."""
@@ -117,7 +117,7 @@ class Running:
         with self._log.open("a") as log:
             return subprocess.Popen(
                 [sys.executable, str(SIDE), json.dumps(asdict(self.side))],
-                env=_environment(self.side, rank, port),
+                env=environment(self.side, rank, port),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -170,7 +170,8 @@ def take_turns(sides: Sequence[Running], rounds: int, *, after_each: Callable[[]
     return answers
 
 
-def _environment(side: Side, rank: int, port: int) -> dict[str, str]:
+def environment(side: Side, rank: int, port: int) -> dict[str, str]:
+    """Of the process of a rank: its world, its threads, and one card for one that has no world."""
     dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
     env = {key: value for key, value in os.environ.items() if key not in dropped}
     env |= {"TOKENIZERS_PARALLELISM": "false"}
@@ -185,7 +186,8 @@ def _environment(side: Side, rank: int, port: int) -> dict[str, str]:
     return env
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

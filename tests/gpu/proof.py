@@ -12,6 +12,7 @@ runs one again); one that was cut off begins anew.
     DIR/results.jsonl   a line for the machine, and one for each beginning, measure and end
     DIR/table.md        the same, for people
     DIR/log.txt         all that the parts wrote
+    DIR/bench/          the bench's own files
 
 `--device cpu` is the rehearsal, at small sizes: it shows that every part runs, and no more.
 
@@ -251,6 +252,11 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float, live: 
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=TESTS.parent,
+            env={
+                **os.environ,
+                "GPU_PROOF_BUDGET_S": f"{budget_s:.0f}",
+                "GPU_PROOF_OUT": str(record.folder.resolve()),
+            },
             start_new_session=True,  # whatever it starts is ended with it
         )
         live.add(process)
