@@ -206,6 +206,7 @@ def export(options: argparse.Namespace) -> None:
             license_id=options.license,
             language=options.language,
             bundle=options.bundle,
+            results=options.results,
         )
     ):
         print(place, flush=True)

@@ -235,6 +235,12 @@ def _add_export(exporter: argparse.ArgumentParser) -> None:
     exporter.add_argument(
         "--bundle", type=Path, metavar="PATH", help="copy the whole run, to a directory or a .tar"
     )
+    exporter.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="report, metrics and job alone, of a run that need not be done",
+    )
     exporter.set_defaults(command=does.export)
 
 

@@ -58,7 +58,7 @@ def try_out(
             steps=steps,
             step_s=step_s,
             teachers_s=tried.teachers_s() if ensemble else 0.0,
-            engine_s=engine_s - warm * step_s if steps else 0.0,
+            engine_s=max(0.0, engine_s - warm * step_s) if steps else 0.0,
             dev_window_s=tried.dev_window_s(dev),
             checkpoint_s=tried.seconds_of(trainer.checkpoint),
         )

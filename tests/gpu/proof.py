@@ -6,7 +6,7 @@ Parts run in order, each in a process of its own, so that a kernel that takes th
 with it takes no other part along. A measure is written as soon as it is there, a part's end before
 the next one begins; `DIR/table.md` is whole after every part. Started again with the same folder,
 parts that have ended are passed over, failed ones too (`--only PART` runs one again); one that was
-cut off begins anew.
+cut off begins anew, and the experiment goes on where it was.
 
     DIR/results.jsonl   a line for the machine, and one for each beginning, measure and end
     DIR/table.md        the same, for people
@@ -46,6 +46,8 @@ from babyllama_ds.report.formatting import table  # noqa: E402
 LEAST_S = 10.0
 """A part is not begun with less time than this."""
 GRACE_S = 5.0
+BUDGET = "GPU_PROOF_SECONDS"
+"""The variable that tells a part's process after how many seconds it is ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Part:
     """It is ended after so long, and what it has measured stands."""
     command: Callable[[str], Sequence[str]] | None = None
     """What is started, for a device; none: the module `gpu.parts.NAME`."""
+    goes_on: bool = False
+    """Whether one that did not come to its end goes on where it was: it has not ended then."""
 
     def words(self, device: str) -> Sequence[str]:
         """The command line of the part's process."""
@@ -78,7 +82,7 @@ PARTS = (
     Part(name="cache", budget_s=300),
     Part(name="memory", budget_s=420),
     Part(name="bench", budget_s=590),
-    Part(name="experiment", budget_s=590),
+    Part(name="experiment", budget_s=590, goes_on=True),
 )
 
 
@@ -124,6 +128,10 @@ class Record:
         """What was said at its end."""
         return next((line["why"] for line in reversed(self._of(part)) if "why" in line), "")
 
+    def cut_off(self, part: str) -> str:
+        """Why the last start of a part that goes on did not come to its end."""
+        return next((line["cut_off"] for line in reversed(self._of(part)) if "cut_off" in line), "")
+
     def _of(self, part: str) -> list[dict[str, Any]]:
         mine = [line for line in self.lines if line.get("part") == part]
         begun = [number for number, line in enumerate(mine) if "begun" in line]
@@ -147,8 +155,10 @@ def write_table(record: Record, parts: Iterable[Part]) -> None:
     for part in parts:
         measures, ended = record.measures(part.name), record.ended(part.name)
         wrong = sum(not measure["passed"] for measure in measures)
-        told = ended or ("cut off" if measures else "not begun")
-        summary.append([part.name, told, str(len(measures)), str(wrong), record.why(part.name)])
+        begun = measures or record.cut_off(part.name)
+        told = ended or ("cut off" if begun else "not begun")
+        why = record.why(part.name) or record.cut_off(part.name)
+        summary.append([part.name, told, str(len(measures)), str(wrong), why])
         for each in measures:
             verdict = ("ok" if each["passed"] else "**WRONG**") if each["allowed"] else ""
             rows.append([part.name, each["check"], each["found"], each["allowed"], verdict])
@@ -206,6 +216,7 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float) -> Non
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=TESTS.parent,
+            env={**os.environ, BUDGET: f"{budget_s:.0f}"},
             start_new_session=True,  # whatever it starts is ended with it
         )
         assert process.stdout is not None, "asked for"
@@ -222,6 +233,12 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float) -> Non
             _end(process)
         reader.join(GRACE_S)
     wrong = [measure for measure in record.measures(part.name) if not measure["passed"]]
+    seconds = round(time.monotonic() - started, 1)
+    if part.goes_on and (over_time or last.unfinished):
+        why = last.unfinished or f"ended after {budget_s:.0f} s"
+        record.add({"part": part.name, "cut_off": why, "seconds": seconds})
+        print(f"== {part.name}: cut off ({why}); start again to go on", flush=True)
+        return
     if over_time:
         ended, why = "over time", f"ended after {budget_s:.0f} s"
     elif process.returncode != 0:
@@ -230,7 +247,6 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float) -> Non
         ended, why = "skipped", skipped[0]
     else:
         ended, why = ("failed", f"{len(wrong)} wrong") if wrong else ("passed", "")
-    seconds = round(time.monotonic() - started, 1)
     record.add({"part": part.name, "ended": ended, "seconds": seconds, "why": why})
     print(f"== {part.name}: {ended} after {seconds:.0f} s {why}", flush=True)
 
@@ -240,6 +256,8 @@ class _Last:
     """The last line that was no measure: what a part that breaks says of it."""
 
     line: str = "without a word"
+    unfinished: str = ""
+    """Why the part says of itself that it is to be gone on with."""
 
 
 def _read(
@@ -254,6 +272,8 @@ def _read(
             last.line = line or last.line
         elif "skipped" in message:
             skipped.append(message["skipped"])
+        elif "unfinished" in message:
+            last.unfinished = message["unfinished"]
         else:
             record.add({"part": part.name, **message})
             measure = message["measure"]
@@ -263,7 +283,7 @@ def _read(
 
 
 def _message(line: str) -> dict[str, Any] | None:
-    if not line.startswith(('{"measure"', '{"skipped"')):
+    if not line.startswith(('{"measure"', '{"skipped"', '{"unfinished"')):
         return None
     try:
         message: dict[str, Any] = json.loads(line)
@@ -356,6 +376,7 @@ def main() -> int:
         run_here(words.part, words.device, job=job)
         return 0
     os.environ["GPU_PROOF_JOB"] = shlex.join(job)  # for the part's process
+    os.environ["GPU_PROOF_OUT"] = str(words.out.resolve())
     record = Record(words.out, machine(words.device))
     chosen = [part for part in PARTS if words.only is None or part.name in words.only]
     code = prove(chosen, record, device=words.device, again=words.only or (), seconds=words.seconds)
