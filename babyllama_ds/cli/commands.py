@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from babyllama_ds.spec.job import JobSpec
     from babyllama_ds.training.pace import JobPace
 
+_BEGAN_S = time.monotonic()
+"""When this process was about to import what takes seconds."""
 TRIAL_S = 60
 """Seconds of steps that `plan --measure` takes."""
 
@@ -64,10 +67,11 @@ def plan(job: str, overrides: Sequence[str], options: argparse.Namespace) -> Non
         tokens=options.tokens,
         runs=options.runs,
     )
+    began_s = time.monotonic() - _BEGAN_S
     planned = plan_job(resolved, question)
     if options.measure:
         check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
-        pace = _tried(resolved, options)
+        pace = _tried(resolved, options, began_s)
         planned = plan_job(resolved, replace(question, pace=pace))
     print(render_json(planned) if options.json else render_plan(planned), end="", flush=True)
     check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
@@ -111,18 +115,17 @@ def _check_measuring(options: argparse.Namespace) -> None:
         raise JobError.all_of(problems)
 
 
-def _tried(job: JobSpec, options: argparse.Namespace) -> JobPace:
+def _tried(job: JobSpec, options: argparse.Namespace, began_s: float) -> JobPace:
     from babyllama_ds.console import configure_logging
     from babyllama_ds.pipeline.trial import try_job
 
     configure_logging(rank=0)
-    return try_job(job, runs=options.runs, seconds=options.seconds or TRIAL_S)
+    seconds = options.seconds or TRIAL_S
+    return try_job(job, runs=options.runs, seconds=seconds, began_s=began_s)
 
 
 def doctor(options: argparse.Namespace) -> None:
     """Examine this machine and print what was found; a failed check is an error."""
-    import time
-
     from babyllama_ds.doctor.examine import examine, glance
     from babyllama_ds.doctor.findings import refuse_failures
     from babyllama_ds.doctor.table import as_json, as_table

@@ -11,7 +11,6 @@ With a cache the student's steps are timed with live teachers, whose part is kno
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,14 +55,15 @@ TIMED_BATCHES = 4
 """Forward passes over development windows that a finished model is timed on."""
 
 
-def try_job(job: JobSpec, *, runs: Path, seconds: float) -> JobPace:
+def try_job(job: JobSpec, *, runs: Path, seconds: float, began_s: float = 0.0) -> JobPace:
     """The pace of `job` on one rank; about so many seconds go to steps, dealt out to its stages.
+
+    `began_s`: seconds that this process has taken to come here, as that of a run will.
 
     Raises:
         UserError: whatever a run of it would raise on its way.
         Stopped: asked to stop.
     """
-    began_s = _seconds_since_the_process_began()
     entered = time.perf_counter()
     stop = StopRequest()
     stop.install()
@@ -293,13 +293,3 @@ def _timed() -> Iterator[_Timed]:
 
 def _waiter() -> Callable[[], None]:
     return torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-
-
-def _seconds_since_the_process_began() -> float:
-    """0 where the system does not tell."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        up_s = float(Path("/proc/uptime").read_text().split()[0])
-    except OSError:
-        return 0.0
-    return max(0.0, up_s - int(fields[19]) / os.sysconf("SC_CLK_TCK"))

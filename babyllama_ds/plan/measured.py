@@ -127,7 +127,7 @@ def _stage_time(
             "start": pace.build_s + of.engine_s,
             "cache": passes * of.teachers_s,
             "steps": stage.steps * step_s,
-            "evaluations": times * windows * of.dev_window_s,
+            "evaluations": times * (windows * of.dev_window_s + of.best_s),
             "checkpoints": (times if every is None else stage.steps // every) * of.checkpoint_s,
             "export": pace.export_s,
         },

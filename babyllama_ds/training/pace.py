@@ -23,6 +23,8 @@ class StepPace:
     """From the model to its first steps: the engine, and whatever is compiled."""
     dev_window_s: float
     """A development window of an evaluation during training."""
+    best_s: float
+    """Keeping an evaluation's weights, as one that is the best so far does."""
     checkpoint_s: float
     """A checkpoint, written whole."""
 

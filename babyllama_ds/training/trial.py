@@ -60,6 +60,7 @@ def try_out(
             teachers_s=tried.teachers_s() if ensemble else 0.0,
             engine_s=max(0.0, engine_s - warm * step_s) if steps else 0.0,
             dev_window_s=tried.dev_window_s(dev),
+            best_s=tried.seconds_of(lambda: trainer.best.take(trainer.objective)),
             checkpoint_s=tried.seconds_of(trainer.checkpoint),
         )
 

@@ -46,8 +46,8 @@ from babyllama_ds.report.formatting import table  # noqa: E402
 LEAST_S = 10.0
 """A part is not begun with less time than this."""
 GRACE_S = 5.0
-BUDGET = "GPU_PROOF_SECONDS"
-"""The variable that tells a part's process after how many seconds it is ended."""
+UNTIL = "GPU_PROOF_UNTIL"
+"""The variable that tells a part's process when it is ended, in seconds since the epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +216,7 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float) -> Non
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=TESTS.parent,
-            env={**os.environ, BUDGET: f"{budget_s:.0f}"},
+            env={**os.environ, UNTIL: f"{time.time() + budget_s:.1f}"},
             start_new_session=True,  # whatever it starts is ended with it
         )
         assert process.stdout is not None, "asked for"

@@ -49,7 +49,8 @@ def measure(device: torch.device, *, small: bool, job: Sequence[str]) -> Iterato
     runs = Path(os.environ.get("RUNS", "runs"))
     overrides = [*job[1:], f"deepspeed.device={device.type}"]
     spec = load_job(find_job(job[0]), overrides)
-    left_s = float(os.environ.get("GPU_PROOF_SECONDS", "inf")) - stopping_s(spec)
+    until_s = float(os.environ.get("GPU_PROOF_UNTIL", "inf"))
+    left_s = until_s - time.time() - stopping_s(spec)
     if left_s < (1 if small else LEAST_S):
         _go_on(f"{left_s:.0f} s are too few to start {spec.run_name}")
         return

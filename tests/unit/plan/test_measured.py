@@ -19,7 +19,9 @@ from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.training.pace import EvaluationPace, JobPace, StagePace, StepPace
 
 Job = Callable[..., JobSpec]
-STEP = StepPace(steps=7, step_s=0.5, teachers_s=0.2, engine_s=3, dev_window_s=0.01, checkpoint_s=2)
+STEP = StepPace(
+    steps=7, step_s=0.5, teachers_s=0.2, engine_s=3, dev_window_s=0.01, best_s=0.1, checkpoint_s=2
+)
 STAGE = StagePace(build_s=1, training=STEP, export_s=0.25)
 MEASURING = EvaluationPace(load_s=0.5, dev_window_s=0.02, pair_s=0.001, samples_s=4)
 NAMES = ("teachers/gpt2", "teachers/llama", "student", "control")
@@ -72,13 +74,13 @@ def test_every_part_of_a_run(plan: Callable[..., Any]) -> None:
             "start": 4,
             "cache": 0,
             "steps": 12 * steps * 0.5,
-            "evaluations": 12 * dev * 0.01,
+            "evaluations": 12 * (dev * 0.01 + 0.1),
             "checkpoints": (12 * steps // 50) * 2,
             "export": 0.25,
         }
     )
     often = -(-12 * steps // 25)
-    assert parts["teachers/llama"]["evaluations"] == pytest.approx(often * 20 * 0.01)
+    assert parts["teachers/llama"]["evaluations"] == pytest.approx(often * (20 * 0.01 + 0.1))
     assert parts["teachers/llama"]["checkpoints"] == pytest.approx(often * 2)
     assert parts["student"]["steps"] == pytest.approx(3 * steps * 0.5)  # its teachers are in it
     assert planned.measured.evaluations["control"] == pytest.approx(

@@ -124,6 +124,7 @@ def test_each_part_has_its_own_time(tried: Try) -> None:
     assert A_STEP_S <= pace.step_s <= A_STEP_S + A_TEACHER_S + QUICK_S
     assert A_TEACHER_S <= pace.teachers_s <= A_TEACHER_S + QUICK_S
     assert A_DEV_WINDOW_S <= pace.dev_window_s <= A_DEV_WINDOW_S + QUICK_S
+    assert 0 < pace.best_s <= QUICK_S
     assert A_CHECKPOINT_S <= pace.checkpoint_s <= A_CHECKPOINT_S + 10 * QUICK_S
     assert 0.5 / (pace.step_s + QUICK_S) - 1 <= pace.steps <= 0.5 / A_STEP_S + 1
     assert folder.saved == 1
