@@ -33,6 +33,9 @@ HOW_IT_RUNS = {
     "checkpoint_every_steps",
 }
 
+HOW_TARGETS_ARE_HAD = {"chunk_tokens", "cache", "cache_tier", "cache_kept", "cache_top_k"}
+"""Of the loss, what does not change what it is of; a top-k cache does, and is named apart."""
+
 NEUTRAL: dict[type[Spec], dict[str, Any]] = {
     TrainingSpec: {
         "z_loss": None,
@@ -95,7 +98,7 @@ def _loss(spec: DistillationSpec) -> dict[str, Any]:
     The `hidden` cache is left out, as the micro-batch is: it gives what the live teachers give, or
     what they would give in another micro-batch.
     """
-    plain = _plain(spec, exclude={"chunk_tokens", "cache", "cache_tier", "cache_top_k"})
+    plain = _plain(spec, exclude=HOW_TARGETS_ARE_HAD)
     return plain | ({"top_k": spec.cache_top_k} if spec.cache == "topk" else {})
 
 

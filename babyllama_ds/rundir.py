@@ -26,7 +26,7 @@ from babyllama_ds.storages import Storages
 FREE_KEYS = re.compile(
     r"evaluation(\..*)?"
     r"|deepspeed\.(device|config|compile|storage|join_timeout_minutes|node_timeout_minutes)"
-    r"|distillation\.(chunk_tokens|cache_tier)"
+    r"|distillation\.(chunk_tokens|cache_tier|cache_kept)"
     r"|.*\.(micro_batch|gradient_checkpointing|log_every_steps|profile_steps)"
     r"|.*\.(checkpoint_every_steps|model\.attention|tensor_parallel)"
     r"|corpus\.(sources\.\d+\.corpus\.)?(train|split\.dev|path|column)(\..*)?"

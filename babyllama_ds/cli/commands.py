@@ -9,14 +9,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from babyllama_ds.errors import DataError, MachineError
+from babyllama_ds.errors import DataError, JobError, MachineError, Problem
 from babyllama_ds.slurm import describe_task
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.spec.shipped import find_job
+
+if TYPE_CHECKING:
+    from babyllama_ds.spec.job import JobSpec
+    from babyllama_ds.training.pace import JobPace
+
+_BEGAN_S = time.monotonic()
+"""When this process was about to import what takes seconds."""
+TRIAL_S = 60
+"""Seconds of steps that `plan --measure` takes."""
 
 
 def check(job: str, overrides: Sequence[str]) -> None:
@@ -41,27 +53,79 @@ def run(job: str, overrides: Sequence[str], *, runs: Path) -> None:
 def plan(job: str, overrides: Sequence[str], options: argparse.Namespace) -> None:
     """Print what a job will cost; a job that fits nowhere it was planned for is an error."""
     resolved = load_job(find_job(job), overrides)
+    from babyllama_ds.plan.measured import check_within
     from babyllama_ds.plan.planner import Question, plan_job
     from babyllama_ds.plan.rates import read_rate
     from babyllama_ds.plan.remedies import check_fits
     from babyllama_ds.plan.text import render_json, render_plan
 
+    _check_measuring(options)
     question = Question(
-        ranks=options.ranks,
-        gpu=options.gpu,
+        ranks=options.ranks or ((1,) if options.measure else (1, 2, 4, 8)),
+        gpu="here" if options.measure else options.gpu,
         rate=None if options.rate is None else read_rate(options.rate),
         tokens=options.tokens,
         runs=options.runs,
     )
+    began_s = time.monotonic() - _BEGAN_S
     planned = plan_job(resolved, question)
-    print(render_json(planned) if options.json else render_plan(planned), end="")
+    if options.measure:
+        check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
+        pace = _tried(resolved, options, began_s)
+        planned = plan_job(resolved, replace(question, pace=pace))
+    print(render_json(planned) if options.json else render_plan(planned), end="", flush=True)
     check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
+    if options.within is not None and planned.measured is not None:
+        check_within(planned.measured, options.within, name=resolved.run_name)
+
+
+def _check_measuring(options: argparse.Namespace) -> None:
+    """What goes with --measure, and what does not."""
+    needs = {"--seconds": options.seconds, "--within": options.within}
+    if not options.measure:
+        missing = [name for name, value in needs.items() if value is not None]
+        problems = [
+            Problem(where=name, got="no --measure", expected="--measure beside it")
+            for name in missing
+        ]
+    else:
+        instead = "the rates, tokens and memory of this machine are measured"
+        given = {"--rate": options.rate, "--tokens": options.tokens}
+        given["--gpu"] = options.gpu if options.gpu != "here" else None
+        problems = [
+            Problem(
+                where=name,
+                got=f"{value} beside --measure",
+                expected="one of them",
+                hint=f"leave out {name}: {instead}",
+            )
+            for name, value in given.items()
+            if value is not None
+        ]
+        if options.ranks not in (None, (1,)):
+            problems.append(
+                Problem(
+                    where="--ranks",
+                    got=f"{','.join(map(str, options.ranks))} beside --measure",
+                    expected="1: one rank is measured",
+                    hint="give --rate with what was measured, to plan for several",
+                )
+            )
+    if problems:
+        raise JobError.all_of(problems)
+
+
+def _tried(job: JobSpec, options: argparse.Namespace, began_s: float) -> JobPace:
+    from babyllama_ds.console import configure_logging
+    from babyllama_ds.pipeline.trial import try_job
+
+    configure_logging(rank=0)
+    seconds = options.seconds or TRIAL_S
+    return try_job(job, runs=options.runs, seconds=seconds, began_s=began_s)
 
 
 def doctor(options: argparse.Namespace) -> None:
     """Examine this machine and print what was found; a failed check is an error."""
-    import time
-
     from babyllama_ds.doctor.examine import examine, glance
     from babyllama_ds.doctor.findings import refuse_failures
     from babyllama_ds.doctor.table import as_json, as_table
@@ -145,6 +209,7 @@ def export(options: argparse.Namespace) -> None:
             license_id=options.license,
             language=options.language,
             bundle=options.bundle,
+            results=options.results,
         )
     ):
         print(place, flush=True)

@@ -141,9 +141,8 @@ def _add_plan(planner: argparse.ArgumentParser) -> None:
     planner.add_argument(
         "--ranks",
         type=_positive_numbers,
-        default=(1, 2, 4, 8),
         metavar="N,…",
-        help="numbers of ranks to plan for (default: 1,2,4,8)",
+        help="numbers of ranks to plan for (default: 1,2,4,8; with --measure: 1)",
     )
     planner.add_argument(
         "--gpu", metavar="CARD", help="the card of every rank, or `here`: refuse what cannot fit"
@@ -153,6 +152,23 @@ def _add_plan(planner: argparse.ArgumentParser) -> None:
     )
     planner.add_argument(
         "--tokens", type=_positive, metavar="N", help="tokens of the training text, if known"
+    )
+    planner.add_argument(
+        "--measure",
+        action="store_true",
+        help="try every stage on this machine, on one rank, and reckon with what was measured",
+    )
+    planner.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="N",
+        help=f"with --measure: of steps, all stages together (default: {does.TRIAL_S})",
+    )
+    planner.add_argument(
+        "--within",
+        type=_above_zero,
+        metavar="MINUTES",
+        help="with --measure: fail where a run takes longer",
     )
     planner.add_argument("--json", action="store_true", help="print the plan as JSON")
     planner.set_defaults(command=lambda args: does.plan(args.job, args.overrides, args))
@@ -218,6 +234,12 @@ def _add_export(exporter: argparse.ArgumentParser) -> None:
     exporter.add_argument("--language", metavar="CODE", help="of the text, for the card: en")
     exporter.add_argument(
         "--bundle", type=Path, metavar="PATH", help="copy the whole run, to a directory or a .tar"
+    )
+    exporter.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="report, metrics and job alone, of a run that need not be done",
     )
     exporter.set_defaults(command=does.export)
 
@@ -298,6 +320,14 @@ def _not_negative(word: str) -> float:
     """A number from 0 on, as argparse wants it."""
     number = float(word)
     if not 0 <= number < math.inf:
+        raise ValueError(word)
+    return number
+
+
+def _above_zero(word: str) -> float:
+    """A number above 0, as argparse wants it."""
+    number = float(word)
+    if not 0 < number < math.inf:
         raise ValueError(word)
     return number
 

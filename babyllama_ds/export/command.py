@@ -15,6 +15,7 @@ from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.export.bundle import bundle_run
 from babyllama_ds.export.finished import FinishedRun, open_finished
 from babyllama_ds.export.model import CardFacts, export_model_dir
+from babyllama_ds.export.results import collect_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,16 +35,23 @@ class Export:
     language: str | None = None
     bundle: Path | None = None
     """A directory or a `.tar` for the whole run."""
+    results: Path | None = None
+    """A directory for the results alone, of a run that need not be done."""
 
 
 def export_run(asked: Export) -> Iterator[str]:
     """Do what was asked; each place is given when it holds what it should.
 
     Raises:
-        RunError: options that do not go together; whatever `export_model_dir`, `push` and
-            `bundle_run` raise.
+        RunError: options that do not go together; whatever `collect_results`, `export_model_dir`,
+            `push` and `bundle_run` raise.
     """
     _check(asked)
+    if asked.results is not None:
+        collect_results(asked.run_dir, asked.results)
+        yield str(asked.results)
+    if asked.to is None and asked.push is None and asked.bundle is None:
+        return
     run = open_finished(asked.run_dir)
     if asked.to is not None or asked.push is not None:
         yield from _model(asked, run)
@@ -53,11 +61,12 @@ def export_run(asked: Export) -> Iterator[str]:
 
 
 def _check(asked: Export) -> None:
-    if asked.to is None and asked.push is None and asked.bundle is None:
+    places = (asked.to, asked.push, asked.bundle, asked.results)
+    if all(place is None for place in places):
         raise RunError.of(
             "export",
             got="no place for it",
-            expected="--to DIR, --push ORG/NAME or --bundle PATH",
+            expected="--to DIR, --push ORG/NAME, --bundle PATH or --results DIR",
         )
     of_models = {
         "--model": asked.model,

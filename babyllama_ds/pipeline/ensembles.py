@@ -85,6 +85,7 @@ def cached_ensemble(
             stop=stop,
             device=parts.device,
             tier=parts.job.distillation.cache_tier,
+            kept=parts.job.distillation.cache_kept,
             student_bytes=TRAINED_BYTES_A_PARAMETER * count_parameters(student),
         ),
     )

@@ -77,7 +77,15 @@ class Maker:
         model = self._build(stage, spec, corpus)
         training, compiled = self.settling.settle(stage, model, training, corpus, teachers)
         ensemble = self._ensemble(model, training, compiled, corpus, teachers) if teachers else None
-        summary = self._train(stage, model, training, compiled, corpus, checkpoints, ensemble)
+        seed = self.parts.job.stage_seed(stage)
+        log.info("%s: training", stage)
+        summary = self._train(
+            self._stage(stage, model, training, compiled, corpus, distilled=ensemble is not None),
+            self._surroundings(checkpoints),
+            windows=self.parts.windows(corpus, seed=seed),
+            dev=self.parts.dev_windows(corpus, training.evaluate_windows),
+            ensemble=ensemble,
+        )
         summary["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
         if ensemble is not None:
             summary |= ensemble.closing_facts(model)
@@ -120,40 +128,39 @@ class Maker:
             stop=self.stop,
         )
 
-    def _train(
+    def _train(self, stage: Stage, around: Surroundings, **given: Any) -> dict[str, Any]:
+        """The training itself; rank 0's module then has the kept weights."""
+        return train(stage, around, **given)
+
+    def _stage(
         self,
         stage: str,
         model: nn.Module,
         training: TrainingSpec,
         compiled: Compiled,
         corpus: Corpus,
-        checkpoints: CheckpointFolder,
-        ensemble: Ensemble | None,
-    ) -> dict[str, Any]:
+        *,
+        distilled: bool,
+    ) -> Stage:
         parts = self.parts
-        seed = parts.job.stage_seed(stage)
-        log.info("%s: training", stage)
-        return train(
-            Stage(
-                name=stage,
-                model=model,
-                training=training,
-                distillation=None if ensemble is None else parts.job.distillation,
-                vocab_size=len(corpus.tokenizer),
-                seed=seed,
-                micro_batch=parts.micro_batch(stage, training),
-                deepspeed=parts.deepspeed_config(stage, training),
-                compiled=compiled != "none",
-                meter=self.speed.meter(stage, corpus),
-                has_label=parts.has_label(stage, training, corpus),
-            ),
-            Surroundings(
-                run_dir=self.run_dir,
-                device=parts.device,
-                stop=self.stop,
-                checkpoints=checkpoints,
-            ),
-            windows=parts.windows(corpus, seed=seed),
-            dev=parts.dev_windows(corpus, training.evaluate_windows),
-            ensemble=ensemble,
+        return Stage(
+            name=stage,
+            model=model,
+            training=training,
+            distillation=parts.job.distillation if distilled else None,
+            vocab_size=len(corpus.tokenizer),
+            seed=parts.job.stage_seed(stage),
+            micro_batch=parts.micro_batch(stage, training),
+            deepspeed=parts.deepspeed_config(stage, training),
+            compiled=compiled != "none",
+            meter=self.speed.meter(stage, corpus),
+            has_label=parts.has_label(stage, training, corpus),
+        )
+
+    def _surroundings(self, checkpoints: CheckpointFolder) -> Surroundings:
+        return Surroundings(
+            run_dir=self.run_dir,
+            device=self.parts.device,
+            stop=self.stop,
+            checkpoints=checkpoints,
         )

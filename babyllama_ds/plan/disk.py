@@ -58,7 +58,9 @@ def disk_items(
         ),
         DiskItem(
             name="teacher cache",
-            bytes=sum(cache_bytes(job, corpus, work, element_bytes=element_bytes)),
+            bytes=sum(cache_bytes(job, corpus, work, element_bytes=element_bytes))
+            if job.distillation.cache_kept
+            else 0,
             stays=True,
         ),
         DiskItem(

@@ -25,6 +25,7 @@ from babyllama_ds.plan.activations import MicroBatchShape
 from babyllama_ds.plan.corpus import PlannedCorpus, plan_corpus
 from babyllama_ds.plan.disk import DiskItem, cache_bytes, disk_items
 from babyllama_ds.plan.machines import HERE, UTILISATION, Machine, find_machine
+from babyllama_ds.plan.measured import MeasuredTime, measured_time
 from babyllama_ds.plan.memory import (
     HeldTeacher,
     MatchedPair,
@@ -46,6 +47,7 @@ from babyllama_ds.teachers.cache.tiers import (
     Tier,
     choose_tier,
 )
+from babyllama_ds.training.pace import JobPace
 
 _NOT_KNOWN = sys.maxsize
 """Room that the plan does not know, and takes to be enough."""
@@ -60,6 +62,9 @@ class Question:
     """A card's name, `here` for this machine, or none in particular."""
     rate: Rate | None = None
     """What one rank was measured to do; none: the card's peak times an assumed share."""
+    pace: JobPace | None = None
+    """What was measured of the whole job on one rank of this machine; none: `rate`, or the card's
+    peak."""
     tokens: int | None = None
     """Tokens of the training text; none: counted or estimated."""
     runs: Path = Path("runs")
@@ -100,6 +105,8 @@ class Plan:
     work: PlannedStages
     counts: Sequence[RankCount]
     disk: Sequence[DiskItem]
+    measured: MeasuredTime | None
+    """Time by what was measured; none: it was not."""
     assumptions: Sequence[str]
 
     def usable_bytes(self, ranks: int) -> int | None:
@@ -152,6 +159,7 @@ class _Planner:
             work=work,
             counts=counts,
             disk=disk_items(self.job, self.corpus, work, element_bytes=self._element_bytes),
+            measured=self.measured,
             assumptions=self._assumptions(counts),
         )
 
@@ -166,6 +174,11 @@ class _Planner:
     @cached_property
     def work(self) -> PlannedStages:
         return plan_stages(self.job, self.corpus)
+
+    @cached_property
+    def measured(self) -> MeasuredTime | None:
+        pace = self.question.pace
+        return None if pace is None else measured_time(self.job, self.corpus, self.work, pace)
 
     @cached_property
     def precision(self) -> Precision:
@@ -334,6 +347,9 @@ class _Planner:
         return "eager" if "sdpa" in missing else "sdpa"
 
     def _seconds(self, ranks: int) -> dict[str, float] | None:
+        if self.measured is not None:
+            planned = {stage.name for stage in self.work.stages}
+            return {one.name: one.seconds for one in self.measured.stages if one.name in planned}
         speed = self._flops_a_second()
         if speed is None:
             return None
@@ -359,9 +375,14 @@ class _Planner:
         found = [f"tokens: {self.corpus.assumption}"]
         if self.corpus.dev_tokens is None:
             found.append("evaluations during training: left out, the development text is not known")
-        found.append("minimal pairs: left out of FLOPs and time")
+        if self.measured is not None:
+            found += ["minimal pairs: left out of FLOPs", *self.measured.notes]
+        else:
+            found.append("minimal pairs: left out of FLOPs and time")
         found += self._early_ends()
-        if self.question.rate is not None:
+        if self.measured is not None:
+            pass
+        elif self.question.rate is not None:
             found.append(f"speed: {self.question.rate}, for each rank; other stages by their FLOPs")
         elif self._peak_flops is not None:
             found.append(
@@ -376,7 +397,10 @@ class _Planner:
         possible = [count for count in counts if count.impossible is None]
         found += self._settled_micro_batches(possible)
         found += self._settled_tiers(possible)
-        found.append("ranks: N times as fast as one; communication, checkpoints and start left out")
+        if self.measured is None:
+            found.append(
+                "ranks: N times as fast as one; communication, checkpoints and start left out"
+            )
         return found
 
     def _early_ends(self) -> list[str]:

@@ -175,8 +175,22 @@ class _Planner:
             return 0
         length = self.windows.length
         available = self.corpus.dev_tokens // length
-        every = training.evaluate_every_steps or steps_per_epoch(training, self.windows.num_windows)
-        times = steps // every + (steps % every > 0)
-        during = times * min(available, training.evaluate_windows or available)
+        times, windows = evaluations(
+            training, steps, self.corpus, length=length, num_windows=self.windows.num_windows
+        )
         after = min(available, self.job.evaluation.dev_windows or available)
-        return (during + after) * length * sizes.forward_flops(length, self.corpus.vocab_size)
+        flops = sizes.forward_flops(length, self.corpus.vocab_size)
+        return (times * windows + after) * length * flops
+
+
+def evaluations(
+    training: TrainingSpec, steps: int, corpus: PlannedCorpus, *, length: int, num_windows: int
+) -> tuple[int, int]:
+    """How often a training of so many steps is evaluated, and on how many windows of `length`.
+
+    `num_windows`: those of an epoch.
+    """
+    available = (corpus.dev_tokens or 0) // length
+    every = training.evaluate_every_steps or steps_per_epoch(training, num_windows)
+    times = steps // every + (steps % every > 0)
+    return times, min(available, training.evaluate_windows or available)

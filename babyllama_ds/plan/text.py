@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from babyllama_ds.plan.measured import MeasuredTime
 from babyllama_ds.plan.memory import Item
 from babyllama_ds.plan.planner import Plan, RankCount
 from babyllama_ds.report.formatting import MISSING, count, duration, number
@@ -27,7 +28,7 @@ def render_plan(plan: Plan) -> str:
     parts = [
         _title(plan),
         _stages(plan),
-        _times(plan),
+        _times(plan) if plan.measured is None else _measured(plan.measured),
         _memory(plan),
         _disk(plan),
         "assumptions\n" + "\n".join(f"  {line}" for line in plan.assumptions),
@@ -77,6 +78,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             for stage in plan.work.stages
         },
         "ranks": {str(one.ranks): _count_as_json(plan, one) for one in plan.counts},
+        "measured": None if plan.measured is None else _measured_as_json(plan.measured),
         "disk_bytes": {item.name: item.bytes for item in plan.disk},
         "assumptions": list(plan.assumptions),
     }
@@ -99,6 +101,24 @@ def _count_as_json(plan: Plan, one: RankCount) -> dict[str, Any]:
             }
             for name, memory in one.memory.items()
         },
+    }
+
+
+def _measured_as_json(time: MeasuredTime) -> dict[str, Any]:
+    return {
+        "seconds": time.seconds,
+        "before": dict(time.before),
+        "stages": {
+            stage.name: {
+                "seconds": stage.seconds,
+                "step_s": stage.step_s,
+                "tokens_per_s": stage.tokens_per_s,
+                "flops_per_s": stage.flops_per_s,
+                "parts": dict(stage.parts),
+            }
+            for stage in time.stages
+        },
+        "evaluations": dict(time.evaluations),
     }
 
 
@@ -163,6 +183,53 @@ def _times(plan: Plan) -> str:
     ]
     rows.append(["all", *(duration(_all(one.seconds)) for one in plan.counts)])
     return "time\n" + _table(_header("stage", plan.counts), rows)
+
+
+_PARTS = ("start", "cache", "steps", "evaluations", "checkpoints", "export")
+
+
+def _measured(time: MeasuredTime) -> str:
+    """Rates of the stages, then where the time of a run goes."""
+    trained = [stage for stage in time.stages if stage.step_s]
+    fast = max((stage.flops_per_s for stage in trained), default=0.0)
+    unit, size = ("TFLOP/s", 1e12) if fast >= 1e12 else ("GFLOP/s", 1e9)
+    rates = [
+        [
+            stage.name,
+            f"{1e3 * stage.step_s:,.1f}",
+            f"{stage.tokens_per_s:,.0f}",
+            _three_digits(stage.flops_per_s / size),
+        ]
+        for stage in trained
+    ]
+    rows = [
+        [
+            stage.name,
+            *(_seconds(stage.parts.get(part, 0.0)) for part in _PARTS),
+            duration(stage.seconds),
+        ]
+        for stage in time.stages
+    ]
+    empty = [""] * len(_PARTS)
+    rows += [[name, *empty, duration(seconds)] for name, seconds in time.before.items()]
+    rows += [
+        [f"measuring {name}", *empty, duration(seconds)]
+        for name, seconds in time.evaluations.items()
+    ]
+    rows.append(["all", *empty, duration(time.seconds)])
+    return "\n".join(
+        [
+            "rates, measured on this machine",
+            _table(["stage", "ms a step", "tokens/s", unit], rates),
+            "",
+            "time of a run at these rates, parts in seconds",
+            _table(["", *_PARTS, "all"], rows),
+        ]
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if value else MISSING
 
 
 def _all(seconds: dict[str, float] | None) -> float | None:

@@ -189,6 +189,9 @@ class DistillationSpec(Spec):
     cache_tier: Literal["auto", "device", "host", "disk"] = "auto"
     """Where the cache is read from: the accelerator's memory, the host's, or mapped files;
     `auto`: the first that it fits."""
+    cache_kept: bool = True
+    """Whether the cache is written to the store, too, where the disk has room for it; false: it is
+    kept in memory alone, and every start computes it again."""
     cache_top_k: Annotated[int, Field(ge=1, le=1024)] = 64
     """Tokens that `topk` keeps at each position."""
 
@@ -214,6 +217,16 @@ class DistillationSpec(Spec):
                     "a number",
                     "the cache holds the teachers' probabilities at one temperature: set "
                     "distillation.cache=hidden",
+                )
+            )
+        if self.cache_tier == "disk" and not self.cache_kept:
+            found.append(
+                Mismatch(
+                    ("cache_kept",),
+                    "false with cache_tier: disk",
+                    "true",
+                    "what is read from the disk has to be there: set "
+                    "distillation.cache_tier=auto, device or host",
                 )
             )
         if self.cache != "none" and self.hidden_matching is not None:

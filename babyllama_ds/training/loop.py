@@ -97,10 +97,24 @@ def train(
         TrainingError: a loss or gradient is not finite.
         Stopped: the run was asked to stop; a checkpoint was written.
     """
-    trainer = _Trainer(stage, surroundings, windows, dev, ensemble)
-    try:
+    with trainer_of(stage, surroundings, windows=windows, dev=dev, ensemble=ensemble) as trainer:
         trainer.run()
         return trainer.finish()
+
+
+@contextmanager
+def trainer_of(
+    stage: Stage,
+    surroundings: Surroundings,
+    *,
+    windows: WindowSource,
+    dev: DevWindows,
+    ensemble: Ensemble | None,
+) -> Iterator[Trainer]:
+    """Within, the training in progress; behind it the engine is freed and the model as it was."""
+    trainer = Trainer(stage, surroundings, windows, dev, ensemble)
+    try:
+        yield trainer
     finally:
         trainer.ahead.close()
         trainer.engine.destroy()
@@ -109,7 +123,7 @@ def train(
             forget_compiled()
 
 
-class _Trainer:
+class Trainer:
     """One training in progress: the engine, where it stands, and the best weights so far."""
 
     def __init__(
@@ -172,11 +186,11 @@ class _Trainer:
         ) as metrics:
             while self.limits.ended_by(self.progress) is None:
                 self._stop_if_asked()
-                self._step(self.progress.step, metrics)
+                self.step(metrics)
                 if self._due_evaluation():
                     self._evaluate(metrics)
                 if self._due_checkpoint():
-                    self._checkpoint()
+                    self.checkpoint()
         if self.limits.ended_by(self.progress) != "steps":
             log.info("%s %s", self.stage.name, self.limits.told(self.progress))
 
@@ -210,7 +224,9 @@ class _Trainer:
 
     # -- one step ---------------------------------------------------------------------------------
 
-    def _step(self, step: int, metrics: MetricsLog) -> None:
+    def step(self, metrics: MetricsLog) -> None:
+        """The next optimizer step, logged where it is due."""
+        step = self.progress.step
         rate = learning_rate(self.stage.training, step, self.batches.total_steps)
         with self.clock, self._parts(step) as parts:
             with parts.part("data"):
@@ -409,12 +425,12 @@ class _Trainer:
         if reason is None:
             return
         if self.progress.step > 0:
-            self._checkpoint()
+            self.checkpoint()
         raise stopped(reason, at=f"{self.stage.name}, step {self.progress.step}")
 
     def _evaluate(self, metrics: MetricsLog) -> None:
         with self.engine.averaged():
-            dev_ce, step = self._dev_ce(), self.progress.step
+            dev_ce, step = self.dev_ce(), self.progress.step
             self.progress = replace(self.progress, last_dev_ce=dev_ce)
             if self.progress.best_dev_ce is None or dev_ce < self.progress.best_dev_ce:
                 self.progress = replace(self.progress, best_dev_ce=dev_ce, best_step=step)
@@ -423,7 +439,7 @@ class _Trainer:
         metrics.write(step, {"tokens": self.progress.tokens, "dev_ce": dev_ce})
         log.info("%s  step %d  dev cross-entropy %.4f", self.stage.name, step, dev_ce)
 
-    def _dev_ce(self) -> float:
+    def dev_ce(self) -> float:
         """Nats per token, of the weights that the module holds."""
         try:
             return evaluate_cross_entropy(
@@ -443,7 +459,8 @@ class _Trainer:
                 hint=self._after_divergence(),
             ) from error
 
-    def _checkpoint(self) -> None:
+    def checkpoint(self) -> None:
+        """Write one, of where the training stands. A collective."""
         self.around.checkpoints.save(self.engine, self.progress, self.best)
         self.around.checkpoints.keep_beside(self.around.run_dir / METRICS_NAME)
 

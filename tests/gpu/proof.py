@@ -7,7 +7,7 @@ with it takes no other part along. With `--jobs` several share the card, those a
 are rates: most of a part's time is starting and compiling. A measure is written as soon as it is
 there, a part's end before the next one begins; `DIR/table.md` is whole after every part. Started
 again with the same folder, parts that have ended are passed over, failed ones too (`--only PART`
-runs one again); one that was cut off begins anew.
+runs one again); one that was cut off begins anew, and the experiment goes on where it was.
 
     DIR/results.jsonl   a line for the machine, and one for each beginning, measure and end
     DIR/table.md        the same, for people
@@ -50,6 +50,9 @@ from babyllama_ds.report.formatting import table  # noqa: E402
 LEAST_S = 10.0
 """A part is not begun with less time than this."""
 GRACE_S = 5.0
+UNTIL, OUT = "GPU_PROOF_UNTIL", "GPU_PROOF_OUT"
+"""Variables that tell a part's process when it is ended, in seconds since the epoch, and in which
+folder what it brings along stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,8 @@ class Part:
     """Whether the machine is to do nothing else meanwhile: a rate is measured."""
     command: Callable[[str], Sequence[str]] | None = None
     """What is started, for a device; none: the module `gpu.parts.NAME`."""
+    goes_on: bool = False
+    """Whether one that did not come to its end goes on where it was: it has not ended then."""
 
     def words(self, device: str) -> Sequence[str]:
         """The command line of the part's process."""
@@ -84,7 +89,7 @@ PARTS = (
     Part(name="cache", budget_s=300),
     Part(name="memory", budget_s=420),
     Part(name="bench", budget_s=590, alone=True),
-    Part(name="experiment", budget_s=590, alone=True),
+    Part(name="experiment", budget_s=590, alone=True, goes_on=True),
 )
 
 
@@ -131,6 +136,10 @@ class Record:
         """What was said at its end."""
         return next((line["why"] for line in reversed(self._of(part)) if "why" in line), "")
 
+    def cut_off(self, part: str) -> str:
+        """Why the last start of a part that goes on did not come to its end."""
+        return next((line["cut_off"] for line in reversed(self._of(part)) if "cut_off" in line), "")
+
     def _of(self, part: str) -> list[dict[str, Any]]:
         with self._lock:
             mine = [line for line in self.lines if line.get("part") == part]
@@ -155,8 +164,10 @@ def write_table(record: Record, parts: Iterable[Part]) -> None:
     for part in parts:
         measures, ended = record.measures(part.name), record.ended(part.name)
         wrong = sum(not measure["passed"] for measure in measures)
-        told = ended or ("cut off" if measures else "not begun")
-        summary.append([part.name, told, str(len(measures)), str(wrong), record.why(part.name)])
+        begun = measures or record.cut_off(part.name)
+        told = ended or ("cut off" if begun else "not begun")
+        why = record.why(part.name) or record.cut_off(part.name)
+        summary.append([part.name, told, str(len(measures)), str(wrong), why])
         for each in measures:
             verdict = ("ok" if each["passed"] else "**WRONG**") if each["allowed"] else ""
             rows.append([part.name, each["check"], each["found"], each["allowed"], verdict])
@@ -254,8 +265,8 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float, live: 
             cwd=TESTS.parent,
             env={
                 **os.environ,
-                "GPU_PROOF_BUDGET_S": f"{budget_s:.0f}",
-                "GPU_PROOF_OUT": str(record.folder.resolve()),
+                UNTIL: f"{time.time() + budget_s:.1f}",
+                OUT: str(record.folder.resolve()),
             },
             start_new_session=True,  # whatever it starts is ended with it
         )
@@ -274,6 +285,12 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float, live: 
             _end(process)
         reader.join(GRACE_S)
     wrong = [measure for measure in record.measures(part.name) if not measure["passed"]]
+    seconds = round(time.monotonic() - started, 1)
+    if part.goes_on and (over_time or last.unfinished):
+        why = last.unfinished or f"ended after {budget_s:.0f} s"
+        record.add({"part": part.name, "cut_off": why, "seconds": seconds})
+        print(f"== {part.name}: cut off ({why}); start again to go on", flush=True)
+        return
     if over_time:
         ended, why = "over time", f"ended after {budget_s:.0f} s"
     elif process.returncode != 0:
@@ -282,7 +299,6 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float, live: 
         ended, why = "skipped", skipped[0]
     else:
         ended, why = ("failed", f"{len(wrong)} wrong") if wrong else ("passed", "")
-    seconds = round(time.monotonic() - started, 1)
     record.add({"part": part.name, "ended": ended, "seconds": seconds, "why": why})
     print(f"== {part.name}: {ended} after {seconds:.0f} s {why}", flush=True)
 
@@ -292,6 +308,8 @@ class _Last:
     """The last line that was no measure: what a part that breaks says of it."""
 
     line: str = "without a word"
+    unfinished: str = ""
+    """Why the part says of itself that it is to be gone on with."""
 
 
 def _read(
@@ -306,6 +324,8 @@ def _read(
             last.line = line or last.line
         elif "skipped" in message:
             skipped.append(message["skipped"])
+        elif "unfinished" in message:
+            last.unfinished = message["unfinished"]
         else:
             record.add({"part": part.name, **message})
             measure = message["measure"]
@@ -316,7 +336,7 @@ def _read(
 
 
 def _message(line: str) -> dict[str, Any] | None:
-    if not line.startswith(('{"measure"', '{"skipped"')):
+    if not line.startswith(('{"measure"', '{"skipped"', '{"unfinished"')):
         return None
     try:
         message: dict[str, Any] = json.loads(line)

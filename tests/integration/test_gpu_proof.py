@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.shipped import find_job
 from gpu import proof
 from gpu.measures import at_most, holds, told
+from gpu.parts import experiment
 from gpu.proof import Part, Record, prove
 
 FACTS = {"device": "made up", "torch": "0", "commit": "0"}
@@ -230,6 +233,71 @@ def test_interrupted_it_ends_all_that_run(tmp_path: Path) -> None:
     running.send_signal(signal.SIGINT)
     assert running.wait(20) != 0
     assert not any(_lives(int(path.read_text())) for path in pids)
+
+
+# -- a part that goes on ---------------------------------------------------------------------------
+
+
+def test_a_part_that_goes_on_has_not_ended_when_its_time_is_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it says so itself or had to be ended; every start's seconds stand in the record."""
+    mark = tmp_path / "mark"
+    script = (
+        f"import json, os, pathlib, time\nmark = pathlib.Path({str(mark)!r})\n"
+        "assert 0 < float(os.environ['GPU_PROOF_UNTIL']) - time.time() <= 4\n"
+        "starts = mark.read_text() if mark.exists() else ''\nmark.write_text(starts + 'x')\n"
+        "if starts == '':\n    print(json.dumps({'unfinished': 'at step 3'}))\n"
+        "if starts == 'x':\n    time.sleep(60)\n"
+        f"if starts == 'xx':\n    print({holds('end', True, 'yes').as_line()!r})\n"
+    )
+    out = tmp_path / "out"
+    plain = part("run", script, budget_s=4)
+    goes_on = Part(name="run", budget_s=4, command=plain.command, goes_on=True)
+    for why in ("at step 3", "ended after 4 s"):
+        record = Record(out, FACTS)
+        assert prove([goes_on], record, device="cpu") == 0
+        assert record.ended("run") is None
+        assert f"run: cut off ({why}); start again to go on" in capsys.readouterr().out
+        assert f"| run  | cut off |        0 |     0 | {why} |" in (out / "table.md").read_text()
+    record = Record(out, FACTS)
+    assert prove([goes_on], record, device="cpu") == 0
+    assert record.ended("run") == "passed"
+    assert "cut off" not in (out / "table.md").read_text()
+    assert len([line for line in lines_of(out) if "seconds" in line]) == 3
+    assert mark.read_text() == "xxx"
+
+
+@pytest.mark.parametrize(
+    ("obeys", "status"), [(True, experiment.STOPPED), (False, -signal.SIGKILL)]
+)
+def test_an_experiment_is_asked_to_stop_before_it_is_killed(obeys: bool, status: int) -> None:
+    answer = f"sys.exit({experiment.STOPPED})" if obeys else "None"
+    script = (
+        "import signal, sys, time\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: {answer})\nprint('up', flush=True)\n"
+        "while True: time.sleep(0.05)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"up\n"
+    assert experiment.end_within(process, 0.1, grace_s=2 if obeys else 0.3) == status
+
+
+def test_an_experiment_that_ends_in_time_keeps_its_status() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    assert experiment.end_within(process, 60, grace_s=1) == 3
+
+
+def test_the_largest_models_checkpoint_has_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BABYLM_DATA", "/data")
+    small, large = (
+        experiment.stopping_s(load_job(find_job(name))) for name in ("babyllama97", "babyllama25")
+    )
+    fixed = experiment.STEP_S + experiment.COLLECT_S
+    a_byte_s = 1 / experiment.BYTES_A_SECOND
+    assert small == pytest.approx(fixed + 97_540_608 * 14 * a_byte_s)
+    assert large == pytest.approx(fixed + 704_928_768 * 14 * a_byte_s)
 
 
 # -- the script ------------------------------------------------------------------------------------

@@ -285,6 +285,7 @@ DISTILLATION_FREE = {
     "chunk_tokens": 64,
     "cache": "hidden",  # the live teachers', remembered
     "cache_tier": "disk",
+    "cache_kept": False,
     "cache_top_k": 8,  # without `topk`
 }
 EVALUATION_MATTERS = {

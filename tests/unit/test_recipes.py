@@ -146,6 +146,39 @@ def test_parameters(name: str, model: str) -> None:
     assert shape.decayed + shape.undecayed == PARAMETERS[name, model]
 
 
+def test_the_fast_recipe_has_the_published_sizes_text_and_measures() -> None:
+    """`babyllama25` tunes how they are trained, and nothing else."""
+    published, fast = recipe("babyllama"), recipe("babyllama25")
+    assert [teacher.model for teacher in fast.teachers] == [
+        teacher.model for teacher in published.teachers
+    ]
+    assert fast.student.model == published.student.model
+    for name in ("corpus", "tokenizer"):
+        assert getattr(fast, name) == getattr(published, name)
+    assert fast.evaluation.model_copy(update={"batch_tokens": 8192}) == published.evaluation
+    assert fast.windows.length == published.windows.length
+    epochs = [[t.training.epochs for t in job.teachers if t.training] for job in (fast, published)]
+    assert epochs == [[4, 4], [4, 4]]
+    assert fast.student.training.epochs == published.student.training.epochs == 6
+
+
+def test_the_small_teachers_are_the_published_ones() -> None:
+    small, published = recipe("babyllama97"), recipe("babyllama")
+    assert small.student.model == published.student.model
+    assert (small.corpus, small.tokenizer) == (published.corpus, published.tokenizer)
+    evaluation = small.evaluation.model_copy(update={"batch_tokens": 8192, "samples": 0})
+    assert evaluation == published.evaluation
+    gpt2 = Shape(layers=12, hidden=768, inner=3072, heads=12)
+    llama = Shape(layers=12, hidden=768, inner=2048, heads=12, kv_heads=12)
+    tied = VOCAB * llama.hidden
+    assert count_parameters(built("babyllama97", "gpt2")) == gpt2.decayed + gpt2.undecayed
+    assert gpt2.decayed + gpt2.undecayed == 97_540_608
+    assert count_parameters(built("babyllama97", "llama")) == 97_241_856
+    assert llama.decayed + llama.undecayed - tied == 97_241_856
+    assert [t.training.epochs for t in small.teachers if t.training] == [4, 4]
+    assert small.student.training.epochs == 6
+
+
 def test_the_first_scripts_gpt2_is_an_override_away() -> None:
     """As docs/recipes.md gives it: 128 positions, and so fewer parameters."""
     words = ("training.batch_windows=256", "training.epochs=6", "training.warmup_steps=200")

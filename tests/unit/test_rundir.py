@@ -99,6 +99,7 @@ FREE = {
         "teachers.llama.tensor_parallel=2",
         "distillation.chunk_tokens=64",
         "distillation.cache_tier=host",
+        "distillation.cache_kept=false",
         "distillation.cache_top_k=8",
         "deepspeed.device=cpu",
         "deepspeed.config=zero2_cpu",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +42,8 @@ class Surroundings:
     tier: Literal["auto", "device", "host", "disk"]
     student_bytes: int
     """What the student will take of the accelerator, without its activations."""
+    kept: bool = True
+    """Whether it is to be written to the store where there is room."""
     storages: Storages = field(default_factory=Storages)
 
 
@@ -158,6 +160,8 @@ class _Opening:
             student_bytes=self.around.student_bytes,
         )
         room = measure_room(self.place, self.around.device, self.around.storages)
+        if not self.around.kept:
+            room = replace(room, disk=0)  # what stands there whole is read all the same
         return ranks.on_rank_zero(lambda: choose_tier(self.around.tier, need, room))
 
     def _say(self, missing: list[int], choice: Choice) -> None:
@@ -172,8 +176,11 @@ class _Opening:
             shards = f"{len(missing)} of {layout.num_shards} shards"
             log.info("%s: computing %s", self.wanted.name, shards)
         if not choice.kept and ranks.rank() == 0:
-            note = "the disk has no room for it: it is kept in memory only, for this start"
-            log.warning("%s: %s", self.wanted.name, note)
+            note = "it is kept in memory only, for this start"
+            if self.around.kept:
+                log.warning("%s: the disk has no room for it: %s", self.wanted.name, note)
+            else:
+                log.info("%s: %s", self.wanted.name, note)
 
     def _publish(self, whole: Whole) -> None:
         """Make the place an entry; of an entry that was mended, make its manifest true."""

@@ -33,8 +33,8 @@ REHEARSED = ["--only", "babyllama", "--rounds", "1", "--no-compiled"]
 
 
 def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
-    left_s = float(os.environ.get("GPU_PROOF_BUDGET_S", BUDGET_S)) - SPARED_S
-    end = time.monotonic() + left_s
+    until_s = float(os.environ.get("GPU_PROOF_UNTIL", time.time() + BUDGET_S))
+    end = time.monotonic() + (until_s - time.time()) - SPARED_S
     with tempfile.TemporaryDirectory(prefix="babyllama-proof-") as spare:
         folder = Path(os.environ.get("GPU_PROOF_OUT", spare)) / "bench"
         words = ["--sizes", "published", *(REHEARSED if small else [])]

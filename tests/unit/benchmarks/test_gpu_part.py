@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_rows_are_told_when_their_group_is_done_and_keys_with_their_aims(
     script.write_text(STUB)
     monkeypatch.setattr(part, "SCRIPT", script)
     monkeypatch.setenv("GPU_PROOF_OUT", str(tmp_path / "proof"))
-    monkeypatch.setenv("GPU_PROOF_BUDGET_S", "70")
+    monkeypatch.setenv("GPU_PROOF_UNTIL", str(time.time() + 70))
     measures = part.measure(torch.device("cpu"), small=True)
 
     first = next(measures)

@@ -212,6 +212,11 @@ def test_disk(nursery: Job, tmp_path: Path) -> None:
     assert items["token shards"] == 2 * 6_400
     assert items["teacher cache"] == 100 * 64 * (192 + 192) * 2
     assert items["checkpoints (2, and one being written)"] == 3 * 14 * llama
+    fleeting = nursery(
+        ON_CPU, "windows.offsets=fixed", "distillation={cache: hidden, cache_kept: false}"
+    )
+    plan = plan_job(fleeting, Question(tokens=64 * 100, runs=tmp_path))
+    assert {item.name: item.bytes for item in plan.disk}["teacher cache"] == 0
     job = nursery(ON_CPU, "windows.offsets=fixed", "distillation.cache=topk")
     plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
     items = {item.name: item.bytes for item in plan.disk}

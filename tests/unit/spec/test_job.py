@@ -76,6 +76,16 @@ def test_a_cache_of_random_windows_is_refused(cache: str) -> None:
     assert job(distillation={"cache": cache}, windows={"offsets": "fixed"})
 
 
+def test_a_cache_on_the_disk_is_kept() -> None:
+    fleeting = {"cache": "hidden", "cache_kept": False}
+    assert job(distillation=fleeting, windows={"offsets": "fixed"})
+    with pytest.raises(ValidationError) as caught:
+        job(distillation={**fleeting, "cache_tier": "disk"}, windows={"offsets": "fixed"})
+    (mismatch,) = caught.value.errors()[0]["ctx"]["error"].mismatches
+    assert str(mismatch) == "cache_kept: got false with cache_tier: disk, expected true"
+    assert "cache_tier=auto" in (mismatch.hint or "")
+
+
 def test_phases_that_no_epoch_reaches_are_refused() -> None:
     training = {"batch_windows": 4, "epochs": 2.5, "learning_rate": 1e-3}
     student = {"model": {"kind": "pretrained", "path": "x"}, "training": training}

@@ -148,6 +148,7 @@ def test_every_default_is_spelled_out_and_nothing_is_an_alias() -> None:
         "chunk_tokens": None,
         "cache": "none",
         "cache_tier": "auto",
+        "cache_kept": True,
         "cache_top_k": 64,
     }
     assert list(data) == list(JobSpec.model_fields)

@@ -279,6 +279,22 @@ def test_where_the_disk_has_no_room_it_is_kept_in_memory(
     assert len(again.asked) == 24
 
 
+def test_what_is_not_to_be_kept_is_not_written_and_yet_read_where_it_stands(
+    around: Surroundings, entry: Path, place: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleeting = replace(around, tier="auto", kept=False)
+    with caplog.at_level(logging.INFO, "babyllama_ds"):
+        assert_all_there(open_cache(WANTED, fleeting, Numbers().make))
+    assert "it is kept in memory only, for this start" in caplog.text
+    assert "no room" not in caplog.text
+    assert not entry.exists()
+    assert shards(place) == []
+    open_cache(WANTED, around, Numbers().make)
+    again = Numbers()
+    assert_all_there(open_cache(WANTED, fleeting, again.make))
+    assert again.asked == []
+
+
 def test_what_the_disk_does_hold_is_used_in_memory_too(
     around: Surroundings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,53 @@
+"""The results of a run, done or not: its directory enters; a few small files leave, for the record.
+
+    report.json, report.md, report.html     as `report` writes them; job and environment are in them
+    job.yaml                                the job, resolved: it runs again as it is
+    metrics.jsonl.gz                        every logged step, where there are any
+
+No weights and no text: what a machine that is about to go, or a repository of results, has room
+for.
+"""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+
+from babyllama_ds.errors import RunError
+from babyllama_ds.export.model import appearing
+from babyllama_ds.report.write import write_report
+from babyllama_ds.rundir import METRICS_NAME
+
+REPORTS = ("report.json", "report.md", "report.html")
+
+
+def collect_results(run_dir: Path, target: Path) -> None:
+    """Write the run's report anew and copy it, its job and its metrics to the folder `target`.
+
+    The same run gives the same bytes.
+
+    Raises:
+        RunError: no run is there, its files are garbled, `target` exists or lies inside the run, or
+            the disk refuses.
+    """
+    if not (run_dir / "job.yaml").is_file():
+        raise RunError.of(
+            run_dir,
+            got="no job.yaml" if run_dir.is_dir() else "no such directory",
+            expected="the directory of a run",
+            hint="it is <runs>/<job name>",
+        )
+    if target.resolve().is_relative_to(run_dir.resolve()):
+        raise RunError.of(target, got="a place inside the run", expected="one outside of it")
+    with appearing(target) as place:
+        # Resolved: the report is called by the folder's name, also where the run is given as `.`.
+        write_report(run_dir.resolve())
+        place.mkdir(parents=True)
+        for name in REPORTS:
+            shutil.copyfile(run_dir / "report" / name, place / name)
+        shutil.copyfile(run_dir / "job.yaml", place / "job.yaml")
+        metrics = run_dir / METRICS_NAME
+        if metrics.is_file():
+            packed = gzip.compress(metrics.read_bytes(), mtime=0)
+            (place / f"{METRICS_NAME}.gz").write_bytes(packed)
