@@ -26,6 +26,7 @@ import tempfile
 import traceback
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,12 +46,15 @@ from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import BatchPlan
 from babyllama_ds.training.breakdown import UNMEASURED, Breakdown, Parts
+from babyllama_ds.training.micro_batch import NO_MEMORY
 from babyllama_ds.training.objective import Objective
 from babyllama_ds.training.step import train_step
 
 REPEATED = 2**10
 """Times that the textbook's epoch holds every window."""
 LOOKED_AT_STEPS = 4
+NOTHING_WRITTEN = Path(tempfile.gettempdir()) / "babyllama-bench"
+"""The textbook's trainer must be told where to write."""
 REMEMBERED_AT_ONCE = 32
 """Windows at most of a teacher's forward pass for the cache."""
 
@@ -69,8 +73,9 @@ def main() -> None:
     reply({"here": True})
     for line in sys.stdin:
         request = json.loads(line)
-        reply(_answer(side, request.pop("do"), request))
-        side.rest()
+        answer = _answer(side, request.pop("do"), request)
+        side.rest()  # before another one is asked for something
+        reply(answer)
     os._exit(0)  # nothing is left to agree on
 
 
@@ -89,12 +94,12 @@ def _answer(side: Ours | Textbook, asked: str, named: dict[str, Any]) -> dict[st
     """What was found, or why not."""
     try:
         found: dict[str, Any] = getattr(side, asked)(**named)
-    except torch.OutOfMemoryError as error:
-        return {"error": str(error).splitlines()[0], "memory": True}
     except Exception as error:
         traceback.print_exc()
         told = (str(error).strip() or type(error).__name__).splitlines()
-        return {"error": f"{type(error).__name__}: {told[0]}", "memory": False}
+        # Libraries have words of their own for it.
+        memory = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error))
+        return {"error": f"{type(error).__name__}: {told[0]}", "memory": bool(memory)}
     return {"found": found}
 
 
@@ -146,7 +151,7 @@ class Ours:
         course = timed(self._device, warm=warm, turns=turns, turn_s=turn_s)
         try:
             return run(course, self._step)
-        except torch.OutOfMemoryError:
+        except RuntimeError:
             self._leave()  # half a step is in the engine
             raise
 
@@ -294,7 +299,6 @@ class Textbook:
 
     def __init__(self, contender: Contender) -> None:
         self._contender, self._work = contender, contender.work
-        self._folder = tempfile.TemporaryDirectory()
         self._models: list[Any] = []
 
     def build(self, *, micro: int, attention: str | None) -> dict[str, Any]:
@@ -358,7 +362,7 @@ class Textbook:
         if not work.distilled:
             more |= {"bf16": True}
         args = arguments(
-            self._folder.name,
+            str(NOTHING_WRITTEN),
             batch_windows=work.batch_windows,
             num_ranks=1,
             device=contender.device,

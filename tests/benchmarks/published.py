@@ -351,8 +351,8 @@ class _Turns:
                 each.wait_until_here()
             except FailedError:
                 continue  # it is said when its turn comes
-        self._each(self._choose)
-        for k in range(self._rounds):
+        self._each(self._first_turn)
+        for k in range(1, self._rounds):
             self._each(self._turn, backwards=k % 2 == 1)
         if self._inside:
             self._each(self._look_inside)
@@ -392,6 +392,10 @@ class _Turns:
 
         self._each(begin)
         self._each(end)
+
+    def _first_turn(self, row: Row, side: Running) -> None:
+        self._choose(row, side)
+        self._turn(row, side)
 
     def _choose(self, row: Row, side: Running) -> None:
         """Micro-batch and attention; told, with all that was tried."""

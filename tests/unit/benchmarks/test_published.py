@@ -259,11 +259,12 @@ def test_a_side_without_memory_costs_its_own_row(stage: Stage) -> None:
 
 
 def test_a_cut_off_costs_what_comes_after(stage: Stage) -> None:
-    found = stage.run({"textbook/autocast": {"sleeps": 60}}, seconds=5)
+    found = stage.run({"textbook/autocast": {"sleeps": 60}}, seconds=8)
     assert found["ended_by"] == "time"
     rows = found["workloads"]["babyllama"]["rows"]
-    assert rows["ours"]["variant"]["micro"] == 4
-    assert found["seconds"] < 10
+    assert rows["ours"]["tokens_per_s"] == rows["textbook fp32"]["tokens_per_s"] == 4 * 32
+    assert "step_s" not in rows["textbook autocast"]
+    assert found["seconds"] < 20
 
 
 def test_what_is_measured_is_on_the_disk_at_once(
