@@ -42,6 +42,7 @@ from babyllama_ds.engine.matmul_rate import Products, measure_matmul_rates
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.spec.deepspeed import deepspeed_config
+from babyllama_ds.spec.distillation import scheduled
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import BatchPlan
@@ -173,7 +174,7 @@ class Ours:
         parts = Marked(self._device) if on_card else Breakdown(self._device)
         with ExitStack() as stack:
             if not self._contender.compiled:  # hooks would have it compiled anew
-                backbone = self._objective.model.base_model
+                backbone: torch.nn.Module = self._objective.model.base_model  # type: ignore[assignment]
                 stack.enter_context(parts.of_module(backbone, "student forward"))
             stack.enter_context(self._engine.communicating(lambda: parts.part("communication")))
             for _ in range(LOOKED_AT_STEPS):
@@ -380,8 +381,8 @@ class Textbook:
             model=student,
             teachers=teachers,
             precision=contender.precision,
-            alpha=work.distillation.alpha,
-            temperature=work.distillation.temperature,
+            alpha=scheduled(work.distillation.alpha, 0.0),
+            temperature=scheduled(work.distillation.temperature, 0.0),
             args=args,
             train_dataset=data,
         )
@@ -389,7 +390,7 @@ class Textbook:
     def _first_loss(self, micro: int) -> float:
         """Of our side's first batch, before any update and without dropout, in pieces."""
         trainer = self._trainer(micro)
-        pieces = self._windows_NS[: self._work.batch_windows].split(micro)
+        pieces = self._windows_NS[: self._work.batch_windows].split(micro)  # type: ignore[no-untyped-call]
         for model in self._models:
             model.eval()
         losses = []
@@ -403,7 +404,7 @@ class Textbook:
 
 def _give_back() -> None:
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 

@@ -401,7 +401,7 @@ class _Turns:
         """Micro-batch and attention; told, with all that was tried."""
         chosen = self._record.choice(row)
         if chosen is not None:
-            variant, tried = chosen, []
+            variant, tried = chosen, list[dict[str, Any]]()
         elif row.contender.compiled:  # to try is to compile
             variant, tried = self._variants[row.place], []
         else:
@@ -565,6 +565,35 @@ def render(result: Mapping[str, Any]) -> str:
     texts.append(table(["key", "", "aim"], shown, left=1))
     if result["same_work"] != "yes":
         texts.append(f"NOT THE SAME WORK: {result['same_work']}")
+    return "\n\n".join(texts)
+
+
+def render_inside(result: Mapping[str, Any]) -> str:
+    """Of each row that was looked into: the parts of a step, and its longest kernels."""
+    texts = []
+    for name, facts in told_rows(result):
+        profile = facts.get("profile", {})
+        if "kinds" not in profile:
+            continue
+        idle = profile.get("idle_share")
+        of_card = "" if idle is None else f", of which the card idles {idle:.0%}"
+        parts = [[part, number(1e3 * s, 2)] for part, s in facts["breakdown_s"].items() if s]
+        kinds = [
+            [kind, number(each["ms"], 2), f"{each['share']:.0%}"]
+            for kind, each in profile["kinds"].items()
+        ]
+        longest = [
+            [f"`{each['name']}`", number(each["times"], 1), number(each["ms"], 2)]
+            for each in profile["longest"]
+        ]
+        texts += [
+            f"## {name}",
+            f"A step of {number(1e3 * facts['step_s'], 2)} ms{of_card}; "
+            f"{number(profile['kernels_per_step'], 0)} kernels.",
+            table(["part", "ms"], parts, left=1),
+            table(["kernels", "ms", "share"], kinds, left=1),
+            table(["longest", "times", "ms a step"], longest, left=1),
+        ]
     return "\n\n".join(texts)
 
 

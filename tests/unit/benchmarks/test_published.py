@@ -52,7 +52,10 @@ for line in sys.stdin:
     elif asked["do"] == "breakdown":
         answer = {"found": {"loss": 0.5}}
     else:
-        answer = {"found": {"idle_share": 0.25, "kinds": {}}}
+        longest = [{"name": "nvjet", "times": 2.0, "ms": 1.5, "share": 0.5}]
+        kinds = {"matrix products": {"ms": 1.5, "share": 0.5}}
+        answer = {"found": {"idle_share": 0.25, "kernels_per_step": 3.0, "kinds": kinds,
+                            "longest": longest}}
     print(json.dumps(answer), flush=True)
 """
 
@@ -217,6 +220,11 @@ def test_rows_and_keys(stage: Stage) -> None:
     assert keys["babyllama: cached_tokens_per_s_ratio_autocast"] == 4
     assert keys["babyllama: tokens_per_s_ratio_published"] == 6
     assert keys["babyllama: mfu"] == 2 * keys["babyllama: mfu_square"]
+    assert "| babyllama: tokens_per_s_ratio" in published.render(found)
+    told = published.render_inside(found)
+    assert "## babyllama: ours cached" in told
+    assert "A step of 500.00 ms, of which the card idles 25%; 3 kernels." in told
+    assert "`nvjet`" in told
     # The stubs' first 100 bytes are a cache.
     assert keys["babyllama: peak_memory_ratio"] == pytest.approx(0.5)
     assert found["aims"]["babyllama: tokens_per_s_ratio"] == "≥ 6"
