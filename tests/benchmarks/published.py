@@ -110,34 +110,28 @@ def groups(
         "360M alone": (work("babyllama", "llama", distilled=False),),
     }
     first, second = work("babyllama"), work("babyllama2")
-    found = {
-        "babyllama": [Group("babyllama", make.distilled(first))],
-        "alone": [
-            Group(name, tuple(row for each in works for row in make.alone(each)))
+    ordered = [
+        ("babyllama", Group("babyllama", make.distilled(first))),
+        *(
+            ("alone", Group(name, tuple(row for each in works for row in make.alone(each))))
             for name, works in alone.items()
-        ],
-        "babyllama2": [Group("babyllama2", make.distilled(second))],
-    }
-    later: dict[str, list[Group]] = {
-        "babyllama": [Group("babyllama, compiled", make.distilled_compiled(first))],
-        "alone": [
-            Group(f"{name}, compiled", tuple(make.alone_compiled(each) for each in works))
-            for name, works in alone.items()
-        ],
-        "babyllama2": [Group("babyllama2, compiled", make.distilled_compiled(second))],
-    }
-    last = {
-        "babyllama": [Group("babyllama, further", make.further(first, compiled=compiled))],
-        "babyllama2": [Group("babyllama2, further", make.further(second, compiled=compiled))],
-    }
-    order = (found, later, last) if compiled else (found, last)
-    return [
-        group
-        for part in order
-        for name in ("babyllama", "alone", "babyllama2")
-        if name in workloads
-        for group in part.get(name, [])
+        ),
+        ("babyllama2", Group("babyllama2", make.distilled(second))),
     ]
+    if compiled:
+        ordered += [
+            ("babyllama", Group("babyllama, compiled", make.distilled_compiled(first))),
+            *(
+                ("alone", Group(f"{name}, compiled", tuple(map(make.alone_compiled, works))))
+                for name, works in alone.items()
+            ),
+            ("babyllama2", Group("babyllama2, compiled", make.distilled_compiled(second))),
+        ]
+    ordered += [
+        ("babyllama", Group("babyllama, further", make.further(first, compiled=compiled))),
+        ("babyllama2", Group("babyllama2, further", make.further(second, compiled=compiled))),
+    ]
+    return [group for name, group in ordered if name in workloads]
 
 
 def chosen(
@@ -155,7 +149,7 @@ def chosen(
 def listed(todo: Iterable[Group]) -> str:
     """Their names, and those of their rows."""
     return "\n".join(
-        f"    {group.name}: {', '.join(dict.fromkeys(row.name for row in group.rows))}"
+        f"    {group.name}: {'; '.join(dict.fromkeys(row.name for row in group.rows))}"
         for group in todo
     )
 
@@ -164,7 +158,7 @@ def listed(todo: Iterable[Group]) -> str:
 class _Rows:
     """The rows of each kind of group."""
 
-    contender: Any
+    contender: Callable[..., Contender]
 
     def distilled(self, work: Workload) -> tuple[Row, ...]:
         """Ours beside the textbook, at its best and as published."""
@@ -293,7 +287,6 @@ def measure(
     *,
     rounds: int,
     seconds: float | None,
-    inside: bool = True,
 ) -> None:
     """Group after group, until all is done or time is over; either way the record is whole.
 
@@ -310,7 +303,7 @@ def measure(
                 )
             sides = [(row, running[place][row.place]) for row in group.rows]
             print(f"\n== {group.name} ({time.monotonic() - begun:.0f} s)", flush=True)
-            _Turns(sides, record, rounds=rounds, inside=inside).measure(
+            _Turns(sides, record, rounds=rounds).measure(
                 waiting=[each for one in running[place + 1 :] for each in one.values()]
             )
             record.done.append(group.name)
@@ -334,12 +327,11 @@ class _Turns:
     """One group in its course; a side that fails is left out from there on."""
 
     def __init__(
-        self, sides: Sequence[tuple[Row, Running]], record: Record, *, rounds: int, inside: bool
+        self, sides: Sequence[tuple[Row, Running]], record: Record, *, rounds: int
     ) -> None:
         self._sides = list(sides)
         self._record = record
         self._rounds = rounds
-        self._inside = inside
         self._variants: dict[tuple[str, str], Variant] = {}
         self._turn_s = TURN_S[sides[0][0].contender.device]
 
@@ -354,8 +346,7 @@ class _Turns:
         self._each(self._first_turn)
         for k in range(1, self._rounds):
             self._each(self._turn, backwards=k % 2 == 1)
-        if self._inside:
-            self._each(self._look_inside)
+        self._each(self._look_inside)
 
     def _build(self) -> None:
         """On a card all at the same time; on a CPU, which has no room for that, in turn."""

@@ -146,7 +146,7 @@ def test_another_batch_is_the_same_for_both_sides() -> None:
     [
         (["--sizes", "babyllama"], "--device cpu rehearses"),
         (["--sizes", "alone", "--device", "cpu", "--batch-windows", "48"], "a multiple of 32"),
-        (["--sizes", "alone", "--device", "cpu", "--rows", "hers"], "360M alone: ours, textbook"),
+        (["--sizes", "alone", "--device", "cpu", "--rows", "hers"], "360M alone: ours; textbook"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(
