@@ -97,7 +97,9 @@ def measure_published(words: argparse.Namespace) -> int:
     record = published.Record(out, {"rounds": words.rounds, **_provenance()})
     published.measure(chosen, record, logs, rounds=words.rounds, seconds=words.seconds)
     result = record.as_json()
-    print(f"\n{published.render(result)}\n\nended by: {result['ended_by']}; written to {out}")
+    shown = published.render(result)
+    files.write_atomic(out.with_suffix(".md"), f"{shown}\n\n{published.render_inside(result)}\n")
+    print(f"\n{shown}\n\nended by: {result['ended_by']}; written to {out}")
     failed = any("failed" in facts for _, facts in published.told_rows(result))
     return int(failed or result["same_work"] != "yes")
 

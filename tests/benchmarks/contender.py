@@ -26,6 +26,7 @@ import tempfile
 import traceback
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,16 +42,20 @@ from babyllama_ds.engine.matmul_rate import Products, measure_matmul_rates
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.spec.deepspeed import deepspeed_config
+from babyllama_ds.spec.distillation import scheduled
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import BatchPlan
 from babyllama_ds.training.breakdown import UNMEASURED, Breakdown, Parts
+from babyllama_ds.training.micro_batch import NO_MEMORY
 from babyllama_ds.training.objective import Objective
 from babyllama_ds.training.step import train_step
 
 REPEATED = 2**10
 """Times that the textbook's epoch holds every window."""
 LOOKED_AT_STEPS = 4
+NOTHING_WRITTEN = Path(tempfile.gettempdir()) / "babyllama-bench"
+"""The textbook's trainer must be told where to write."""
 REMEMBERED_AT_ONCE = 32
 """Windows at most of a teacher's forward pass for the cache."""
 
@@ -69,8 +74,9 @@ def main() -> None:
     reply({"here": True})
     for line in sys.stdin:
         request = json.loads(line)
-        reply(_answer(side, request.pop("do"), request))
-        side.rest()
+        answer = _answer(side, request.pop("do"), request)
+        side.rest()  # before another one is asked for something
+        reply(answer)
     os._exit(0)  # nothing is left to agree on
 
 
@@ -89,12 +95,12 @@ def _answer(side: Ours | Textbook, asked: str, named: dict[str, Any]) -> dict[st
     """What was found, or why not."""
     try:
         found: dict[str, Any] = getattr(side, asked)(**named)
-    except torch.OutOfMemoryError as error:
-        return {"error": str(error).splitlines()[0], "memory": True}
     except Exception as error:
         traceback.print_exc()
         told = (str(error).strip() or type(error).__name__).splitlines()
-        return {"error": f"{type(error).__name__}: {told[0]}", "memory": False}
+        # Libraries have words of their own for it.
+        memory = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error))
+        return {"error": f"{type(error).__name__}: {told[0]}", "memory": bool(memory)}
     return {"found": found}
 
 
@@ -146,7 +152,7 @@ class Ours:
         course = timed(self._device, warm=warm, turns=turns, turn_s=turn_s)
         try:
             return run(course, self._step)
-        except torch.OutOfMemoryError:
+        except RuntimeError:
             self._leave()  # half a step is in the engine
             raise
 
@@ -168,7 +174,7 @@ class Ours:
         parts = Marked(self._device) if on_card else Breakdown(self._device)
         with ExitStack() as stack:
             if not self._contender.compiled:  # hooks would have it compiled anew
-                backbone = self._objective.model.base_model
+                backbone: torch.nn.Module = self._objective.model.base_model  # type: ignore[assignment]
                 stack.enter_context(parts.of_module(backbone, "student forward"))
             stack.enter_context(self._engine.communicating(lambda: parts.part("communication")))
             for _ in range(LOOKED_AT_STEPS):
@@ -294,7 +300,6 @@ class Textbook:
 
     def __init__(self, contender: Contender) -> None:
         self._contender, self._work = contender, contender.work
-        self._folder = tempfile.TemporaryDirectory()
         self._models: list[Any] = []
 
     def build(self, *, micro: int, attention: str | None) -> dict[str, Any]:
@@ -358,7 +363,7 @@ class Textbook:
         if not work.distilled:
             more |= {"bf16": True}
         args = arguments(
-            self._folder.name,
+            str(NOTHING_WRITTEN),
             batch_windows=work.batch_windows,
             num_ranks=1,
             device=contender.device,
@@ -376,8 +381,8 @@ class Textbook:
             model=student,
             teachers=teachers,
             precision=contender.precision,
-            alpha=work.distillation.alpha,
-            temperature=work.distillation.temperature,
+            alpha=scheduled(work.distillation.alpha, 0.0),
+            temperature=scheduled(work.distillation.temperature, 0.0),
             args=args,
             train_dataset=data,
         )
@@ -385,7 +390,7 @@ class Textbook:
     def _first_loss(self, micro: int) -> float:
         """Of our side's first batch, before any update and without dropout, in pieces."""
         trainer = self._trainer(micro)
-        pieces = self._windows_NS[: self._work.batch_windows].split(micro)
+        pieces = self._windows_NS[: self._work.batch_windows].split(micro)  # type: ignore[no-untyped-call]
         for model in self._models:
             model.eval()
         losses = []
@@ -399,7 +404,7 @@ class Textbook:
 
 def _give_back() -> None:
     gc.collect()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 

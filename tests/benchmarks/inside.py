@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Generator, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from babyllama_ds.training.breakdown import Breakdown
@@ -123,7 +123,7 @@ class Marked(Breakdown):
         self._marks.clear()
 
     def _turn(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         self._marks.append((self._inside[-1] if self._inside else None, event))
 
@@ -167,16 +167,16 @@ def profiled(
         return _table(own, Counter({each.key: each.count for each in seen.key_averages()}), steps)
     kernels = [
         event
-        for event in seen.profiler.kineto_results.events()  # type: ignore[union-attr]
+        for event in seen.profiler.kineto_results.events()
         if event.device_type() == DeviceType.CUDA
         and not event.is_user_annotation()
         and not NO_KERNEL.match(event.name())
     ]
     if not kernels:
         return {"failed": "the profiler saw no kernel"}
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for event in kernels:
-        seconds[event.name()] += event.duration_ns()  # type: ignore[assignment]
+        seconds[event.name()] += event.duration_ns() / 1e9
     times = Counter(event.name() for event in kernels)
     spans = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in kernels]
     busy_s, whole_s = covered(spans) / 1e9, (max(b for _, b in spans) - min(spans)[0]) / 1e9
@@ -184,7 +184,7 @@ def profiled(
         "busy_s": busy_s / steps,
         "idle_share": max(0.0, 1 - busy_s / steps / step_s),
         "idle_share_profiled": 1 - busy_s / whole_s,
-        **_table({name: ns / 1e9 for name, ns in seconds.items()}, times, steps),
+        **_table(seconds, times, steps),
     }
 
 
@@ -204,17 +204,17 @@ def kind_of(kernel: str) -> str:
     )
 
 
-def _table(seconds: dict[str, float], times: Counter[str], steps: int) -> dict[str, Any]:
+def _table(seconds: Mapping[str, float], times: Counter[str], steps: int) -> dict[str, Any]:
     whole = sum(seconds.values())
-    kinds: Counter[str] = Counter()
+    kinds: defaultdict[str, float] = defaultdict(float)
     for name, each in seconds.items():
-        kinds[kind_of(name)] += each  # type: ignore[assignment]
+        kinds[kind_of(name)] += each
     longest = sorted(seconds, key=lambda name: -seconds[name])[:KERNELS_TOLD]
     return {
         "kernels_per_step": sum(times.values()) / steps,
         "kinds": {
             kind: {"ms": 1e3 * each / steps, "share": each / whole}
-            for kind, each in kinds.most_common()
+            for kind, each in sorted(kinds.items(), key=lambda item: -item[1])
         },
         "longest": [
             {

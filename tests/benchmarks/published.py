@@ -110,34 +110,28 @@ def groups(
         "360M alone": (work("babyllama", "llama", distilled=False),),
     }
     first, second = work("babyllama"), work("babyllama2")
-    found = {
-        "babyllama": [Group("babyllama", make.distilled(first))],
-        "alone": [
-            Group(name, tuple(row for each in works for row in make.alone(each)))
+    ordered = [
+        ("babyllama", Group("babyllama", make.distilled(first))),
+        *(
+            ("alone", Group(name, tuple(row for each in works for row in make.alone(each))))
             for name, works in alone.items()
-        ],
-        "babyllama2": [Group("babyllama2", make.distilled(second))],
-    }
-    later: dict[str, list[Group]] = {
-        "babyllama": [Group("babyllama, compiled", make.distilled_compiled(first))],
-        "alone": [
-            Group(f"{name}, compiled", tuple(make.alone_compiled(each) for each in works))
-            for name, works in alone.items()
-        ],
-        "babyllama2": [Group("babyllama2, compiled", make.distilled_compiled(second))],
-    }
-    last = {
-        "babyllama": [Group("babyllama, further", make.further(first, compiled=compiled))],
-        "babyllama2": [Group("babyllama2, further", make.further(second, compiled=compiled))],
-    }
-    order = (found, later, last) if compiled else (found, last)
-    return [
-        group
-        for part in order
-        for name in ("babyllama", "alone", "babyllama2")
-        if name in workloads
-        for group in part.get(name, [])
+        ),
+        ("babyllama2", Group("babyllama2", make.distilled(second))),
     ]
+    if compiled:
+        ordered += [
+            ("babyllama", Group("babyllama, compiled", make.distilled_compiled(first))),
+            *(
+                ("alone", Group(f"{name}, compiled", tuple(map(make.alone_compiled, works))))
+                for name, works in alone.items()
+            ),
+            ("babyllama2", Group("babyllama2, compiled", make.distilled_compiled(second))),
+        ]
+    ordered += [
+        ("babyllama", Group("babyllama, further", make.further(first, compiled=compiled))),
+        ("babyllama2", Group("babyllama2, further", make.further(second, compiled=compiled))),
+    ]
+    return [group for name, group in ordered if name in workloads]
 
 
 def chosen(
@@ -155,7 +149,7 @@ def chosen(
 def listed(todo: Iterable[Group]) -> str:
     """Their names, and those of their rows."""
     return "\n".join(
-        f"    {group.name}: {', '.join(dict.fromkeys(row.name for row in group.rows))}"
+        f"    {group.name}: {'; '.join(dict.fromkeys(row.name for row in group.rows))}"
         for group in todo
     )
 
@@ -164,7 +158,7 @@ def listed(todo: Iterable[Group]) -> str:
 class _Rows:
     """The rows of each kind of group."""
 
-    contender: Any
+    contender: Callable[..., Contender]
 
     def distilled(self, work: Workload) -> tuple[Row, ...]:
         """Ours beside the textbook, at its best and as published."""
@@ -293,7 +287,6 @@ def measure(
     *,
     rounds: int,
     seconds: float | None,
-    inside: bool = True,
 ) -> None:
     """Group after group, until all is done or time is over; either way the record is whole.
 
@@ -310,7 +303,7 @@ def measure(
                 )
             sides = [(row, running[place][row.place]) for row in group.rows]
             print(f"\n== {group.name} ({time.monotonic() - begun:.0f} s)", flush=True)
-            _Turns(sides, record, rounds=rounds, inside=inside).measure(
+            _Turns(sides, record, rounds=rounds).measure(
                 waiting=[each for one in running[place + 1 :] for each in one.values()]
             )
             record.done.append(group.name)
@@ -334,12 +327,11 @@ class _Turns:
     """One group in its course; a side that fails is left out from there on."""
 
     def __init__(
-        self, sides: Sequence[tuple[Row, Running]], record: Record, *, rounds: int, inside: bool
+        self, sides: Sequence[tuple[Row, Running]], record: Record, *, rounds: int
     ) -> None:
         self._sides = list(sides)
         self._record = record
         self._rounds = rounds
-        self._inside = inside
         self._variants: dict[tuple[str, str], Variant] = {}
         self._turn_s = TURN_S[sides[0][0].contender.device]
 
@@ -351,11 +343,10 @@ class _Turns:
                 each.wait_until_here()
             except FailedError:
                 continue  # it is said when its turn comes
-        self._each(self._choose)
-        for k in range(self._rounds):
+        self._each(self._first_turn)
+        for k in range(1, self._rounds):
             self._each(self._turn, backwards=k % 2 == 1)
-        if self._inside:
-            self._each(self._look_inside)
+        self._each(self._look_inside)
 
     def _build(self) -> None:
         """On a card all at the same time; on a CPU, which has no room for that, in turn."""
@@ -393,11 +384,15 @@ class _Turns:
         self._each(begin)
         self._each(end)
 
+    def _first_turn(self, row: Row, side: Running) -> None:
+        self._choose(row, side)
+        self._turn(row, side)
+
     def _choose(self, row: Row, side: Running) -> None:
         """Micro-batch and attention; told, with all that was tried."""
         chosen = self._record.choice(row)
         if chosen is not None:
-            variant, tried = chosen, []
+            variant, tried = chosen, list[dict[str, Any]]()
         elif row.contender.compiled:  # to try is to compile
             variant, tried = self._variants[row.place], []
         else:
@@ -561,6 +556,35 @@ def render(result: Mapping[str, Any]) -> str:
     texts.append(table(["key", "", "aim"], shown, left=1))
     if result["same_work"] != "yes":
         texts.append(f"NOT THE SAME WORK: {result['same_work']}")
+    return "\n\n".join(texts)
+
+
+def render_inside(result: Mapping[str, Any]) -> str:
+    """Of each row that was looked into: the parts of a step, and its longest kernels."""
+    texts = []
+    for name, facts in told_rows(result):
+        profile = facts.get("profile", {})
+        if "kinds" not in profile:
+            continue
+        idle = profile.get("idle_share")
+        of_card = "" if idle is None else f", of which the card idles {idle:.0%}"
+        parts = [[part, number(1e3 * s, 2)] for part, s in facts["breakdown_s"].items() if s]
+        kinds = [
+            [kind, number(each["ms"], 2), f"{each['share']:.0%}"]
+            for kind, each in profile["kinds"].items()
+        ]
+        longest = [
+            [f"`{each['name']}`", number(each["times"], 1), number(each["ms"], 2)]
+            for each in profile["longest"]
+        ]
+        texts += [
+            f"## {name}",
+            f"A step of {number(1e3 * facts['step_s'], 2)} ms{of_card}; "
+            f"{number(profile['kernels_per_step'], 0)} kernels.",
+            table(["part", "ms"], parts, left=1),
+            table(["kernels", "ms", "share"], kinds, left=1),
+            table(["longest", "times", "ms a step"], longest, left=1),
+        ]
     return "\n\n".join(texts)
 
 

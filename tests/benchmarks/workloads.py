@@ -85,13 +85,15 @@ class Workload:
     @property
     def model(self) -> ModelSpec:
         """What is trained."""
-        return self._part.model
+        model: ModelSpec = self._part.model
+        return model
 
     @property
     def training(self) -> TrainingSpec:
         """Its training in the job, for longer than anybody measures."""
         endless = {"epochs": 1e6, "batch_windows": self.batch_windows, "micro_batch": None}
-        return self._part.training.model_copy(update=endless)
+        training: TrainingSpec = self._part.training
+        return training.model_copy(update=endless)
 
     @property
     def _part(self) -> Any:
@@ -105,7 +107,9 @@ class Workload:
     @property
     def vocab_size(self) -> int:
         """Tokens."""
-        return self.job.tokenizer.vocab_size
+        tokenizer = self.job.tokenizer
+        assert tokenizer.kind == "bpe", "the shipped jobs train theirs"
+        return tokenizer.vocab_size
 
     @property
     def length(self) -> int:
