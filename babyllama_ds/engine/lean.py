@@ -172,7 +172,8 @@ class _Reduction:
         """The norm of a group's gradient over all ranks; -1 if it is not finite. A collective."""
         owned = list(gradients[: len(params)])  # what follows is padding
         if owned:
-            total = torch.stack(torch._foreach_norm(owned, 2.0)).pow(2.0).sum()
+            norms = torch._foreach_norm(owned, 2.0, dtype=torch.float64)
+            total = torch.stack(norms).pow(2.0).sum().float()
         else:
             total = torch.zeros((), dtype=torch.float32, device=self._zero.device)
         if self._ranks > 1:
