@@ -33,7 +33,7 @@ def make_lean(zero: Any) -> None:
     zero._grad_acc_hooks = list(reduction.hooks())
     zero.reduce_ipg_grads = reduction.reduce
     zero._build_compact_grad_partition_buffer = reduction.owned
-    zero.get_grad_norm_direct = reduction.norm
+    zero.scaled_global_norm = reduction.norm
     zero.unscale_and_clip_grads = reduction.clip
     zero.check_overflow = _leave_it_to_the_norm
     zero._update_model_bit16_weights = _stay_where_they_are
@@ -168,18 +168,22 @@ class _Reduction:
         return _OwnedGradients(flat.split([*lengths, padding] if padding else lengths), flat)
 
     @torch.no_grad()
-    def norm(self, gradients: Sequence[Tensor], params: Sequence[nn.Parameter]) -> Tensor:
-        """The norm of a group's gradient over all ranks; -1 if it is not finite. A collective."""
-        owned = list(gradients[: len(params)])  # what follows is padding
-        if owned:
-            norms = torch._foreach_norm(owned, 2.0, dtype=torch.float64)
-            total = torch.stack(norms).pow(2.0).sum().float()
-        else:
-            total = torch.zeros((), dtype=torch.float32, device=self._zero.device)
+    def norm(self, norm_type: int = 2) -> Tensor:
+        """That of the whole gradient, over all ranks; not finite where the gradient is not."""
+        assert norm_type == 2, "what gradients are clipped by"
+        squares = torch.stack([self._square(group) for group in range(len(self._places))])
         if self._ranks > 1:
-            self._comm.all_reduce(total, group=self._zero.dp_process_group)
-        total = total.pow(0.5)
-        return total.masked_fill_(~total.isfinite(), -1.0)
+            self._comm.all_reduce(squares, group=self._zero.dp_process_group)
+        # By group, for the rounding that DeepSpeed's own has.
+        return torch.linalg.vector_norm(squares.pow_(0.5))
+
+    def _square(self, group: int) -> Tensor:
+        """Of the norm of what this rank owns of a group's gradient."""
+        owned = self._gradients(group)[: len(self._lengths[group])]  # what follows is padding
+        if not owned:
+            return torch.zeros((), dtype=torch.float32, device=self._zero.device)
+        norms = torch._foreach_norm(owned, 2.0, dtype=torch.float64)
+        return torch.stack(norms).pow_(2.0).sum().float()
 
     @torch.no_grad()
     def clip(self, gradients: Sequence[Tensor], norm: Tensor) -> None:

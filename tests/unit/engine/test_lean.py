@@ -103,7 +103,7 @@ def differing(make: Callable[[], TrainingEngine]) -> list[str]:
 
 def is_lean(engine: TrainingEngine) -> bool:
     """Whether DeepSpeed's optimizer was changed."""
-    way = engine._engine.optimizer.get_grad_norm_direct
+    way = engine._engine.optimizer.scaled_global_norm
     return isinstance(way.__self__, lean._Reduction)
 
 
