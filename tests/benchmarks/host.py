@@ -14,7 +14,8 @@ One rank of one thread. Every side is a process; they take turns. On a CPU its o
 others use the cores too; with CUDA the clock's, and the parts are the host's: nobody waits for the
 card between them.
 
-    python tests/benchmarks/host.py [--rounds N] [--steps N] [--layers N] [--out FILE]
+    python tests/benchmarks/host.py [--rounds N] [--steps N] [--layers N N] [--students …]
+        [--sides …] [--out FILE]
 """
 
 from __future__ import annotations
@@ -85,8 +86,10 @@ def main() -> None:
         be_side(json.loads(words.side))
         return
     result: dict[str, Any] = {
-        name: measure(teachers, words.layers, rounds=words.rounds, steps=words.steps)
-        for name, teachers in STUDENTS.items()
+        name: measure(
+            words.sides, STUDENTS[name], words.layers, rounds=words.rounds, steps=words.steps
+        )
+        for name in words.students
     }
     device, _ = machine()
     facts = {
@@ -103,7 +106,7 @@ def main() -> None:
 
 
 def measure(
-    with_teachers: bool, layers: Sequence[int], *, rounds: int, steps: int
+    names: Sequence[str], with_teachers: bool, layers: Sequence[int], *, rounds: int, steps: int
 ) -> dict[str, Any]:
     """Each side's step: ms of every round, and by part ms and operators."""
     with ExitStack() as stack:
@@ -112,22 +115,20 @@ def measure(
             name: stack.enter_context(
                 _running({"name": name, "teachers": with_teachers, "layers": layers}, logs)
             )
-            for name in SIDES
+            for name in names
         }
         for ask in sides.values():
             ask(WARM_UP_STEPS, "nothing")
-        step_ms: dict[str, list[float]] = {name: [] for name in SIDES}
+        step_ms: dict[str, list[float]] = {name: [] for name in names}
         for count in range(rounds):
-            for name in SIDES if count % 2 == 0 else reversed(SIDES):
+            for name in names if count % 2 == 0 else reversed(names):
                 step_ms[name].append(1e3 * sides[name](steps, "nothing")["seconds"] / steps)
-        found = {}
+        found, against = {}, "plain" if "plain" in names else names[0]
         for name, ask in sides.items():
             parts = ask(steps, "parts")["parts"]
             found[name] = {
                 "step_ms": step_ms[name],
-                "over_plain": median(
-                    a / b for a, b in zip(step_ms[name], step_ms["plain"], strict=True)
-                ),
+                "over": median(a / b for a, b in zip(step_ms[name], step_ms[against], strict=True)),
                 "parts_ms": {part: 1e3 * seconds / steps for part, seconds in parts.items()},
                 "operators": ask(1, "operators")["operators"],
             }
@@ -189,12 +190,12 @@ def _steps_table(sides: Mapping[str, Any]) -> str:
             name,
             number(median(facts["step_ms"]), 2),
             f"{min(facts['step_ms']):.2f} - {max(facts['step_ms']):.2f}",
-            number(facts["over_plain"], 2),
+            number(facts["over"], 2),
             number(sum(facts["operators"].values()), 0),
         ]
         for name, facts in sides.items()
     ]
-    return table(["side", "ms a step", "rounds", "over plain", "operators"], lines, left=1)
+    return table(["side", "ms a step", "rounds", "over", "operators"], lines, left=1)
 
 
 def _parts_table(sides: Mapping[str, Any]) -> str:
@@ -563,6 +564,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("STUDENT", "TEACHERS"),
         help="how deep the student and its two teachers are (default: as published)",
     )
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--out", type=Path, help="default: runs/bench/host.json")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     return parser
