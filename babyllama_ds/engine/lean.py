@@ -11,6 +11,7 @@ what it gives: docs/decisions/host-overhead.md.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,7 +85,8 @@ class _Reduction:
     def __init__(self, zero: Any) -> None:
         from deepspeed import comm
 
-        self._zero = zero
+        # What the optimizer holds does not hold the optimizer: it is freed when its engine is.
+        self._zero = weakref.proxy(zero)
         self._comm = comm
         self._ranks = comm.get_world_size(group=zero.dp_process_group)
         self._rank = comm.get_rank(group=zero.dp_process_group)
@@ -112,7 +114,7 @@ class _Reduction:
             self._elements += place.size
             parameter.grad = None
 
-        return parameter.register_post_accumulate_grad_hook(take)
+        return parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
 
     def _placed(self, number: int, group: Sequence[nn.Parameter]) -> Iterator[_Place]:
         """Where this rank's slice of the group, whose parameters lie in a row, begins and ends."""
@@ -135,14 +137,17 @@ class _Reduction:
         if not self._waiting:
             return
         places = [place for _, place in self._waiting]
-        flat = _flatten_dense_tensors([gradient for gradient, _ in self._waiting])
+        flat: Tensor = _flatten_dense_tensors(  # type: ignore[no-untyped-call]
+            [gradient for gradient, _ in self._waiting]
+        )
         self._waiting, self._elements = [], 0  # frees them, before the fp32 copy is made
-        reduced = flat.to(torch.float32)
+        reduced: Tensor = flat.to(torch.float32)
         del flat
         if self._ranks > 1:
             reduced = self._zero.gradient_reduction_w_predivide(reduced, torch.float32)
         sums, addends = [], []
-        for place, piece in zip(places, reduced.split([p.size for p in places]), strict=True):
+        pieces = reduced.split_with_sizes([place.size for place in places])
+        for place, piece in zip(places, pieces, strict=True):
             if place.slot is None:
                 continue
             sums.append(self._gradients(place.group)[place.slot])
@@ -165,7 +170,8 @@ class _Reduction:
         flat = torch.zeros(size, dtype=torch.float32, device=device)
         lengths = self._lengths[group]
         padding = size - sum(lengths)
-        return _OwnedGradients(flat.split([*lengths, padding] if padding else lengths), flat)
+        sizes = [*lengths, padding] if padding else lengths
+        return _OwnedGradients(flat.split_with_sizes(sizes), flat)
 
     @torch.no_grad()
     def norm(self, norm_type: int = 2) -> Tensor:
@@ -175,7 +181,8 @@ class _Reduction:
         if self._ranks > 1:
             self._comm.all_reduce(squares, group=self._zero.dp_process_group)
         # By group, for the rounding that DeepSpeed's own has.
-        return torch.linalg.vector_norm(squares.pow_(0.5))
+        whole: Tensor = torch.linalg.vector_norm(squares.pow_(0.5))
+        return whole
 
     def _square(self, group: int) -> Tensor:
         """Of the norm of what this rank owns of a group's gradient."""
