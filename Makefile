@@ -35,7 +35,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data test-nodes test-lm-eval bench bench-grid grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock image docker-test clean
+.PHONY: help setup distill test test-data test-nodes test-lm-eval bench bench-grid bench-host grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock image docker-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench: setup  ## our trainer against the textbook's, on a quiet machine: ARGS="-
 
 bench-grid: setup  ## time a token against vocabulary, teachers, window length and ranks
 	$(BIN)/python tests/benchmarks/bench.py --grid $(ARGS)
+
+bench-host: setup  ## what a training step costs the host, by part: ARGS="--rounds 5"
+	$(BIN)/python tests/benchmarks/host.py $(ARGS)
 
 grid-objectives: setup  ## run a job with several objectives and seeds: ARGS="--seeds 1 2 3 --max-tokens N"
 	$(BIN)/python tests/benchmarks/objectives.py --ranks $(NPROC) --runs $(RUNS) $(ARGS)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from babyllama_ds.engine.averaging import WeightAverage
+from babyllama_ds.engine.lean import make_lean
 from babyllama_ds.engine.muon import MOMENTUM, AdamWWithMuon
 from babyllama_ds.spec.training import TrainingSpec
 
@@ -61,6 +62,7 @@ class TrainingEngine:
             config={**config, **_of_optimizer(optimizer)},
             dist_init_required=False,
         )
+        make_lean(self._engine.optimizer)
         self._average = self._make_average(training)
         self._make_states()
         self.accumulation_steps: int = self._engine.gradient_accumulation_steps()

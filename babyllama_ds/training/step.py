@@ -73,7 +73,9 @@ def train_step(
     results = []
     for number, micro in enumerate(batch.micro_batches):
         # Dropout is a function of (seed, step, rank, micro-batch): resuming needs no RNG state.
-        torch.manual_seed(derive_seed(seed, f"dropout/{step}/{ranks.rank()}/{number}"))
+        seed_device(
+            derive_seed(seed, f"dropout/{step}/{ranks.rank()}/{number}"), micro.input_ids_BS.device
+        )
         with parts.part("teachers"):
             targets = ensemble.targets(micro) if ensemble else []
         with parts.part("loss"):
@@ -93,6 +95,17 @@ def train_step(
         _sum_of([each.z_sum for each in results]),
         _sum_of([each.matching_sum for each in results]),
     )
+
+
+def seed_device(seed: int, device: torch.device) -> None:
+    """What `torch.manual_seed` does, of the CPU's and this device's generator alone.
+
+    It would seed all that torch knows of, and keep a printed stack for each kind of device that is
+    not in use: 90 µs of this.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def _sum_of(sums: Sequence[Tensor | None]) -> Tensor | None:
