@@ -2,9 +2,9 @@
 
     python tests/benchmarks/plan_time.py JOB [KEY=VALUE …] [--seconds 30]
 
-The clock of both is the CPU time of a process of one thread, which other programs on the machine do
-not change by taking turns: what is compared is the reckoning, not the machine's mood. On a machine
-of one's own it is the time that passes. Each has a folder of its own, so that a run does everything.
+The clock of both is the CPU time of a process of one thread, which other programs do not change by
+taking turns: what is compared is the reckoning, not the machine's mood. On a machine of one's own it
+is the time that passes. Each has a folder of its own, so that a run does everything.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from babyllama_ds.spec.job import JobSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -52,7 +56,7 @@ def _child(words: argparse.Namespace, role: str, runs: Path) -> dict[str, object
     return found
 
 
-def _job(words: argparse.Namespace):  # noqa: ANN202 - imported late
+def _job(words: argparse.Namespace) -> JobSpec:
     from babyllama_ds.spec.loading import load_job
     from babyllama_ds.spec.shipped import find_job
 
