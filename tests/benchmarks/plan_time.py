@@ -3,8 +3,8 @@
     python tests/benchmarks/plan_time.py JOB [KEY=VALUE …] [--seconds 30]
 
 The clock of both is the CPU time of a process of one thread, which other programs do not change by
-taking turns: what is compared is the reckoning, not the machine's mood. On a machine of one's own it
-is the time that passes. Each has a folder of its own, so that a run does everything.
+taking turns: what is compared is the reckoning, not the machine's mood. On a machine of one's own
+it is the time that passes. Each has a folder of its own, so that a run does everything.
 """
 
 from __future__ import annotations
