@@ -116,9 +116,12 @@ def _check_measuring(options: argparse.Namespace) -> None:
 
 
 def _tried(job: JobSpec, options: argparse.Namespace, began_s: float) -> JobPace:
+    """The job's pace here; `began_s`: what this process took before it planned."""
+    importing_s = time.monotonic()
     from babyllama_ds.console import configure_logging
     from babyllama_ds.pipeline.trial import try_job
 
+    began_s += time.monotonic() - importing_s
     configure_logging(rank=0)
     seconds = options.seconds or TRIAL_S
     return try_job(job, runs=options.runs, seconds=seconds, began_s=began_s)

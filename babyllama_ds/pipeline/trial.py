@@ -292,4 +292,6 @@ def _timed() -> Iterator[_Timed]:
 
 
 def _waiter() -> Callable[[], None]:
-    return torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return torch.cuda.synchronize
+    return lambda: None

@@ -378,22 +378,8 @@ class _Planner:
         if self.measured is not None:
             found += ["minimal pairs: left out of FLOPs", *self.measured.notes]
         else:
-            found.append("minimal pairs: left out of FLOPs and time")
+            found += ["minimal pairs: left out of FLOPs and time", self._assumed_speed()]
         found += self._early_ends()
-        if self.measured is not None:
-            pass
-        elif self.question.rate is not None:
-            found.append(f"speed: {self.question.rate}, for each rank; other stages by their FLOPs")
-        elif self._peak_flops is not None:
-            found.append(
-                f"speed: {UTILISATION:.0%} of the {self.machine.name}'s "
-                f"{self._peak_flops / 1e12:g} TFLOP/s (dense bf16); give --rate where "
-                "one was measured"
-            )
-        elif self.machine.peak_flops is not None:
-            found.append("time: not known; a card's peak is that of bf16, give a measured --rate")
-        else:
-            found.append("time: not known; name a card with --gpu or give a measured --rate")
         possible = [count for count in counts if count.impossible is None]
         found += self._settled_micro_batches(possible)
         found += self._settled_tiers(possible)
@@ -402,6 +388,20 @@ class _Planner:
                 "ranks: N times as fast as one; communication, checkpoints and start left out"
             )
         return found
+
+    def _assumed_speed(self) -> str:
+        """Where times come from, where they were not measured."""
+        if self.question.rate is not None:
+            return f"speed: {self.question.rate}, for each rank; other stages by their FLOPs"
+        if self._peak_flops is not None:
+            return (
+                f"speed: {UTILISATION:.0%} of the {self.machine.name}'s "
+                f"{self._peak_flops / 1e12:g} TFLOP/s (dense bf16); give --rate where "
+                "one was measured"
+            )
+        if self.machine.peak_flops is not None:
+            return "time: not known; a card's peak is that of bf16, give a measured --rate"
+        return "time: not known; name a card with --gpu or give a measured --rate"
 
     def _early_ends(self) -> list[str]:
         """Limits that nobody knows before."""

@@ -23,6 +23,8 @@ WARM_UP_STEPS = 2
 """Not timed: the first compiles, allocates and touches memory, the second finds it in place."""
 LEAST_STEPS = 3
 """Timed, however long they take; fewer where the training has no more."""
+TIMED_PASSES = 3
+"""Of the teachers over a step's windows."""
 TIMED_BATCHES = 4
 """Forward passes of an evaluation that are timed."""
 
@@ -94,10 +96,11 @@ class _Tried:
         assert trainer.ensemble is not None
         batch = trainer.batches.batch(trainer.progress.step - 1)
         began = time.perf_counter()
-        for micro in batch.micro_batches:
-            trainer.ensemble.targets(micro)
+        for _ in range(TIMED_PASSES):
+            for micro in batch.micro_batches:
+                trainer.ensemble.targets(micro)
         self._wait()
-        return time.perf_counter() - began
+        return (time.perf_counter() - began) / TIMED_PASSES
 
     def dev_window_s(self, dev: DevWindows) -> float:
         """A window of an evaluation, from a few forward passes behind a first one."""

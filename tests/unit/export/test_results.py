@@ -33,6 +33,8 @@ def test_the_same_bytes_each_time(run_dir: Path, tmp_path: Path) -> None:
         collect_results(run_dir, tmp_path / name)
     for name in NAMES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    packed = (tmp_path / "one" / "metrics.jsonl.gz").read_bytes()
+    assert packed[4:8] == bytes(4)  # RFC 1952's time of the file: not now
 
 
 def test_of_a_run_that_was_stopped(run_dir: Path, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from babyllama_ds.training.trial import LEAST_STEPS, try_out
 
 VOCAB, LENGTH, WINDOWS = 61, 10, 14
 A_STEP_S, A_TEACHER_S, A_DEV_WINDOW_S, A_CHECKPOINT_S = 0.06, 0.04, 0.03, 0.3
-QUICK_S = 0.03
-"""What a tiny model's own work may take, above the delays."""
+QUICK_S = 0.12
+"""What a tiny model's own work may take, above the delays, on a busy machine."""
 
 
 class SlowWindows:
