@@ -21,7 +21,6 @@ card between them.
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import os
@@ -40,7 +39,7 @@ from unittest.mock import patch
 
 import torch
 from scenario import Sizes, build, build_published, job, machine, windows
-from side import PlainTeacher
+from side import MasterWeights, PlainTeacher
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -427,28 +426,18 @@ def ours(work: Work, turns: Turns, *, own: bool, scattered: bool) -> Callable[[i
 def plain(work: Work, turns: Turns) -> Callable[[int], Any]:
     """bf16 weights, fp32 master weights, fused AdamW, each a call for all parameters."""
     from babyllama_ds.engine.quirks import skip_looks_at_windows
-    from babyllama_ds.engine.training import adamw
 
     if work.device.type == "cpu":
         keep_freed_memory()  # as `distributed.start` does, which does this too
     skip_looks_at_windows()
     objective, plan = work.objective(), work.plan()
-    masters = copy.deepcopy(objective).to(work.device)
-    for parameter in objective.parameters():
-        parameter.data = parameter.data.bfloat16()
-    objective.to(work.device).train()
-    optimizer = adamw(masters, job(work.sizes).student.training)
+    masters = MasterWeights(objective, job(work.sizes).student.training, work.device)
     ensemble = Ensemble(
         [
             Member(name, PlainTeacher(model, work.device), 1.0)  # type: ignore[arg-type]
             for name, model in work.teachers().items()
         ]
     )
-    weights: list[Tensor] = list(objective.parameters())
-    of_masters: list[Tensor] = list(masters.parameters())
-    gradients = [torch.zeros_like(master) for master in of_masters]
-    for master, gradient in zip(of_masters, gradients, strict=True):
-        master.grad = gradient
 
     @contextmanager
     def instrument(parts: Parts) -> Iterator[None]:
@@ -471,12 +460,7 @@ def plain(work: Work, turns: Turns) -> Callable[[int], Any]:
         with turns.part("backward"):
             result.loss.backward()
         with turns.part("optimizer"):
-            torch._foreach_copy_(gradients, [weight.grad for weight in weights])  # type: ignore[misc]
-            torch.nn.utils.clip_grad_norm_(of_masters, 1.0)
-            optimizer.step()
-            with torch.no_grad():
-                torch._foreach_copy_(weights, of_masters)
-            objective.zero_grad()
+            masters.update()
         return result.ce_sum
 
     return step

@@ -35,6 +35,7 @@ from babyllama_ds.models.parts import split_causal_lm
 from babyllama_ds.models.sizes import attention_dropout
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
+from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.hidden import RememberedMember
 from babyllama_ds.teachers.cache.layout import Layout, padded_bytes
 from babyllama_ds.teachers.cache.records import MemoryRecords
@@ -258,18 +259,42 @@ class PlainTeacher:
         return self.hidden_states(input_ids_BS, pieces), {}
 
 
+class MasterWeights:
+    """fp32 copies of a module's weights, which it has in bf16, under fused AdamW.
+
+    The gradients of all are copied, clipped, and their updates copied back, each in one call.
+    """
+
+    def __init__(self, module: nn.Module, training: TrainingSpec, device: torch.device) -> None:
+        from babyllama_ds.engine.training import adamw
+
+        masters = copy.deepcopy(module).to(device)
+        self._module = _in_bf16(module).to(device).train()
+        self._optimizer = adamw(masters, training)
+        self._weights: list[Tensor] = list(module.parameters())
+        self._masters: list[Tensor] = list(masters.parameters())
+        self._gradients = [torch.zeros_like(master) for master in self._masters]
+        for master, gradient in zip(self._masters, self._gradients, strict=True):
+            master.grad = gradient
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """A step of the optimizer, after a backward pass."""
+        torch._foreach_copy_(self._gradients, [weight.grad for weight in self._weights])  # type: ignore[misc]
+        torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
+        self._optimizer.step()
+        torch._foreach_copy_(self._weights, self._masters)
+        self._module.zero_grad()
+
+
 def plain(side: dict[str, Any], sizes: Sizes) -> Built:
     """The same computation in one process: bf16 weights, fp32 master weights, fused AdamW."""
-    from babyllama_ds.engine.training import adamw
-
     device = torch.device(side["device"])
     if device.type == "cpu":
         keep_freed_memory()  # as `distributed.start` does
     spec = job(sizes)
     objective, plan = _objective(spec, sizes, device), _plan(sizes, device)
-    masters = copy.deepcopy(objective).to(device)
-    _in_bf16(objective).to(device).train()
-    optimizer = adamw(masters, spec.student.training)
+    masters = MasterWeights(objective, spec.student.training, device)
     ensemble = Ensemble(
         [
             Member(
@@ -280,11 +305,6 @@ def plain(side: dict[str, Any], sizes: Sizes) -> Built:
             for t in spec.teachers
         ]
     )
-    weights: list[Tensor] = list(objective.parameters())
-    of_masters: list[Tensor] = list(masters.parameters())
-    gradients = [torch.zeros_like(master) for master in of_masters]
-    for master, gradient in zip(of_masters, gradients, strict=True):
-        master.grad = gradient
 
     def step(number: int) -> Tensor | float:
         batch = plan.batch(number)
@@ -292,12 +312,7 @@ def plain(side: dict[str, Any], sizes: Sizes) -> Built:
         (micro,) = batch.micro_batches
         parts = objective(micro, ensemble.targets(micro), counts)
         parts.loss.backward()
-        torch._foreach_copy_(gradients, [weight.grad for weight in weights])  # type: ignore[misc]
-        torch.nn.utils.clip_grad_norm_(of_masters, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(weights, of_masters)
-        objective.zero_grad()
+        masters.update()
         return parts.loss.detach()
 
     return Built(device, step, {})
