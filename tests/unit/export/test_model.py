@@ -340,7 +340,11 @@ def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "export: got no place for it, expected --to DIR, --push ORG/NAME or --bundle PATH"),
+        (
+            [],
+            "export: got no place for it, "
+            "expected --to DIR, --push ORG/NAME, --bundle PATH or --results DIR",
+        ),
         (["--bundle", "b", "--model", "control"], "--model: got no --to or --push"),
         (["--to", "d", "--private"], "--private: got no --push"),
         (["--to", "d", "--replace"], "--replace: got no --push"),
