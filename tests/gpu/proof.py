@@ -265,7 +265,7 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float, live: 
             cwd=TESTS.parent,
             env={
                 **os.environ,
-                UNTIL: f"{time.time() + budget_s:.1f}",
+                UNTIL: f"{time.time() + budget_s:.3f}",
                 OUT: str(record.folder.resolve()),
             },
             start_new_session=True,  # whatever it starts is ended with it

@@ -210,7 +210,9 @@ def test_parts_share_the_card_but_for_those_that_are_alone(tmp_path: Path) -> No
 def test_interrupted_it_ends_all_that_run(tmp_path: Path) -> None:
     sleeps = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))"
     script = (
-        "import sys\nfrom pathlib import Path\nfrom gpu.proof import Part, Record, prove\n"
+        "import signal, sys\nfrom pathlib import Path\nfrom gpu.proof import Part, Record, prove\n"
+        # Ignored where the tests run in the background of a shell, and inherited.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def part(name):\n"
         f"    words = [sys.executable, '-c', {sleeps + '; time.sleep(60)'!r}, name]\n"
         "    return Part(name=name, budget_s=60, command=lambda _: words)\n"
