@@ -427,6 +427,8 @@ def main() -> int:
     )
     parser.add_argument("--part", choices=names, help=argparse.SUPPRESS)
     words = parser.parse_args()
+    if words.jobs < 1:
+        parser.error(f"--jobs: got {words.jobs}, expected how many parts run at once, 1 or more")
     job = words.job or shlex.split(os.environ.get("GPU_PROOF_JOB", ""))
     if words.part is not None:
         run_here(words.part, words.device, job=job)

@@ -270,6 +270,14 @@ def test_a_part_that_goes_on_has_not_ended_when_its_time_is_up(
     assert mark.read_text() == "xxx"
 
 
+def test_a_run_that_was_killed_before_it_was_asked_to_stop_has_failed() -> None:
+    killed = -signal.SIGKILL
+    assert experiment.is_to_go_on(killed, asked=True)
+    assert not experiment.is_to_go_on(killed, asked=False)
+    assert experiment.is_to_go_on(experiment.STOPPED, asked=False)
+    assert not experiment.is_to_go_on(1, asked=True)
+
+
 @pytest.mark.parametrize(
     ("obeys", "status"), [(True, experiment.STOPPED), (False, -signal.SIGKILL)]
 )
@@ -362,3 +370,12 @@ def test_every_part_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     for each in proof.PARTS:
         measure: Callable[..., Any] = importlib.import_module(f"gpu.parts.{each.name}").measure
         assert callable(measure)
+
+
+def test_no_part_at_a_time_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        words(tmp_path / "out", "--jobs", "0"), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--jobs: got 0, expected how many parts run at once, 1 or more" in done.stderr
+    assert not (tmp_path / "out").exists()

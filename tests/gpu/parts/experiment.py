@@ -56,10 +56,12 @@ def measure(device: torch.device, *, small: bool, job: Sequence[str]) -> Iterato
         return
     words = [sys.executable, "-m", "babyllama_ds.cli", "run", job[0], *overrides]
     process = subprocess.Popen([*words, "--runs", str(runs)], env=environment())
+    begun = time.monotonic()
     code = end_within(process, left_s, grace_s=stopping_s(spec) - COLLECT_S)
+    asked = time.monotonic() - begun >= left_s
     yield told("seconds of this start", time.monotonic() - started)
     yield told("results", _collect(runs / spec.run_name))
-    if code in (STOPPED, -signal.SIGKILL):
+    if is_to_go_on(code, asked=asked):
         _go_on(f"{spec.run_name} is at {_stands_at(runs / spec.run_name)}")
     else:
         yield holds(f"{job[0]} ran to its end", code == 0, f"status {code}")
@@ -84,6 +86,11 @@ def end_within(process: subprocess.Popen[bytes], seconds: float, *, grace_s: flo
     except subprocess.TimeoutExpired:
         process.kill()  # it goes on from its last checkpoint
         return process.wait()
+
+
+def is_to_go_on(code: int, *, asked: bool) -> bool:
+    """Whether a run was stopped; one killed before it was asked, for want of memory say, failed."""
+    return code == STOPPED or (asked and code == -signal.SIGKILL)
 
 
 def _collect(run_dir: Path) -> str:
