@@ -87,8 +87,8 @@ def working_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
 def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> tuple[int, int]:
     """Of a layer, and of what is not in one."""
     n, e, d = shape.tokens, shape.element_bytes, sizes.hidden_size
-    # Input (fp32 but for the fused norm, which is for CPUs), 1/rms, normalised input.
-    norm = (e if shape.device == "cpu" else _FP32) * n * d + _FP32 * n + e * n * d
+    # Input, 1/rms, and on a CPU the normalised input, which CUDA's kernel computes again.
+    norm = e * n * d + _FP32 * n + (e * n * d if shape.device == "cpu" else 0)
     layer = (
         2 * (norm + e * n * d)  # and the norm's output, which the next products keep
         + _attention(sizes, shape)

@@ -80,6 +80,7 @@ PARTS = (
     Part(name="environment", budget_s=60, alone=True),
     Part(name="doctor", budget_s=420),
     Part(name="losses", budget_s=180),
+    Part(name="modules", budget_s=120),
     Part(name="tests", budget_s=300),
     Part(name="attention", budget_s=240),
     Part(name="compiled", budget_s=300),

@@ -17,7 +17,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    "part", ["losses", "attention", "compiled", "zero2", "teachers", "resume", "cache"]
+    "part", ["losses", "modules", "attention", "compiled", "zero2", "teachers", "resume", "cache"]
 )
 def test_part(part: str) -> None:
     """In a process of its own: a kernel that fails takes the card's context with it."""

@@ -27,6 +27,7 @@ from babyllama_ds.losses.distillation import (
 )
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.weights import SoftReduction, loss_counts
+from references.errors import relative_error
 
 ALPHAS = (0.0, 0.3, 1.0)
 TEMPERATURES = (0.5, 1.0, 2.0)
@@ -245,14 +246,6 @@ def settings_of(
         "ce_count": ce_count,
         "kl_count": kl_count,
     }
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """‖got − expected‖ / ‖expected‖: of a whole gradient, since single entries may be near 0."""
-    assert got.shape == expected.shape
-    difference = torch.linalg.norm(got.double() - expected).item()
-    size = torch.linalg.norm(expected).item()
-    return difference / size if size else difference
 
 
 def assert_close(got: Outcome, expected: Outcome, tolerance: float) -> None:

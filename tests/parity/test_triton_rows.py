@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from babyllama_ds.losses.rows import Factors, Mixture
+from references.errors import relative_error
 
 pytest.importorskip("triton")
 
@@ -114,11 +115,6 @@ def kernel(
         factors = Factors(ce_C1=factors.ce_C1.to(DEVICE), kl_C1=factors.kl_C1.to(DEVICE))
     ce, kl = row_losses(student, teachers, labels.to(DEVICE), mixture, factors)
     return ce.cpu(), kl.cpu(), student.cpu()
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    difference = torch.linalg.norm(got.double() - expected).item()
-    return difference / (torch.linalg.norm(expected).item() or 1.0)
 
 
 def assert_right(

@@ -19,6 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from babyllama_ds.losses.distillation import TeacherStates, distillation_loss
 from babyllama_ds.losses.divergences import FORWARD_KL, Divergence
 from babyllama_ds.losses.heads import Head
+from references.errors import relative_error
 
 N, D, V, P = 94, 31, 123, 128
 WIDTHS, VOTES = (17, 40, 31), (1.0, 2.5, 0.7)
@@ -156,11 +157,6 @@ class Outcome:
         if right.z_sum is not None:
             pairs["z_sum"] = (self.z_sum, right.z_sum)
         return {name: relative_error(*pair) for name, pair in pairs.items()}
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    difference = torch.linalg.norm(got.double() - expected.double()).item()
-    return difference / (torch.linalg.norm(expected.double()).item() or 1.0)
 
 
 def leaves_of(case: Case) -> list[Tensor]:

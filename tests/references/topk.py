@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from babyllama_ds.losses.distillation import TeacherStates, distillation_loss
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
+from references.errors import relative_error
 
 N, D, V, P = 94, 31, 123, 128
 VOTES = (1.0, 2.5)
@@ -178,8 +179,3 @@ def make_targets(case: Case, k: int, temperature: float, mean_of: str = "logits"
         vocab_size=V,
         chunk_tokens=17,
     )
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    difference = torch.linalg.norm(got.double() - expected.double()).item()
-    return difference / (torch.linalg.norm(expected.double()).item() or 1.0)

@@ -24,7 +24,8 @@ from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.fused import PLAIN_ATTENTION
 from babyllama_ds.models.parts import split_causal_lm
 from gpu.measures import Measure, at_most, holds, told
-from gpu.parts.models import cast, make_model, relative_error
+from gpu.parts.models import cast, make_model
+from references.errors import relative_error
 
 ERROR = 1.5
 """Times eager attention's, as `babyllama-ds doctor` has it."""

@@ -23,7 +23,8 @@ from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.training.batches import MicroBatch, micro_batch
 from babyllama_ds.training.objective import Counts, Objective
 from gpu.measures import Measure, at_most, told
-from gpu.parts.models import cast, make_model, relative_error
+from gpu.parts.models import cast, make_model
+from references.errors import relative_error
 
 SIZES = {True: (2, 12, 32), False: (16, 128, 256)}
 """Windows, their length, the models' width."""

@@ -1,11 +1,11 @@
-"""Small models for parts of the proof, of the package's own builder, and their errors."""
+"""Small models for parts of the proof, of the package's own builder."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from babyllama_ds.engine.proof.models import small_model
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel
@@ -37,8 +37,3 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().to(dtype)
     return model
-
-
-def relative_error(got: Tensor, exact: Tensor) -> float:
-    """‖got − exact‖ / ‖exact‖."""
-    return float((got.double() - exact.double()).norm() / exact.double().norm())

@@ -21,7 +21,8 @@ from babyllama_ds.engine.proof.judge import COMPILED_ERROR
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.parts import split_causal_lm
 from gpu.measures import Measure, at_most, holds, told
-from gpu.parts.models import cast, make_model, relative_error
+from gpu.parts.models import cast, make_model
+from references.errors import relative_error
 
 SIZES = {True: (3, 24, 32), False: (32, 128, 512)}
 """Windows, their length, the models' width."""

@@ -19,6 +19,8 @@ from babyllama_ds.engine.compiling import what_compiling_lacks
 from babyllama_ds.models import fused
 from babyllama_ds.models.build import load_model
 from babyllama_ds.models.fused import FusedGPT2MLP, FusedRMSNorm, fuse, plain_attention
+from references.errors import relative_error
+from references.modules import ExactRMSNorm, exact, logits_and_gradients
 
 TinyModel = Callable[..., Any]
 
@@ -26,24 +28,6 @@ FAMILIES = {
     "llama": {"rms_norm_eps": 1e-2},  # so large that one left out shows
     "gpt2": {"activation_function": "gelu_new"},
 }
-
-
-class ExactRMSNorm(LlamaRMSNorm):
-    """By the formula: transformers' own computes in fp32 whatever it is given."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        square = (hidden_states * hidden_states).sum(-1, keepdim=True) / hidden_states.shape[-1]
-        return self.weight * hidden_states / (square + self.variance_epsilon).sqrt()
-
-
-def exact(model: nn.Module) -> nn.Module:
-    """The same model in fp64 throughout (but for the rotary angles, which all share)."""
-    model = copy.deepcopy(model).double()
-    model.set_attn_implementation("sdpa")  # eager attention takes its softmax in fp32
-    for module in model.modules():
-        if type(module) is LlamaRMSNorm:
-            module.__class__ = ExactRMSNorm
-    return model
 
 
 def pair(tiny_model: TinyModel, kind: str, *, attention: str, dtype: torch.dtype) -> Any:
@@ -63,30 +47,16 @@ def token_ids(rows: int = 3, length: int = 11) -> Tensor:
     return torch.randint(0, 61, (rows, length), generator=torch.Generator().manual_seed(4))
 
 
-def run(model: nn.Module, ids_BS: Tensor, *, grad: bool = True) -> dict[str, Tensor]:
-    """The logits, and the gradient of each parameter for one fixed weighting of them."""
-    with torch.set_grad_enabled(grad):
-        logits = model(input_ids=ids_BS, use_cache=False).logits
-    if not grad:
-        return {"logits": logits}
-    weighting = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5))
-    (logits * weighting.to(logits.dtype)).sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    return {"logits": logits.detach(), **gradients}  # type: ignore[dict-item]
-
-
-def off(value: Tensor, reference: Tensor) -> float:
-    """Relative distance."""
-    return float((value.double() - reference).norm() / reference.norm())
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_function_and_its_gradient_are_the_same(
     kind: str, attention: str, tiny_model: TinyModel
 ) -> None:
     theirs, ours = pair(tiny_model, kind, attention=attention, dtype=torch.float64)
-    expected, got = run(exact(theirs), token_ids()), run(ours, token_ids())
+    expected, got = (
+        logits_and_gradients(exact(theirs), token_ids()),
+        logits_and_gradients(ours, token_ids()),
+    )
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-12, msg=name)
@@ -97,12 +67,14 @@ def test_the_function_and_its_gradient_are_the_same(
 def test_no_less_precise_in_bf16(kind: str, grad: bool, tiny_model: TinyModel) -> None:
     theirs, ours = pair(tiny_model, kind, attention="eager", dtype=torch.bfloat16)
     ids_BS = token_ids(8, 32)
-    results = [run(model, ids_BS, grad=grad) for model in (exact(theirs), theirs, ours)]
+    results = [
+        logits_and_gradients(model, ids_BS, grad=grad) for model in (exact(theirs), theirs, ours)
+    ]
     for part in [["logits"], results[0].keys() - {"logits"}][: 1 + grad]:
         reference, expected, got = (
             torch.cat([result[name].flatten() for name in sorted(part)]) for result in results
         )
-        assert 0 < off(got, reference) < 1.2 * off(expected, reference)
+        assert 0 < relative_error(got, reference) < 1.2 * relative_error(expected, reference)
 
 
 def test_attention_with_dropout_padding_and_grouped_heads(tiny_model: TinyModel) -> None:
@@ -157,7 +129,28 @@ def test_rms_norm_is_as_precise_as_transformers(width: int) -> None:
     theirs, ours = (results(kind, torch.bfloat16) for kind in (LlamaRMSNorm, FusedRMSNorm))
     for value, expected, got in zip(reference, theirs, ours, strict=True):
         assert got.dtype == torch.bfloat16
-        assert off(got, value) < 1.3 * off(expected, value)
+        assert relative_error(got, value) < 1.3 * relative_error(expected, value)
+
+
+def test_rms_norm_off_the_cpu_is_one_call_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is asked for the same function: by what it is given, computed on a CPU."""
+    calls: list[tuple[Any, ...]] = []
+    rms_norm = nn.functional.rms_norm
+
+    def recorded(states: Tensor, *given: Any) -> Tensor:
+        calls.append(given)
+        return states
+
+    monkeypatch.setattr(nn.functional, "rms_norm", recorded)
+    norm = FusedRMSNorm(8, 1e-2).double()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    norm(torch.empty(2, 3, 8, dtype=torch.float64, device="meta"))
+    (given,) = calls
+    torch.manual_seed(9)
+    states = torch.randn(2, 3, 8, dtype=torch.float64)
+    exact_norm = ExactRMSNorm(8, 1e-2).double()
+    exact_norm.weight = norm.weight
+    torch.testing.assert_close(rms_norm(states, *given), exact_norm(states))
 
 
 def test_rms_norm_gradient_is_the_slope() -> None:
@@ -203,8 +196,8 @@ def test_torch_compile_sees_through(kind: str, backend: str, tiny_model: TinyMod
         reference = exact(ours).base_model(token_ids(), use_cache=False).last_hidden_state
         plain = ours.base_model(token_ids(), use_cache=False).last_hidden_state
         got = compiled(token_ids(), use_cache=False).last_hidden_state
-    assert off(got, reference) < 1.3 * off(plain, reference)
-    assert backend == "inductor" or off(got, plain.double()) < 1e-2
+    assert relative_error(got, reference) < 1.3 * relative_error(plain, reference)
+    assert backend == "inductor" or relative_error(got, plain.double()) < 1e-2
     torch.compiler.reset()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from babyllama_ds.models.documents import Pieces, model_inputs
 from babyllama_ds.models.fused import fuse
@@ -33,18 +35,34 @@ def saved_by_autograd(
     model: nn.Module, *, windows: int, length: int, pieces: Pieces | None = None
 ) -> int:
     """Bytes of every storage that the backbone's forward pass saves, weights left out."""
-    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    weights = {_storage(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # held: no address comes twice
+        kept[_storage(tensor)] = tensor  # held: no address comes twice
         return tensor
 
-    ids_BS = torch.randint(0, 61, (windows, length))
+    ids_BS = torch.randint(0, 61, (windows, length), device=model.device)  # type: ignore[arg-type]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         inputs = model_inputs(model, ids_BS, pieces)
         model.train().base_model(**inputs, use_cache=False)  # type: ignore[operator]
     return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in weights)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """In which models are made: fake tensors cannot be cast in place."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Which one it is; fake tensors have no address."""
+    return tensor.untyped_storage()._cdata
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
@@ -63,6 +81,23 @@ def test_what_autograd_saves(
     )
     fuse(model)
     measured = saved_by_autograd(model, windows=3, length=17)
+    assert saved_bytes(sizes_of(model.config), shape) == measured
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch that is built for CUDA")
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("kind", "changes"), MODELS)
+def test_what_autograd_saves_on_cuda(
+    kind: str, changes: dict[str, Any], precision: torch.dtype, tiny_model: Callable[..., Any]
+) -> None:
+    """Of tensors without contents, which need no card; one alone chooses a fused attention."""
+    shape = MicroBatchShape(
+        windows=3, length=17, kernel="eager", element_bytes=precision.itemsize, device="cuda"
+    )
+    with FakeTensorMode(), torch.device("cuda"), default_dtype(precision):
+        model = tiny_model(kind, attn_implementation="eager", **changes)
+        fuse(model)
+        measured = saved_by_autograd(model, windows=3, length=17)
     assert saved_bytes(sizes_of(model.config), shape) == measured
 
 
