@@ -298,6 +298,24 @@ def test_an_experiment_is_asked_to_stop_before_it_is_killed(obeys: bool, status:
     assert experiment.end_within(process, 0.1, grace_s=2 if obeys else 0.3) == status
 
 
+@pytest.mark.parametrize(
+    ("state", "killed", "told"),
+    [
+        ({"status": "stopped", "at": "student, step 3"}, False, "is at student, step 3"),
+        ({"status": "stopped", "at": "student, step 3"}, True, "is at student, step 3"),
+        ({"status": "running"}, True, "was killed, since it did not stop in time"),
+        (None, True, "was killed, since it did not stop in time"),
+        (None, False, "is at an unknown place"),
+    ],
+)
+def test_where_an_experiment_is_left(
+    state: dict[str, str] | None, killed: bool, told: str, tmp_path: Path
+) -> None:
+    if state is not None:
+        (tmp_path / "state.json").write_text(json.dumps(state))
+    assert experiment._left(tmp_path, killed=killed).startswith(told)
+
+
 def test_an_experiment_that_ends_in_time_keeps_its_status() -> None:
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     assert experiment.end_within(process, 60, grace_s=1) == 3

@@ -108,13 +108,13 @@ def _collect(run_dir: Path) -> str:
 
 
 def _left(run_dir: Path, *, killed: bool) -> str:
-    """Where the run says that it was stopped; one that was killed cannot say."""
-    if killed:
-        return "was killed, since it did not stop in time: it goes on from its last checkpoint"
+    """Where the run says that it was stopped; one that was killed before may not have said it."""
+    at = None
     with suppress(OSError, ValueError):
-        state = json.loads((run_dir / "state.json").read_text(encoding="utf-8"))
-        return f"is at {state.get('at') or state.get('status')}"
-    return "is at an unknown place"
+        at = json.loads((run_dir / "state.json").read_text(encoding="utf-8")).get("at")
+    if at is None and killed:
+        return "was killed, since it did not stop in time: it goes on from its last checkpoint"
+    return f"is at {at or 'an unknown place'}"
 
 
 def _go_on(why: str) -> None:
