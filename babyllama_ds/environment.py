@@ -67,7 +67,8 @@ def code_hash() -> str:
 
 def _commit() -> str | None:
     """The checkout's commit, `+changes` when the tree differs; elsewhere that of the build, or what
-    `BABYLLAMA_DS_REVISION` says, which the image sets."""
+    `BABYLLAMA_DS_REVISION` says, which the image sets. It also speaks for a checkout on a machine
+    without git, where it is set by who brought it there."""
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
         return os.environ.get("BABYLLAMA_DS_REVISION") or _commit_of_build()
@@ -81,6 +82,8 @@ def _commit() -> str | None:
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except FileNotFoundError:
+        return os.environ.get("BABYLLAMA_DS_REVISION") or None
     except (OSError, subprocess.SubprocessError):
         return None
 

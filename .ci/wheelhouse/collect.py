@@ -38,7 +38,9 @@ FROM_SOURCE = ("deepspeed",)
 
 BESIDE_TORCH = "setuptools"
 """What a torch of the machine needs, and may not find: a new environment of Python 3.11 has an old
-one of its own, which hides the machine's. So it is always in the house."""
+one of its own, which hides the machine's. So it is always in a house for that. Later ones bring
+none, and the machine's own is the one that its torch asks for (torch 2.11: older than 82)."""
+HIDES_IT = "3.11"
 
 LEAST_GLIBC = 5
 LEGACY_TAGS = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
@@ -49,7 +51,7 @@ def main() -> None:
     """Collect, write the house, and say what is in it. Raises `UserError`."""
     options = command_line().parse_args()
     target = Target.of(options.python, options.platform, SpecifierSet(about(options.own).requires))
-    machine = machine_of(options.torch, options.have, options.system)
+    machine = machine_of(options.torch, options.have, options.system, python=options.python)
     pins = read_pins(options.constraints)
     if options.torch != "system":
         pins["torch"] = options.torch
@@ -155,10 +157,11 @@ Machine = Mapping[str, Version | None]
 """What it has, by canonical name; a version that is not known is taken to do."""
 
 
-def machine_of(torch: str, have: str, system: Path | None) -> Machine:
-    """From TORCH, HAVE and SYSTEM. Raises `UserError`."""
+def machine_of(torch: str, have: str, system: Path | None, *, python: str) -> Machine:
+    """From TORCH, HAVE, SYSTEM and PYTHON. Raises `UserError`."""
     there: dict[str, Version | None] = {} if system is None else read_freeze(system)
-    there.pop(BESIDE_TORCH, None)
+    if python == HIDES_IT:
+        there.pop(BESIDE_TORCH, None)
     for word in words_of(have):
         found = installed(word if "=" in word else f"{word} @ there")
         if found is None:

@@ -7,7 +7,8 @@ with it takes no other part along. With `--jobs` several share the card, those a
 are rates: most of a part's time is starting and compiling. A measure is written as soon as it is
 there, a part's end before the next one begins; `DIR/table.md` is whole after every part. Started
 again with the same folder, parts that have ended are passed over, failed ones too (`--only PART`
-runs one again); one that was cut off begins anew, and the experiment goes on where it was.
+runs one again); one that was cut off, or interrupted (SIGINT, SIGTERM), begins anew, and the
+experiment goes on where it was.
 
     DIR/results.jsonl   a line for the machine, and one for each beginning, measure and end
     DIR/table.md        the same, for people
@@ -228,6 +229,8 @@ class _Live:
     """The processes of the parts that are running; whatever interrupts us ends them all."""
 
     def __init__(self) -> None:
+        self.interrupted = False
+        """Whether parts end because we do: nothing is known of them then."""
         self._processes = set[subprocess.Popen[bytes]]()
         self._waiting: Sequence[Future[None]] = ()
 
@@ -245,6 +248,7 @@ class _Live:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
+            self.interrupted = True
             for future in self._waiting:
                 future.cancel()
             for process in tuple(self._processes):
@@ -285,6 +289,8 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float, live: 
         finally:
             _end(process)
         reader.join(GRACE_S)
+    if live.interrupted:
+        return
     wrong = [measure for measure in record.measures(part.name) if not measure["passed"]]
     seconds = round(time.monotonic() - started, 1)
     if part.goes_on and (over_time or last.unfinished):
@@ -412,6 +418,10 @@ def machine(device: str) -> dict[str, str]:
     }
 
 
+def _leave(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
+
+
 def main() -> int:
     """What the module's docstring says."""
     names = [part.name for part in PARTS]
@@ -436,6 +446,8 @@ def main() -> int:
         return 0
     os.environ["GPU_PROOF_JOB"] = shlex.join(job)  # for the part's process
     record = Record(words.out, machine(words.device))
+    # Asked to end we end what we have started: it is in sessions of its own, and would run on.
+    signal.signal(signal.SIGTERM, _leave)
     chosen = [part for part in PARTS if words.only is None or part.name in words.only]
     code = prove(
         chosen,

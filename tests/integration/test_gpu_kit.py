@@ -44,6 +44,36 @@ def install(out: Path, target: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+SAID = """
+import torch
+from babyllama_ds.environment import describe_environment
+print(describe_environment(torch.device("cpu"))["commit"])
+"""
+
+
+@pytest.mark.parametrize("with_git", [True, False], ids=["with git", "without"])
+def test_reports_name_the_commit(made: Path, tmp_path: Path, with_git: bool) -> None:
+    target = tmp_path / "there"
+    assert install(made, target).returncode == 0
+    path = tmp_path / "bin"
+    path.mkdir()
+    for name in ["bash", *(["git"] if with_git else [])]:
+        found = shutil.which(name)
+        assert found is not None
+        (path / name).symlink_to(found)
+    (tmp_path / "said.py").write_text(SAID)
+    done = subprocess.run(
+        ["bash", "-c", 'source "$1/env.sh"; python "$2/said.py"', "it", target, tmp_path],
+        env={"PATH": str(path), "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [json.loads((made / "kit.json").read_text())["commit"]]
+
+
 SEARCH = """
 import json, os, sys
 from pathlib import Path

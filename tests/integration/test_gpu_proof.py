@@ -12,16 +12,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
 from gpu import proof
 from gpu.measures import at_most, holds, told
-from gpu.parts import experiment
+from gpu.parts import environment, experiment
 from gpu.proof import Part, Record, prove
 
 FACTS = {"device": "made up", "torch": "0", "commit": "0"}
@@ -207,7 +210,7 @@ def test_parts_share_the_card_but_for_those_that_are_alone(tmp_path: Path) -> No
     assert prove(alone, Record(tmp_path / "alone", FACTS), device="cpu", jobs=1) == 1
 
 
-def test_interrupted_it_ends_all_that_run(tmp_path: Path) -> None:
+def test_interrupted_it_ends_all_that_run_and_says_nothing_of_them(tmp_path: Path) -> None:
     sleeps = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))"
     script = (
         "import signal, sys\nfrom pathlib import Path\nfrom gpu.proof import Part, Record, prove\n"
@@ -235,6 +238,7 @@ def test_interrupted_it_ends_all_that_run(tmp_path: Path) -> None:
     running.send_signal(signal.SIGINT)
     assert running.wait(20) != 0
     assert not any(_lives(int(path.read_text())) for path in pids)
+    assert ends_of(tmp_path / "out") == {}
 
 
 # -- a part that goes on ---------------------------------------------------------------------------
@@ -294,6 +298,24 @@ def test_an_experiment_is_asked_to_stop_before_it_is_killed(obeys: bool, status:
     assert experiment.end_within(process, 0.1, grace_s=2 if obeys else 0.3) == status
 
 
+@pytest.mark.parametrize(
+    ("state", "killed", "told"),
+    [
+        ({"status": "stopped", "at": "student, step 3"}, False, "is at student, step 3"),
+        ({"status": "stopped", "at": "student, step 3"}, True, "is at student, step 3"),
+        ({"status": "running"}, True, "was killed, since it did not stop in time"),
+        (None, True, "was killed, since it did not stop in time"),
+        (None, False, "is at an unknown place"),
+    ],
+)
+def test_where_an_experiment_is_left(
+    state: dict[str, str] | None, killed: bool, told: str, tmp_path: Path
+) -> None:
+    if state is not None:
+        (tmp_path / "state.json").write_text(json.dumps(state))
+    assert experiment._left(tmp_path, killed=killed).startswith(told)
+
+
 def test_an_experiment_that_ends_in_time_keeps_its_status() -> None:
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     assert experiment.end_within(process, 60, grace_s=1) == 3
@@ -317,7 +339,10 @@ def words(out: Path, *more: str) -> list[str]:
     return [sys.executable, proof.__file__, "--out", str(out), "--device", "cpu", *more]
 
 
-def test_killed_in_the_middle_of_a_part_it_loses_that_part_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", [False, True], ids=["killed", "asked to end"])
+def test_ended_in_the_middle_of_a_part_it_loses_that_part_alone(
+    asked: bool, tmp_path: Path
+) -> None:
     """The real script: cut off, then started again with the same words."""
     chosen = words(tmp_path, "--only", "experiment", "environment")
     running = subprocess.Popen(
@@ -328,9 +353,13 @@ def test_killed_in_the_middle_of_a_part_it_loses_that_part_alone(tmp_path: Path)
         while not _measured(tmp_path) and time.monotonic() < until:
             assert running.poll() is None, running.stderr.read() if running.stderr else ""
             time.sleep(0.02)
+        if asked:  # it ends its parts, which are in sessions of their own, as above
+            running.terminate()
+            assert running.wait(60) == 128 + signal.SIGTERM
         cut_off = ends_of(tmp_path)
     finally:
-        os.killpg(running.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)
         running.wait()
     assert cut_off == {}
     done = subprocess.run(chosen, capture_output=True, text=True, timeout=240, check=False)
@@ -348,6 +377,27 @@ def test_killed_in_the_middle_of_a_part_it_loses_that_part_alone(tmp_path: Path)
 def _measured(folder: Path) -> bool:
     path = folder / "results.jsonl"
     return path.exists() and '"measure"' in path.read_text()
+
+
+@pytest.mark.parametrize("num_parts", [2, 8, 64])
+def test_long_sums_of_parts_in_bf16_are_told_from_those_in_fp32(num_parts: int) -> None:
+    def rounded_parts(left: Tensor, right: Tensor) -> Tensor:
+        ones, others = (torch.stack(each.double().chunk(num_parts, 1)) for each in (left, right))
+        return (ones @ others.mT).bfloat16().double().sum(0).bfloat16()
+
+    assert environment.long_sums_error(rounded_parts) > environment.BF16_SUM
+
+
+def test_long_sums_that_a_card_cuts_off_are_allowed() -> None:
+    def cut_off(left: Tensor, right: Tensor) -> Tensor:
+        sums = torch.zeros(64, 64, dtype=torch.float64)
+        pairs = zip(left.double().split(16, 1), right.double().split(16, 1), strict=True)
+        for one, other in pairs:
+            digits, exponents = torch.frexp(sums + one @ other.T)
+            sums = torch.ldexp(torch.floor(digits * 2**24) / 2**24, exponents)
+        return sums.bfloat16()
+
+    assert 2**-8 < environment.long_sums_error(cut_off) <= environment.BF16_SUM
 
 
 def test_without_a_card_it_says_so(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ def applies(requirement: Requirement, python: str) -> bool:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_image_has_all_that_is_required(python: str) -> None:
-    """Following what installed packages say of themselves, from this one on."""
+    """Following what installed packages say of themselves, from this one on: of another version
+    than the lock's they may say something else."""
     there = {
         package: each.version
         for name in ("runtime", "cuda")
@@ -132,6 +133,8 @@ def test_the_image_has_all_that_is_required(python: str) -> None:
     while wanted:
         each = wanted.pop()
         name = canonicalize_name(each.name)
+        if (installed := other_version(name, there.get(name))) is not None:
+            pytest.skip(f"{name} {installed} is installed, {there[name]} is locked (make setup)")
         for line in of_package(each.name):
             needed = Requirement(line)
             extras = {"", *each.extras}
@@ -148,6 +151,16 @@ def test_the_image_has_all_that_is_required(python: str) -> None:
                 seen.add((package, *sorted(needed.extras)))
                 wanted.append(needed)
     assert len(seen) > 60
+
+
+def other_version(name: str, locked: str | None) -> str | None:
+    """The installed version, if it is not the locked one; builds of one version are alike."""
+    try:
+        installed = Version(version(name))
+    except PackageNotFoundError:
+        return None
+    same = locked is None or installed.public == Version(locked).public
+    return None if same else str(installed)
 
 
 def of_package(name: str) -> list[str]:

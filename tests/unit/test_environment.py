@@ -106,15 +106,22 @@ def test_outside_a_checkout_there_is_no_commit_but_an_images(
 
 
 @needs_git
-def test_without_git_there_is_no_commit(
+def test_without_git_there_is_no_commit_but_the_one_that_was_named(
     git: Git, checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(checkout / "empty"))
     assert environment._commit() is None
+    monkeypatch.setenv("BABYLLAMA_DS_REVISION", "")
+    assert environment._commit() is None
+    monkeypatch.setenv("BABYLLAMA_DS_REVISION", "0123abcd")
+    assert environment._commit() == "0123abcd"
 
 
-def test_a_broken_checkout_has_no_commit(checkout: Path) -> None:
+@needs_git
+def test_a_broken_checkout_has_no_commit(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (checkout / ".git").mkdir()
+    assert environment._commit() is None
+    monkeypatch.setenv("BABYLLAMA_DS_REVISION", "0123abcd")  # git is there, and knows of none
     assert environment._commit() is None
 
 

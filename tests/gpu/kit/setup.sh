@@ -59,7 +59,12 @@ if [ "${#wheels[@]}" -gt 0 ]; then
 fi
 touch "$environment/.ready" # `make` finds its environment made
 
+# Without git the checkout cannot say which commit it is, and reports name it.
+revision=$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["commit"])' \
+  "$here/kit.json")
+
 cat >"$target/env.sh" <<END
+command -v git >/dev/null || export BABYLLAMA_DS_REVISION='$revision'
 export BABYLM_DATA='$target/data'
 export RUNS='$target/runs'
 export HF_HUB_OFFLINE=1

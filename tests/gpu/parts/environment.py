@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from babyllama_ds.engine.matmul_rate import measure_matmul_rates
 from babyllama_ds.environment import describe_environment
@@ -15,6 +16,10 @@ from gpu.measures import Measure, at_most, told
 
 COPIED_BYTES = {"cuda": 2**32, "cpu": 2**26}
 TIMES = 10
+LONG = 65_536
+BF16_SUM = 2**-8 + 2**-11
+"""One rounding of the sum, and what a sum in fp32 loses before: matrix units add sixteen products
+at a time, 4,096 times here, and may cut off rather than round, 2^-23 of the sum at most each."""
 
 
 def measure(device: torch.device, *, small: bool) -> Iterator[Measure]:
@@ -58,16 +63,20 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _bf16_sums(device: torch.device) -> Measure:
-    """A long inner product: summed in fp32 and rounded once it is off by 2^-9 of itself, no more.
+    """cuBLAS may sum parts of a long product in bf16 (`allow_bf16_reduced_precision_reduction`)."""
+    error = long_sums_error(lambda one, other: (one.to(device) @ other.to(device).T).cpu())
+    return at_most("long bf16 products, relative error", error, BF16_SUM)
 
-    cuBLAS may sum parts of a long product in bf16 (`allow_bf16_reduced_precision_reduction`).
+
+def long_sums_error(multiply: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """The largest relative error of long inner products: `multiply(left_MK, right_NK)` in bf16.
+
+    They lie about 2^14, where a bf16 number's half step is the largest part of it, 2^-8.
     """
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.rand(64, 65_536, generator=generator).bfloat16() for _ in range(2))
+    left, right = (torch.rand(64, LONG, generator=generator).bfloat16() for _ in range(2))
     exact = left.double() @ right.double().T
-    product = (left.to(device) @ right.to(device).T).cpu().double()
-    error = float(((product - exact) / exact).abs().max())
-    return at_most("long bf16 products, relative error", error, 2**-8)
+    return float(((multiply(left, right).double() - exact) / exact).abs().max())
 
 
 def _wait(device: torch.device) -> None:

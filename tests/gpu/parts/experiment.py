@@ -62,7 +62,7 @@ def measure(device: torch.device, *, small: bool, job: Sequence[str]) -> Iterato
     yield told("seconds of this start", time.monotonic() - started)
     yield told("results", _collect(runs / spec.run_name))
     if is_to_go_on(code, asked=asked):
-        _go_on(f"{spec.run_name} is at {_stands_at(runs / spec.run_name)}")
+        _go_on(f"{spec.run_name} {_left(runs / spec.run_name, killed=code != STOPPED)}")
     else:
         yield holds(f"{job[0]} ran to its end", code == 0, f"status {code}")
 
@@ -107,12 +107,14 @@ def _collect(run_dir: Path) -> str:
     return str(target)
 
 
-def _stands_at(run_dir: Path) -> str:
-    """Where the run says that it was stopped."""
+def _left(run_dir: Path, *, killed: bool) -> str:
+    """Where the run says that it was stopped; one that was killed before may not have said it."""
+    at = None
     with suppress(OSError, ValueError):
-        state = json.loads((run_dir / "state.json").read_text(encoding="utf-8"))
-        return str(state.get("at") or state.get("status"))
-    return "an unknown place"
+        at = json.loads((run_dir / "state.json").read_text(encoding="utf-8")).get("at")
+    if at is None and killed:
+        return "was killed, since it did not stop in time: it goes on from its last checkpoint"
+    return f"is at {at or 'an unknown place'}"
 
 
 def _go_on(why: str) -> None:

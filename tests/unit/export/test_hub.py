@@ -27,6 +27,9 @@ TOKEN = "hf_atest"
 def by_plain_http(monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub of these tests knows git's protocol for large files, not Xet's."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    # The hub is a process's own here, wherever the tests run.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
 @pytest.fixture
