@@ -36,7 +36,16 @@ case $1,$FORM in
     # shellcheck disable=SC2086
     pip install --no-deps $TORCH_FROM "$(grep '^torch==' constraints.txt)"
     ;;
-  flash,cuda) locked flash ;;
+  flash,cuda)
+    if [ "$FLASH_ATTN_CUDA_ARCHS" = none ]; then
+      echo 'FlashAttention is left out'
+    elif [[ $FLASH_ATTN_CUDA_ARCHS =~ ^[0-9]+(;[0-9]+)*$ ]]; then
+      locked flash
+    else
+      echo "FLASH_ATTN_CUDA_ARCHS: got '$FLASH_ATTN_CUDA_ARCHS', expected 80;90;100, some of them, or none" >&2
+      exit 2
+    fi
+    ;;
   flash,cpu) echo 'FlashAttention is for CUDA: not in this form' ;;
   packages,*) locked runtime ;;
   babyllama_ds,*)

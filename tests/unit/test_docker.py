@@ -150,6 +150,30 @@ def test_the_image_has_all_that_is_required(python: str) -> None:
     assert len(seen) > 60
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_kernels_can_import_torch_before_the_other_packages_are_there(python: str) -> None:
+    """DeepSpeed and FlashAttention ask torch how they are to be built; a build without isolation
+    has what stands in the locks that come before theirs, and nothing else."""
+    there = {
+        package
+        for name in ("build", "cuda")
+        for package, each in read_lock(name).items()
+        if applies(each.requirement, python)
+    }
+    wanted, missing = ["torch"], set[str]()
+    while wanted:
+        package = canonicalize_name(wanted.pop())
+        if package not in there:
+            missing.add(package)
+            continue
+        wanted += [
+            needed.name
+            for line in of_package(package)
+            if applies(needed := Requirement(line), python)
+        ]
+    assert missing == set()
+
+
 def of_package(name: str) -> list[str]:
     try:
         return requires(name) or []
@@ -445,6 +469,63 @@ def wait_for(path: Path) -> None:
 
 
 # -- building --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Callable[..., tuple[int, list[str], str]]:
+    """A step of the build with a pip that only tells what it was asked for, and with what."""
+    told = tmp_path / "told.txt"
+    stub = tmp_path / "pip"
+    tell = f'printf "%s\\n" "$*" "NVCC_APPEND_FLAGS=$NVCC_APPEND_FLAGS" >>{told}'
+    stub.write_text(f"#!/bin/sh\n{tell}\n", encoding="utf-8")
+    stub.chmod(0o755)
+
+    def run(step: str, **arguments: str) -> tuple[int, list[str], str]:
+        told.unlink(missing_ok=True)
+        done = subprocess.run(
+            [DOCKER / "install.sh", step],
+            env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **arguments},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        asked = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+        return done.returncode, asked, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("archs", ["80;90;100", "90"])
+def test_flash_attention_is_built_with_torchs_standard_of_cpp(
+    archs: str, install: Callable[..., tuple[int, list[str], str]]
+) -> None:
+    code, asked, _ = install("flash", FORM="cuda", FLASH_ATTN_CUDA_ARCHS=archs)
+    assert code == 0
+    (line, flags) = asked
+    assert line.endswith("--require-hashes -r docker/flash.lock")
+    assert "--no-build-isolation" in line  # against the image's torch, not another
+    assert flags == "NVCC_APPEND_FLAGS=-std=c++20"
+
+
+def test_flash_attention_can_be_left_out(
+    install: Callable[..., tuple[int, list[str], str]],
+) -> None:
+    code, asked, _ = install("flash", FORM="cuda", FLASH_ATTN_CUDA_ARCHS="none")
+    assert (code, asked) == (0, [])
+    code, asked, _ = install("flash", FORM="cpu", FLASH_ATTN_CUDA_ARCHS="80")
+    assert (code, asked) == (0, [])
+    # All else of the form for GPUs is still there.
+    _, asked, _ = install("torch", FORM="cuda", FLASH_ATTN_CUDA_ARCHS="none")
+    assert [line.split()[-1] for line in asked[::2]] == ["docker/build.lock", "docker/cuda.lock"]
+
+
+@pytest.mark.parametrize("archs", ["", "9.0", "80,90", "80;", "None"])
+def test_architectures_that_flash_attention_would_misread_are_refused(
+    archs: str, install: Callable[..., tuple[int, list[str], str]]
+) -> None:
+    code, asked, err = install("flash", FORM="cuda", FLASH_ATTN_CUDA_ARCHS=archs)
+    assert (code, asked) == (2, [])
+    assert f"FLASH_ATTN_CUDA_ARCHS: got '{archs}', expected 80;90;100, some of them, or none" in err
 
 
 def test_kernels_are_built_for_other_hosts_and_for_torchs_headers(tmp_path: Path) -> None:
