@@ -258,6 +258,30 @@ def test_labels_say_where_it_comes_from() -> None:
     assert found["licenses"] == project["license"]
     assert found["description"] == project["description"]
     assert set(found) >= {"title"}
+    arguments = re.search(r'babyllama_ds\.arguments="([^"]*)"', labels)
+    assert arguments
+    of_cards = {"FORM", "TORCH_CUDA_ARCH_LIST", "FLASH_ATTN_CUDA_ARCHS"}
+    assert set(re.findall(r"(\w+)=\$\{\1\}", arguments[1])) == of_cards
+    # An argument has no value in a stage that does not name it.
+    last = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert of_cards <= set(re.findall(r"^ARG (\w+)", last, re.M))
+
+
+def test_any_user_may_write_what_is_mounted_and_what_is_kept() -> None:
+    """A volume has the mode of the folder that it is mounted on, and without one is root's."""
+    (run,) = (rest for rest in instructions("RUN") if "install -d" in rest)
+    made = re.search(r"install -d -m 1777((?: /[\w./]+)+)", run)
+    assert made
+    folders = set(made[1].split())
+    whole = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
+    (service,) = whole["services"].values()
+    written = {each["target"] for each in service["volumes"] if not each.get("read_only")}
+    assert written <= folders
+    (variables,) = (rest for rest in instructions("ENV") if "HOME=" in rest)
+    named = dict(word.split("=", 1) for word in variables.split())
+    assert {named["HOME"], named["RUNS"]} <= folders
+    for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert named[cache].startswith(f"{named['HOME']}/.cache/"), cache
 
 
 def test_it_runs_as_an_ordinary_user_and_knows_how_it_is() -> None:

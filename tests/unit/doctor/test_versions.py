@@ -116,8 +116,32 @@ def test_torch_and_the_driver(
 
 
 def test_without_a_card_cuda_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BABYLLAMA_DS_FORM", raising=False)
     pretend_cuda(monkeypatch, "12.8", None, usable=False)
     assert "cuda" not in {each.check for each in module.versions()}
+
+
+@pytest.mark.parametrize("driver", [None, (0, 0)])
+def test_the_image_for_gpus_says_that_it_was_given_none(
+    driver: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(0, 0) is what torch is told where the host's kernel has a driver, and the container not."""
+    monkeypatch.setenv("BABYLLAMA_DS_FORM", "cuda")
+    pretend_cuda(monkeypatch, "13.0", driver, usable=False)
+    found = finding("cuda")
+    assert found.status == "warning"  # a container is healthy with it
+    assert "the container was given none: jobs run on the CPU" in found.found
+    assert found.remedy is not None
+    assert "docker run --gpus all" in found.remedy
+
+
+def test_a_driver_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that is too old."""
+    monkeypatch.delenv("BABYLLAMA_DS_FORM", raising=False)
+    pretend_cuda(monkeypatch, "13.0", (0, 0), usable=False)
+    found = finding("cuda")
+    assert found.status == "failure"
+    assert "libcuda.so.1 is not found" in found.found
 
 
 def test_a_card_that_torch_was_not_built_for(
