@@ -5,6 +5,7 @@ The ranges are those of the package's own metadata (`pyproject.toml`), so they s
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from babyllama_ds.doctor.findings import Finding, failure, ok, warning
 SHOWN = ("torch", "deepspeed", "transformers")
 REINSTALL = "make setup, or: pip install -c constraints.txt -e ."
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+DRIVER_LIBRARY = "libcuda.so.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ def _no_driver(*, is_loaded: bool) -> Iterator[Finding]:
     elif is_loaded:
         yield failure(
             "cuda",
-            "there is an NVIDIA driver, but its library libcuda.so.1 is not found",
+            f"there is an NVIDIA driver, but its library {DRIVER_LIBRARY} is not found",
             remedy="install the driver's libraries (run nvidia-smi); in a container, start it with "
             "its GPUs (docker run --gpus all)",
         )
@@ -164,5 +166,11 @@ def _driver_cuda() -> tuple[int, int] | None:
     library."""
     if not DRIVER_FILE.exists() and not torch.cuda.is_available():
         return None
-    number: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return number // 1000, number % 1000 // 10
+    try:
+        library = ctypes.CDLL(DRIVER_LIBRARY)
+    except OSError:
+        return 0, 0
+    number = ctypes.c_int()
+    # Needs no cuInit, so no card is touched. torch has no word of its own for it.
+    library.cuDriverGetVersion(ctypes.byref(number))
+    return number.value // 1000, number.value % 1000 // 10

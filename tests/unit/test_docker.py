@@ -500,7 +500,8 @@ def install(tmp_path: Path) -> Callable[..., tuple[int, list[str], str]]:
     """A step of the build with a pip that only tells what it was asked for, and with what."""
     told = tmp_path / "told.txt"
     stub = tmp_path / "pip"
-    tell = f'printf "%s\\n" "$*" "NVCC_APPEND_FLAGS=$NVCC_APPEND_FLAGS" >>{told}'
+    variables = '"NVCC_APPEND_FLAGS=$NVCC_APPEND_FLAGS NVCC_THREADS=$NVCC_THREADS"'
+    tell = f'printf "%s\\n" "$*" {variables} >>{told}'
     stub.write_text(f"#!/bin/sh\n{tell}\n", encoding="utf-8")
     stub.chmod(0o755)
 
@@ -520,7 +521,7 @@ def install(tmp_path: Path) -> Callable[..., tuple[int, list[str], str]]:
 
 
 @pytest.mark.parametrize("archs", ["80;90;100", "90"])
-def test_flash_attention_is_built_with_torchs_standard_of_cpp(
+def test_flash_attention_is_built_as_torch_and_the_builders_memory_need(
     archs: str, install: Callable[..., tuple[int, list[str], str]]
 ) -> None:
     code, asked, _ = install("flash", FORM="cuda", FLASH_ATTN_CUDA_ARCHS=archs)
@@ -528,7 +529,7 @@ def test_flash_attention_is_built_with_torchs_standard_of_cpp(
     (line, flags) = asked
     assert line.endswith("--require-hashes -r docker/flash.lock")
     assert "--no-build-isolation" in line  # against the image's torch, not another
-    assert flags == "NVCC_APPEND_FLAGS=-std=c++20"
+    assert flags == "NVCC_APPEND_FLAGS=-std=c++20 NVCC_THREADS=1"
 
 
 def test_flash_attention_can_be_left_out(

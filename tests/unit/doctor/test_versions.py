@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -142,6 +144,24 @@ def test_a_driver_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
     found = finding("cuda")
     assert found.status == "failure"
     assert "libcuda.so.1 is not found" in found.found
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_the_drivers_library_is_asked_what_it_supports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library with the function of CUDA's driver API, of a kernel that has a driver."""
+    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+    source.write_text("int cuDriverGetVersion(int *v) { *v = 13020; return 0; }", encoding="utf-8")
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
+    monkeypatch.setattr(module, "DRIVER_FILE", source)
+    monkeypatch.setattr(module, "DRIVER_LIBRARY", str(library))
+    assert module._driver_cuda() == (13, 2)
+    monkeypatch.setattr(module, "DRIVER_LIBRARY", str(tmp_path / "none.so"))
+    assert module._driver_cuda() == (0, 0)
+    monkeypatch.setattr(module, "DRIVER_FILE", tmp_path / "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module._driver_cuda() is None
 
 
 def test_a_card_that_torch_was_not_built_for(
