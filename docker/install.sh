@@ -17,6 +17,9 @@ build_for_cuda() {
   export DS_ACCELERATOR=cuda DS_BUILD_FUSED_ADAM=1 DS_BUILD_CPU_ADAM=1
   # Never a wheel that was built elsewhere, for which it would look first.
   export FLASH_ATTENTION_FORCE_BUILD=TRUE
+  # One architecture after another in each compiler, so that MAX_JOBS counts all that run at a time:
+  # by itself it takes four threads, and the memory of as many.
+  export NVCC_THREADS=1
   # torch's headers are C++20; FlashAttention asks its compilers for C++17.
   export CXX="$PWD/docker/c++.sh" NVCC_APPEND_FLAGS=-std=c++20
 }
@@ -36,7 +39,16 @@ case $1,$FORM in
     # shellcheck disable=SC2086
     pip install --no-deps $TORCH_FROM "$(grep '^torch==' constraints.txt)"
     ;;
-  flash,cuda) locked flash ;;
+  flash,cuda)
+    if [ "$FLASH_ATTN_CUDA_ARCHS" = none ]; then
+      echo 'FlashAttention is left out'
+    elif [[ $FLASH_ATTN_CUDA_ARCHS =~ ^[0-9]+(;[0-9]+)*$ ]]; then
+      locked flash
+    else
+      echo "FLASH_ATTN_CUDA_ARCHS: got '$FLASH_ATTN_CUDA_ARCHS', expected 80;90;100, some of them, or none" >&2
+      exit 2
+    fi
+    ;;
   flash,cpu) echo 'FlashAttention is for CUDA: not in this form' ;;
   packages,*) locked runtime ;;
   babyllama_ds,*)

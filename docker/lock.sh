@@ -3,7 +3,7 @@
 #   runtime.lock  what this package needs at run time, in either form of the image, but for torch
 #   cuda.lock     torch built for CUDA, with the libraries that it brings
 #   flash.lock    FlashAttention, which is built against that torch
-#   build.lock    what builds packages that come as source
+#   build.lock    what builds packages that come as source, and what torch needs to be imported there
 # Versions are those of constraints.txt; what it does not name, since no CPU has it, is resolved.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -33,5 +33,5 @@ compile docker/cuda.lock --no-deps "$work/cuda.in"
 echo 'flash-attn>=2.8' >"$work/flash.in"
 compile docker/flash.lock --no-deps "$work/flash.in"
 
-printf '%s\n' 'setuptools>=77' wheel ninja psutil >"$work/build.in"
-compile docker/build.lock "$work/build.in"
+printf '%s\n' 'setuptools>=77' wheel ninja psutil torch >"$work/build.in"
+compile docker/build.lock "${cuda[@]/#/--no-emit-package=}" "$work/build.in"

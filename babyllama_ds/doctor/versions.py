@@ -5,6 +5,8 @@ The ranges are those of the package's own metadata (`pyproject.toml`), so they s
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -19,6 +21,7 @@ from babyllama_ds.doctor.findings import Finding, failure, ok, warning
 SHOWN = ("torch", "deepspeed", "transformers")
 REINSTALL = "make setup, or: pip install -c constraints.txt -e ."
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
+DRIVER_LIBRARY = "libcuda.so.1"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +121,9 @@ def _cuda() -> Iterator[Finding]:
                 remedy="install torch from the CUDA index (pytorch.org/get-started) to use the GPU",
             )
         return
-    if driver is None:
-        return  # a build with CUDA on a machine without a card
+    if driver is None or not any(driver):
+        yield from _no_driver(is_loaded=driver is not None)
+        return
     found = f"torch is built for CUDA {built_for}; the driver supports {driver[0]}.{driver[1]}"
     # Within one major version any driver runs any build (CUDA's minor-version compatibility).
     if driver[0] < int(built_for.partition(".")[0]):
@@ -135,9 +139,38 @@ def _cuda() -> Iterator[Finding]:
         yield ok("cuda", found)
 
 
+def _no_driver(*, is_loaded: bool) -> Iterator[Finding]:
+    """Nothing of a build with CUDA on a machine without a card: many are installed so.
+
+    The image for GPUs is not; and a container that was given none sees the kernel's part of its
+    host's driver all the same.
+    """
+    if os.environ.get("BABYLLAMA_DS_FORM") == "cuda":
+        yield warning(
+            "cuda",
+            "this is the image for GPUs, and the container was given none: jobs run on the CPU",
+            remedy="docker run --gpus all; the host needs its NVIDIA driver, and the NVIDIA "
+            "Container Toolkit",
+        )
+    elif is_loaded:
+        yield failure(
+            "cuda",
+            f"there is an NVIDIA driver, but its library {DRIVER_LIBRARY} is not found",
+            remedy="install the driver's libraries (run nvidia-smi); in a container, start it with "
+            "its GPUs (docker run --gpus all)",
+        )
+
+
 def _driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA version that the driver supports; none without a driver."""
+    """The newest CUDA version that the driver supports; none without a driver, (0, 0) without its
+    library."""
     if not DRIVER_FILE.exists() and not torch.cuda.is_available():
         return None
-    number: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    return number // 1000, number % 1000 // 10
+    try:
+        library = ctypes.CDLL(DRIVER_LIBRARY)
+    except OSError:
+        return 0, 0
+    number = ctypes.c_int()
+    # Needs no cuInit, so no card is touched. torch has no word of its own for it.
+    library.cuDriverGetVersion(ctypes.byref(number))
+    return number.value // 1000, number.value % 1000 // 10

@@ -163,6 +163,30 @@ def other_version(name: str, locked: str | None) -> str | None:
     return None if same else str(installed)
 
 
+@pytest.mark.parametrize("python", PYTHONS)
+def test_kernels_can_import_torch_before_the_other_packages_are_there(python: str) -> None:
+    """DeepSpeed and FlashAttention ask torch how they are to be built; a build without isolation
+    has what stands in the locks that come before theirs, and nothing else."""
+    there = {
+        package
+        for name in ("build", "cuda")
+        for package, each in read_lock(name).items()
+        if applies(each.requirement, python)
+    }
+    wanted, missing = ["torch"], set[str]()
+    while wanted:
+        package = canonicalize_name(wanted.pop())
+        if package not in there:
+            missing.add(package)
+            continue
+        wanted += [
+            needed.name
+            for line in of_package(package)
+            if applies(needed := Requirement(line), python)
+        ]
+    assert missing == set()
+
+
 def of_package(name: str) -> list[str]:
     try:
         return requires(name) or []
@@ -247,6 +271,30 @@ def test_labels_say_where_it_comes_from() -> None:
     assert found["licenses"] == project["license"]
     assert found["description"] == project["description"]
     assert set(found) >= {"title"}
+    arguments = re.search(r'babyllama_ds\.arguments="([^"]*)"', labels)
+    assert arguments
+    of_cards = {"FORM", "TORCH_CUDA_ARCH_LIST", "FLASH_ATTN_CUDA_ARCHS"}
+    assert set(re.findall(r"(\w+)=\$\{\1\}", arguments[1])) == of_cards
+    # An argument has no value in a stage that does not name it.
+    last = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert of_cards <= set(re.findall(r"^ARG (\w+)", last, re.M))
+
+
+def test_any_user_may_write_what_is_mounted_and_what_is_kept() -> None:
+    """A volume has the mode of the folder that it is mounted on, and without one is root's."""
+    (run,) = (rest for rest in instructions("RUN") if "install -d" in rest)
+    made = re.search(r"install -d -m 1777((?: /[\w./]+)+)", run)
+    assert made
+    folders = set(made[1].split())
+    whole = yaml.safe_load((DOCKER / "compose.yaml").read_text(encoding="utf-8"))
+    (service,) = whole["services"].values()
+    written = {each["target"] for each in service["volumes"] if not each.get("read_only")}
+    assert written <= folders
+    (variables,) = (rest for rest in instructions("ENV") if "HOME=" in rest)
+    named = dict(word.split("=", 1) for word in variables.split())
+    assert {named["HOME"], named["RUNS"]} <= folders
+    for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        assert named[cache].startswith(f"{named['HOME']}/.cache/"), cache
 
 
 def test_it_runs_as_an_ordinary_user_and_knows_how_it_is() -> None:
@@ -458,6 +506,64 @@ def wait_for(path: Path) -> None:
 
 
 # -- building --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Callable[..., tuple[int, list[str], str]]:
+    """A step of the build with a pip that only tells what it was asked for, and with what."""
+    told = tmp_path / "told.txt"
+    stub = tmp_path / "pip"
+    variables = '"NVCC_APPEND_FLAGS=$NVCC_APPEND_FLAGS NVCC_THREADS=$NVCC_THREADS"'
+    tell = f'printf "%s\\n" "$*" {variables} >>{told}'
+    stub.write_text(f"#!/bin/sh\n{tell}\n", encoding="utf-8")
+    stub.chmod(0o755)
+
+    def run(step: str, **arguments: str) -> tuple[int, list[str], str]:
+        told.unlink(missing_ok=True)
+        done = subprocess.run(
+            [DOCKER / "install.sh", step],
+            env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **arguments},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        asked = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+        return done.returncode, asked, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("archs", ["80;90;100", "90"])
+def test_flash_attention_is_built_as_torch_and_the_builders_memory_need(
+    archs: str, install: Callable[..., tuple[int, list[str], str]]
+) -> None:
+    code, asked, _ = install("flash", FORM="cuda", FLASH_ATTN_CUDA_ARCHS=archs)
+    assert code == 0
+    (line, flags) = asked
+    assert line.endswith("--require-hashes -r docker/flash.lock")
+    assert "--no-build-isolation" in line  # against the image's torch, not another
+    assert flags == "NVCC_APPEND_FLAGS=-std=c++20 NVCC_THREADS=1"
+
+
+def test_flash_attention_can_be_left_out(
+    install: Callable[..., tuple[int, list[str], str]],
+) -> None:
+    code, asked, _ = install("flash", FORM="cuda", FLASH_ATTN_CUDA_ARCHS="none")
+    assert (code, asked) == (0, [])
+    code, asked, _ = install("flash", FORM="cpu", FLASH_ATTN_CUDA_ARCHS="80")
+    assert (code, asked) == (0, [])
+    # All else of the form for GPUs is still there.
+    _, asked, _ = install("torch", FORM="cuda", FLASH_ATTN_CUDA_ARCHS="none")
+    assert [line.split()[-1] for line in asked[::2]] == ["docker/build.lock", "docker/cuda.lock"]
+
+
+@pytest.mark.parametrize("archs", ["", "9.0", "80,90", "80;", "None"])
+def test_architectures_that_flash_attention_would_misread_are_refused(
+    archs: str, install: Callable[..., tuple[int, list[str], str]]
+) -> None:
+    code, asked, err = install("flash", FORM="cuda", FLASH_ATTN_CUDA_ARCHS=archs)
+    assert (code, asked) == (2, [])
+    assert f"FLASH_ATTN_CUDA_ARCHS: got '{archs}', expected 80;90;100, some of them, or none" in err
 
 
 def test_kernels_are_built_for_other_hosts_and_for_torchs_headers(tmp_path: Path) -> None:

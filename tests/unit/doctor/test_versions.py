@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -116,8 +118,50 @@ def test_torch_and_the_driver(
 
 
 def test_without_a_card_cuda_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BABYLLAMA_DS_FORM", raising=False)
     pretend_cuda(monkeypatch, "12.8", None, usable=False)
     assert "cuda" not in {each.check for each in module.versions()}
+
+
+@pytest.mark.parametrize("driver", [None, (0, 0)])
+def test_the_image_for_gpus_says_that_it_was_given_none(
+    driver: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """(0, 0) is what torch is told where the host's kernel has a driver, and the container not."""
+    monkeypatch.setenv("BABYLLAMA_DS_FORM", "cuda")
+    pretend_cuda(monkeypatch, "13.0", driver, usable=False)
+    found = finding("cuda")
+    assert found.status == "warning"  # a container is healthy with it
+    assert "the container was given none: jobs run on the CPU" in found.found
+    assert found.remedy is not None
+    assert "docker run --gpus all" in found.remedy
+
+
+def test_a_driver_without_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one that is too old."""
+    monkeypatch.delenv("BABYLLAMA_DS_FORM", raising=False)
+    pretend_cuda(monkeypatch, "13.0", (0, 0), usable=False)
+    found = finding("cuda")
+    assert found.status == "failure"
+    assert "libcuda.so.1 is not found" in found.found
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+def test_the_drivers_library_is_asked_what_it_supports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library with the function of CUDA's driver API, of a kernel that has a driver."""
+    source, library = tmp_path / "driver.c", tmp_path / "libcuda.so.1"
+    source.write_text("int cuDriverGetVersion(int *v) { *v = 13020; return 0; }", encoding="utf-8")
+    subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
+    monkeypatch.setattr(module, "DRIVER_FILE", source)
+    monkeypatch.setattr(module, "DRIVER_LIBRARY", str(library))
+    assert module._driver_cuda() == (13, 2)
+    monkeypatch.setattr(module, "DRIVER_LIBRARY", str(tmp_path / "none.so"))
+    assert module._driver_cuda() == (0, 0)
+    monkeypatch.setattr(module, "DRIVER_FILE", tmp_path / "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module._driver_cuda() is None
 
 
 def test_a_card_that_torch_was_not_built_for(
