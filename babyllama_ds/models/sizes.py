@@ -48,6 +48,8 @@ class ModelSizes:
     """`llama`, `gpt2`, or transformers' name of a loaded model's architecture."""
     params: int
     """Parameters, shared ones counted once."""
+    parameter_sizes: tuple[int, ...]
+    """Of each matrix, embedding, norm and bias: what `params` is the sum of."""
     backbone_weights: int
     """Weights of the matrix products before the head."""
     head_rows: int
@@ -148,6 +150,7 @@ def sizes_of(config: PretrainedConfig) -> ModelSizes:
     return ModelSizes(
         family=config.model_type,
         params=count_parameters(model),
+        parameter_sizes=tuple(parameter.numel() for parameter in model.parameters()),
         backbone_weights=sum(_weights(m, config) for m in model.modules() if m is not head),
         head_rows=head.weight.shape[0],
         hidden_size=hidden,
