@@ -102,7 +102,7 @@ def measured(engine: TrainingEngine, micro_batches: int) -> dict[str, int]:
             del loss
             with record_function("updating" if last else "other"):
                 engine.step(1e-3)
-    results: Any = profiled.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profiled.profiler.kineto_results
     events = sorted(results.events(), key=lambda event: event.start_ns())
     spans = {event.name(): (event.start_ns(), event.end_ns()) for event in events}
     parts = [name for name in ("at rest", "between", "reducing", "updating") if name in spans]

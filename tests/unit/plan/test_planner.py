@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+from transformers import Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
@@ -19,6 +20,7 @@ from babyllama_ds.plan.machines import CARDS, USABLE, UTILISATION, Machine
 from babyllama_ds.plan.planner import Plan, Question, plan_job
 from babyllama_ds.plan.rates import Rate
 from babyllama_ds.plan.text import plan_as_json, render_plan
+from babyllama_ds.plan.traced import NotTracedError
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.store import Store
 
@@ -474,3 +476,38 @@ def test_the_kernels_work_takes_no_room(
         "student": 16 * vocab * (2 * models + 4 * spaces),
         "control": tokens * vocab * 2,
     }
+
+
+# -- other families --------------------------------------------------------------------------------
+
+
+def test_models_of_other_families_are_run_on_shapes_or_said_to_be_estimates(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Qwen2Config(
+        vocab_size=800,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    ).save_pretrained(tmp_path / "qwen")
+    path = f"{{kind: pretrained, path: {tmp_path / 'qwen'}}}"
+    job = nursery(f"student.model={path}", "control=null", f"teachers=[{{name: q, model: {path}}}]")
+    question = Question(tokens=65_000, runs=tmp_path / "runs", ranks=(1,))
+    plan = plan_job(job, question)
+    (of_teacher,) = [line for line in plan.assumptions if line.startswith("memory of")]
+    assert of_teacher.startswith("memory of q, teachers of other families: while they compute")
+    exact = plan.counts[0].memory["student"].moments["forward"]["activations"]
+
+    def refuse(*_: Any, **__: Any) -> int:
+        raise NotTracedError
+
+    monkeypatch.setattr("babyllama_ds.plan.activations.kept_bytes", refuse)
+    plan = plan_job(job, question)
+    said, _ = [line for line in plan.assumptions if line.startswith("memory of")]
+    assert said.startswith("memory of student: activations of qwen2 counted as those of a LLaMA")
+    assert plan.counts[0].memory["student"].moments["forward"]["activations"] < exact
