@@ -94,6 +94,53 @@ def test_what_has_to_be_read_is_counted(files_job: Job, tmp_path: Path) -> None:
     assert found.dev_tokens == round((50 * 100 + 2_000) / 2.21)
 
 
+@pytest.mark.parametrize(("asked", "each"), [("none", 0), ("begin", 1), ("end", 1), ("both", 2)])
+def test_tokens_at_the_ends_of_documents_are_counted(
+    asked: str, each: int, nursery: Job, tmp_path: Path
+) -> None:
+    """Against the shards that a run makes: what they have more than without these tokens."""
+    (tmp_path / "a.train").write_text("One fine day.\n\n \n" * 300 + "It ends.\n" * 2)
+    (tmp_path / "b.train").write_text("Another.\n\nAnd more.\n")
+    (tmp_path / "a.dev").write_text("A day.\n\nIt began.\n\nIt ended.\n")
+    corpus = (
+        f"corpus={{kind: files, train: ['{tmp_path}/*.train'], documents: blank_lines, "
+        f"split: {{kind: held_out, dev: ['{tmp_path}/*.dev']}}}}"
+    )
+
+    def tokens(asked: str, *, made: bool) -> tuple[int, int | None]:
+        job = nursery(corpus, f"tokenizer.document_tokens={asked}", "tokenizer.vocab_size=270")
+        runs = tmp_path / ("made" if made else "none")
+        if made:
+            prepare_corpus(job, Store(runs / "store"), lambda: None)
+        planned = plan_corpus(job, runs=runs, tokens=None)
+        assert planned.source == ("store" if made else "estimate")
+        return planned.train_tokens, planned.dev_tokens
+
+    (made_train, made_dev), (train, dev) = (tokens(asked, made=made) for made in (True, False))
+    (plain_train, plain_dev), (without, dev_without) = (
+        tokens("none", made=made) for made in (True, False)
+    )
+    assert train - without == made_train - plain_train == each * (301 + 2)
+    assert None not in (dev, dev_without, made_dev, plain_dev)
+    assert dev - dev_without == made_dev - plain_dev == each * 3  # type: ignore[operator]
+
+
+def test_tokens_at_the_ends_of_scenes(nursery: Job, tmp_path: Path) -> None:
+    """The nursery's, within two hundredths of what is made of it."""
+    made, estimated = {}, {}
+    for asked in ("none", "both"):
+        changes = ("corpus.words=30_000", "corpus.documents=lines")
+        job = nursery(*changes, f"tokenizer.document_tokens={asked}")
+        estimated[asked] = plan_corpus(job, runs=tmp_path / "none", tokens=None)
+        prepare_corpus(job, Store(tmp_path / "store"), lambda: None)
+        made[asked] = plan_corpus(job, runs=tmp_path, tokens=None).train_tokens
+    assert estimated["both"].assumption == (
+        "1.35 tokens a word of the nursery, 2 tokens at the ends of each scene of 51.5 words"
+    )
+    more = estimated["both"].train_tokens - estimated["none"].train_tokens
+    assert more == pytest.approx(made["both"] - made["none"], rel=0.02)
+
+
 def test_a_hub_dataset_needs_tokens(files_job: Job, tmp_path: Path) -> None:
     hub = "{kind: hub, path: nobody/tales, split: {kind: tail, fraction: 0.2}}"
     mixed = f"{{kind: mix, sources: [{{name: a, corpus: {hub}, words: 5}}]}}"
@@ -119,7 +166,7 @@ def test_a_prepared_hub_dataset_is_found_without_a_download(
         text = "".join(f'{{"text": "{split} {i} of a tale"}}\n' for i in range(400))
         (folder / f"{split}.jsonl").write_text(text)
     corpus = f"corpus={{kind: hub, path: '{folder}', split: {{kind: held_out}}}}"
-    job = files_job(corpus, "tokenizer.vocab_size=280")
+    job = files_job(corpus, "tokenizer.vocab_size=270")
     opened = open_corpus(prepare_corpus(job, Store(tmp_path / "store"), lambda: None))
     asked = []
     real = datasets.load_dataset
