@@ -251,6 +251,30 @@ def test_a_cache_runs_the_backbones_once(nursery: Job, tmp_path: Path) -> None:
     assert teachers("topk") == distinct * (backbones + heads)
 
 
+def test_where_each_node_keeps_its_own_the_plan_says_which_hold_what(
+    nursery: Job, tmp_path: Path
+) -> None:
+    """As in the table of docs/storage.md."""
+    changes = ("windows.offsets=fixed", "distillation.cache=hidden", "distillation.cache_tier=disk")
+    question = Question(tokens=65_000, runs=tmp_path, ranks=(4,))
+    shared, own = (
+        plan_job(nursery(*changes, f"deepspeed.storage={storage}"), question)
+        for storage in ("shared", "node")
+    )
+    assert {item.nodes for item in shared.disk} == {"one"}
+    assert "node" not in render_plan(shared).partition("disk in ")[2].partition("assumptions")[0]
+    assert plan_as_json(own)["disk_nodes"] == {
+        "models": "every",
+        "token shards": "every",
+        "teacher cache": "every",
+        "checkpoints (2, and one being written)": "first two",
+    }
+    assert plan_as_json(own)["disk_bytes"] == plan_as_json(shared)["disk_bytes"]
+    table = render_plan(own).partition("disk of a node in ")[2].partition("assumptions")[0]
+    rows = [" ".join(line.split()[-2:]) for line in table.strip().splitlines()[2:]]
+    assert rows == ["every node"] * 3 + ["two nodes", "first node"]
+
+
 def test_disk(nursery: Job, tmp_path: Path) -> None:
     job = nursery(ON_CPU, "windows.offsets=fixed", "distillation.cache=hidden")
     plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
