@@ -12,13 +12,15 @@ what it gives: docs/decisions/host-overhead.md.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors
+
+from babyllama_ds.spec.deepspeed import ZeroBlock, precision
 
 
 def make_lean(zero: Any) -> None:
@@ -55,6 +57,21 @@ def can_be_lean(zero: Any) -> bool:
         and not (zero.cpu_offload or zero.has_moe_layers or zero.round_robin_gradients)
         and zero.model_parallel_group is None
         and not any(any(padding) for padding in zero.round_robin_bit16_padding)
+    )
+
+
+def is_lean(config: Mapping[str, Any]) -> bool:
+    """What `can_be_lean` says of an engine of this configuration, where it is known before.
+
+    With `parameter_alignment` it is known of the model: of one that needs no padding it says yes.
+    """
+    zero = ZeroBlock.model_validate(config["zero_optimization"])
+    return (
+        zero.stage == 2
+        and precision(config) == "bf16"  # whose gradients are accumulated and reduced in fp32
+        and not (zero.overlap_comm or zero.reduce_scatter)
+        and zero.offload_optimizer is None
+        and not zero.parameter_alignment
     )
 
 

@@ -47,9 +47,10 @@ from torch.autograd.function import once_differentiable
 
 from babyllama_ds.losses.chunks import TeacherStates, chunks, logits_into
 from babyllama_ds.losses.divergences import FORWARD_KL, Divergence
+from babyllama_ds.losses.factors import Factors
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.mixture import MeanOf, Mixture
-from babyllama_ds.losses.rows import Factors, num_work, row_losses
+from babyllama_ds.losses.rows import num_work, row_losses
 from babyllama_ds.losses.topk import (
     TOP_K_WORK,
     TopKTargets,

@@ -21,7 +21,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -34,36 +33,10 @@ from babyllama_ds.losses.divergences import (
     divergence_rows,
     num_spare,
 )
+from babyllama_ds.losses.factors import MAX_TEACHERS, Factors
 from babyllama_ds.losses.mixture import Mixture, log_mix, mix
 
 log = logging.getLogger(__name__)
-
-MAX_TEACHERS = 8
-"""Whose logits the Triton kernel has places for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """What multiplies ∂CE/∂z and T · ∂KL/∂z in each position's gradient; 0 leaves one out."""
-
-    ce_C1: Tensor
-    kl_C1: Tensor
-    z_C1: Tensor | None = None
-    """What multiplies the z-loss; none: there is none."""
-
-    def of(self, rows: slice) -> Factors:
-        """Those of some positions."""
-        return Factors(
-            ce_C1=self.ce_C1[rows],
-            kl_C1=self.kl_C1[rows],
-            z_C1=None if self.z_C1 is None else self.z_C1[rows],
-        )
-
-    def hard_C1(self, *log_z_C1: Tensor) -> Tensor:  # noqa: N802 - named by its shape
-        """What multiplies softmax(z), for CE and z-loss; of log Z, its summands."""
-        if self.z_C1 is None:
-            return self.ce_C1
-        return self.ce_C1 + 2 * self.z_C1 * sum(log_z_C1)
 
 
 def row_losses(
@@ -149,7 +122,7 @@ def is_kernels_work(kind: DivergenceKind, num_teachers: int) -> bool:
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    try:
+    try:  # where they are asked for: Triton is not everywhere, and takes its time to load
         from babyllama_ds.losses import triton_rows
     except ImportError as error:
         _say_without_kernel(str(error))

@@ -32,8 +32,9 @@ from babyllama_ds.losses.chunks import (
     chunks,
     votes_are_summed,
 )
+from babyllama_ds.losses.factors import Factors
 from babyllama_ds.losses.mixture import MeanOf, Mixture, mix
-from babyllama_ds.losses.rows import Factors, joined, tiles
+from babyllama_ds.losses.rows import joined, tiles
 
 TOP_K_WORK = 2
 """How many work spaces `top_k_row_losses` and the making of targets ask for."""

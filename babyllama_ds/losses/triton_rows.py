@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from babyllama_ds.losses.factors import MAX_TEACHERS, Factors
 from babyllama_ds.losses.mixture import Mixture
-from babyllama_ds.losses.rows import MAX_TEACHERS, Factors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels read."""

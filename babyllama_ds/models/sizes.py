@@ -17,7 +17,7 @@ left out, as is customary; embedding rows are looked up, not multiplied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import cast
 
@@ -39,6 +39,8 @@ from babyllama_ds.models.directories import read_config
 from babyllama_ds.models.families import missing_kernels
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
+_KNOWN = ("llama", "gpt2")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
@@ -48,6 +50,8 @@ class ModelSizes:
     """`llama`, `gpt2`, or transformers' name of a loaded model's architecture."""
     params: int
     """Parameters, shared ones counted once."""
+    parameter_sizes: tuple[int, ...]
+    """Of each matrix, embedding, norm and bias: what `params` is the sum of."""
     backbone_weights: int
     """Weights of the matrix products before the head."""
     head_rows: int
@@ -65,6 +69,8 @@ class ModelSizes:
     projected_size: int | None = None
     """Width that final hidden states are projected to before the head (some OPT); none: they are
     not."""
+    config: PretrainedConfig | None = field(default=None, compare=False, repr=False)
+    """Of another family than LLaMA and GPT-2, whose activations are known term by term."""
 
     @property
     def state_size(self) -> int:
@@ -148,6 +154,7 @@ def sizes_of(config: PretrainedConfig) -> ModelSizes:
     return ModelSizes(
         family=config.model_type,
         params=count_parameters(model),
+        parameter_sizes=tuple(parameter.numel() for parameter in model.parameters()),
         backbone_weights=sum(_weights(m, config) for m in model.modules() if m is not head),
         head_rows=head.weight.shape[0],
         hidden_size=hidden,
@@ -159,6 +166,7 @@ def sizes_of(config: PretrainedConfig) -> ModelSizes:
         dropout=_first(config, REST_DROPOUTS),
         attention_dropout=attention_dropout_of(config),
         projected_size=None if head.weight.shape[1] == hidden else head.weight.shape[1],
+        config=None if config.model_type in _KNOWN else config,
     )
 
 

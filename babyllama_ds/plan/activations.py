@@ -2,8 +2,8 @@
 
 Enters: a model's sizes, a micro-batch, the attention kernel. Leaves: bytes. The terms are the
 tensors that transformers' LLaMA and GPT-2 blocks save, with what `models.fused` makes of them,
-counted one by one; tests compare their sum with what `torch.autograd.graph.saved_tensors_hooks`
-sees. Weights are not counted.
+counted one by one; other families are run on shapes (`plan.traced`). Tests compare both with what
+`torch.autograd.graph.saved_tensors_hooks` sees of real models. Weights are not counted.
 
 Shapes: N tokens of the micro-batch, S a window's, D width, A and K widths of all heads and of all
 key-value heads, F width inside the MLP, H heads, e bytes of a number (bf16 2, fp32 4).
@@ -11,10 +11,13 @@ key-value heads, F width inside the MLP, H heads, e bytes of a number (bf16 2, f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig
 
 from babyllama_ds.models.documents import varies_in_shape
 from babyllama_ds.models.sizes import ModelSizes
+from babyllama_ds.plan.traced import NotTracedError, kept_bytes
 from babyllama_ds.spec.deepspeed import Device
 
 _ID_BYTES = 8
@@ -52,13 +55,15 @@ class MicroBatchShape:
 def saved_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     """Bytes that the backbone's forward pass leaves for its backward pass.
 
-    A family that is neither LLaMA nor GPT-2 is counted as a LLaMA of its widths.
+    A family that is neither LLaMA nor GPT-2 and cannot be run on shapes (`is_estimated`) is counted
+    as a LLaMA of its widths.
     """
+    if sizes.config is not None and not is_estimated(sizes, shape):
+        return _traced(sizes.config, shape) + (_masks(shape) if shape.checkpointed else 0)
     layer, rest = _gpt2(sizes, shape) if sizes.family == "gpt2" else _llama(sizes, shape)
     if shape.checkpointed:
-        layer = shape.element_bytes * shape.tokens * sizes.hidden_size  # its input
-        if shape.kernel == "eager":
-            rest += shape.element_bytes * shape.tokens * shape.length  # the mask, of all layers
+        layer = _input_bytes(sizes, shape)
+        rest += _masks(shape)
     return sizes.num_layers * layer + rest
 
 
@@ -66,7 +71,49 @@ def recomputed_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
     """Bytes that one layer's forward pass leaves when it is computed again, before it goes back."""
     if not shape.checkpointed:
         return 0
+    if sizes.config is not None and not is_estimated(sizes, shape):
+        whole = _traced(sizes.config, replace(shape, checkpointed=False))
+        layers = whole - _traced(sizes.config, shape)
+        return layers // sizes.num_layers + _input_bytes(sizes, shape)
     return (_gpt2(sizes, shape) if sizes.family == "gpt2" else _llama(sizes, shape))[0]
+
+
+def is_estimated(sizes: ModelSizes, shape: MicroBatchShape) -> bool:
+    """Whether these are no more than a LLaMA's of these widths."""
+    if sizes.config is None:
+        return False
+    try:
+        _traced(sizes.config, shape)
+        if shape.checkpointed:
+            _traced(sizes.config, replace(shape, checkpointed=False))
+    except NotTracedError:
+        return True
+    return False
+
+
+def _traced(config: PretrainedConfig, shape: MicroBatchShape) -> int:
+    return kept_bytes(
+        config,
+        windows=shape.windows,
+        length=shape.length,
+        eager=shape.kernel == "eager",
+        element_bytes=shape.element_bytes,
+        on_cpu=shape.device == "cpu",
+        documents=shape.masked,
+        checkpointed=shape.checkpointed,
+    )
+
+
+def _input_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
+    """Of a layer, all that is kept where it is computed again."""
+    return shape.element_bytes * shape.tokens * sizes.hidden_size
+
+
+def _masks(shape: MicroBatchShape) -> int:
+    """The mask of all layers, which recomputed ones share."""
+    if shape.kernel != "eager":
+        return 0
+    return shape.element_bytes * shape.tokens * shape.length
 
 
 def working_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:

@@ -14,10 +14,12 @@ from typing import Literal, cast
 
 import numpy as np
 
+from babyllama_ds.corpus.documents import documents_of
 from babyllama_ds.corpus.finding import find_files, form_of, packing_of
 from babyllama_ds.corpus.prepare import CorpusEntries, prepare_corpus
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.sources import read_sources
+from babyllama_ds.corpus.streams import Texts
 from babyllama_ds.corpus.tokenizer import load_tokenizer
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.errors import DataError
@@ -42,6 +44,10 @@ _BYTES_A_TOKEN = (2.21, 2.64, 2.91, 3.12, 3.27, 3.38)
 
 NURSERY_TOKENS_A_WORD = 1.35
 """Measured at a vocabulary of 800; larger ones give a little less."""
+NURSERY_WORDS_A_SCENE = 51.5
+"""Measured on 300,000 words."""
+
+_TOKENS_A_DOCUMENT = {"none": 0, "begin": 1, "end": 1, "both": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,41 +171,71 @@ def _streamed(corpus: CorpusSpec) -> CorpusSpec:
 # -- estimated -------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Size:
+    """Of one split."""
+
+    bytes: float
+    documents: int = 0
+    """Where tokens mark their ends; else not counted."""
+
+    @classmethod
+    def of(cls, texts: Texts) -> _Size:
+        """Of cleaned text, which is read."""
+        num_bytes = documents = 0
+        for _, lines in texts:
+            for document in documents_of(lines):
+                documents += 1
+                num_bytes += sum(len(line.encode()) for line in document)
+        return cls(bytes=num_bytes, documents=documents)
+
+
 def _estimate(job: JobSpec) -> PlannedCorpus:
-    vocab_size = _vocab_size(job)
+    vocab_size, ends = _vocab_size(job), _TOKENS_A_DOCUMENT[job.tokenizer.document_tokens]
     if isinstance(job.corpus, NurseryCorpus):
+        a_word = NURSERY_TOKENS_A_WORD + ends / NURSERY_WORDS_A_SCENE
+        told = f"{NURSERY_TOKENS_A_WORD} tokens a word of the nursery"
+        if ends:
+            told += f", {_ends(ends)} of each scene of {NURSERY_WORDS_A_SCENE} words"
         return PlannedCorpus(
-            train_tokens=round(job.corpus.words * NURSERY_TOKENS_A_WORD),
-            dev_tokens=round(job.corpus.dev_words * NURSERY_TOKENS_A_WORD),
+            train_tokens=round(job.corpus.words * a_word),
+            dev_tokens=round(job.corpus.dev_words * a_word),
             vocab_size=vocab_size,
             source="estimate",
-            assumption=f"{NURSERY_TOKENS_A_WORD} tokens a word of the nursery",
+            assumption=told,
         )
-    train_bytes, dev_bytes, how = _text_bytes(job.corpus)
+    train, dev, how = _text_sizes(job.corpus, with_documents=bool(ends))
     ratio = bytes_a_token(vocab_size)
+    told = f"{ratio:.2f} bytes of text a token (English, vocabulary {vocab_size:,}), {how}"
+    if ends:
+        told += f"; {_ends(ends)} of each of {train.documents:,} documents"
     return PlannedCorpus(
-        train_tokens=round(train_bytes / ratio),
-        dev_tokens=round(dev_bytes / ratio),
+        train_tokens=round(train.bytes / ratio) + ends * train.documents,
+        dev_tokens=round(dev.bytes / ratio) + ends * dev.documents,
         vocab_size=vocab_size,
         source="estimate",
-        assumption=f"{ratio:.2f} bytes of text a token (English, vocabulary {vocab_size:,}), {how}",
+        assumption=told,
     )
 
 
-def _text_bytes(corpus: TextSpec) -> tuple[float, float, str]:
-    """Bytes of training and of development text, and what they are: plain text files as they
-    stand; of compressed files, tables and mixes, which have to be read, the cleaned text.
+def _ends(tokens: int) -> str:
+    return f"{tokens} token{'s' * (tokens > 1)} at the end{'s' * (tokens > 1)}"
+
+
+def _text_sizes(corpus: TextSpec, *, with_documents: bool) -> tuple[_Size, _Size, str]:
+    """Of training and of development text, and what is counted: plain text files as they stand; of
+    compressed files, tables and mixes, which have to be read, as of documents, the cleaned text.
     """
     if hub := _hub_dataset(corpus):
         raise _not_known(f"{hub}, a hub dataset, whose size is known when it is loaded")
     try:
-        if isinstance(corpus, FilesCorpus) and (sizes := _plain_sizes(corpus)) is not None:
-            return *sizes, "nothing lost in cleaning"
+        if isinstance(corpus, FilesCorpus) and not with_documents:
+            sizes = _plain_sizes(corpus)
+            if sizes is not None:
+                train, dev = (_Size(bytes=size) for size in sizes)
+                return train, dev, "nothing lost in cleaning"
         sources = read_sources(corpus)
-        train, dev = (
-            sum(len(line.encode()) for _, lines in sources.texts(split) for line in lines)
-            for split in ("train", "dev")
-        )
+        train, dev = _Size.of(sources.texts("train")), _Size.of(sources.texts("dev"))
     except (DataError, OSError) as error:
         got = str(error.problems[0].got) if isinstance(error, DataError) else str(error)
         raise _not_known(got) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from babyllama_ds.engine.checkpoint import KEPT
 from babyllama_ds.engine.training import MOMENTS
@@ -27,6 +28,9 @@ class DiskItem:
     bytes: int
     stays: bool
     """False: removed when the stage that needs it is done."""
+    nodes: Literal["one", "first two", "every"]
+    """Which nodes hold a copy: `one` in all, on the storage that they share, or, where each keeps
+    its own (`deepspeed.storage: node`), the first two or every one of them (docs/storage.md)."""
 
 
 def disk_items(
@@ -49,12 +53,15 @@ def disk_items(
         for teacher in work.teachers
         if f"teachers/{teacher.name}" not in {stage.name for stage in work.stages}
     )
+    own = job.deepspeed.storage == "node"
+    every: Literal["one", "every"] = "every" if own else "one"
     return [
-        DiskItem(name="models", bytes=element_bytes * models, stays=True),
+        DiskItem(name="models", bytes=element_bytes * models, stays=True, nodes=every),
         DiskItem(
             name="token shards",
             bytes=_id_bytes(corpus.vocab_size) * (corpus.train_tokens + (corpus.dev_tokens or 0)),
             stays=True,
+            nodes=every,
         ),
         DiskItem(
             name="teacher cache",
@@ -62,11 +69,13 @@ def disk_items(
             if job.distillation.cache_kept
             else 0,
             stays=True,
+            nodes=every,
         ),
         DiskItem(
             name=f"checkpoints ({KEPT}, and one being written)",
             bytes=(KEPT + 1) * checkpoint,
             stays=False,
+            nodes="first two" if own else "one",
         ),
     ]
 

@@ -6,16 +6,14 @@ A training's memory has several high points. At each, other things are there at 
     teaching    teachers that are split over ranks run on the windows of all of a group
     start       the model in fp32, before the engine casts it
     forward     activations whole, the loss's chunk of logits, the head's gradient
-    backward    gradients travel: buckets, their fp32 copies, the owned partition
+    backward    gradients travel: buckets, their fp32 copies, the owned partition (`plan.gradients`)
+    update      the owned partition, and masters and moments change
     evaluation  a larger batch, without gradients
     checkpoint  rank 0 gathers masters and moments in host memory
 
-The plan's peak is the highest of them. What DeepSpeed holds under ZeRO-2 with bf16 parameters and
-fp32 accumulation was read off its source (0.19.8, `runtime/zero/stage_1_and_2.py`): parameters in
-one flat buffer of the model's dtype; a partition of fp32 masters; AdamW's two moments of it; one
-gradient buffer of `reduce_bucket_size` (two with `overlap_comm`); for each full bucket, its
-flattened copy and that in fp32; `averaged_gradients`, the owned fp32 partition, from the first
-bucket of a step to its update. Other gradients are freed bucket by bucket.
+The plan's peak is the highest of them. What DeepSpeed holds all the time under ZeRO-2 was read off
+its source (0.19.8, `runtime/zero/stage_1_and_2.py`): parameters in one flat buffer of the model's
+dtype; a partition of fp32 masters; AdamW's two moments of it.
 
 On a CPU the allocator counts too: glibc keeps much of what a forward pass frees between the
 tensors that stay, and gives none of it back in the backward pass.
@@ -39,6 +37,7 @@ from babyllama_ds.plan.activations import (
     saved_bytes,
     working_bytes,
 )
+from babyllama_ds.plan.gradients import GradientBytes, gradient_bytes
 from babyllama_ds.spec.deepspeed import ZeroBlock, precision
 
 _FP32 = 4
@@ -73,7 +72,9 @@ Item = Literal[
     "kept by the allocator",
 ]
 
-Moment = Literal["cache", "teaching", "start", "forward", "backward", "evaluation", "checkpoint"]
+Moment = Literal[
+    "cache", "teaching", "start", "forward", "backward", "update", "evaluation", "checkpoint"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +142,22 @@ class StageShape:
     @property
     def trained(self) -> int:
         """Parameters that the engine trains: the model's, and a matrix of each matched pair."""
-        widths = sum(pair.teacher_width for pair in self.matched)
-        return self.model.params + widths * self.model.hidden_size
+        return self.model.params + sum(self._projections)
+
+    @property
+    def gradients(self) -> GradientBytes:
+        """What the gradients of all of them take."""
+        return gradient_bytes(
+            self.deepspeed,
+            [*self.model.parameter_sizes, *self._projections],
+            ranks=self.ranks,
+            accumulates=self.accumulation > 1,
+            on_cpu=self.micro.device == "cpu",
+        )
+
+    @property
+    def _projections(self) -> list[int]:
+        return [self.model.hidden_size * pair.teacher_width for pair in self.matched]
 
 
 @dataclass(frozen=True)
@@ -188,6 +203,7 @@ def rank_memory(stage: StageShape) -> RankMemory:
         "start": beside | {"model before it is cast": _FP32 * params},
         "forward": always | _forward(stage),
         "backward": always | _backward(stage),
+        "update": always | _update(stage),
         "evaluation": always | _evaluation(stage),
     }
     if stage.filling:
@@ -231,8 +247,8 @@ def _beside(stage: StageShape) -> dict[Item, int]:
 
 
 def _engine(stage: StageShape) -> dict[Item, int]:
-    """Parameters whole; masters and moments in N parts (stage 0: whole), offloaded: elsewhere."""
-    params, parts = stage.trained, _parts(stage)
+    """Parameters whole; masters and moments in N parts, offloaded: elsewhere."""
+    params, parts = stage.trained, stage.ranks
     offloaded = _offloads(stage) and stage.micro.device == "cuda"
     here = 0 if offloaded else 1
     return {
@@ -255,10 +271,6 @@ def _state_bytes(stage: StageShape) -> int:
     return _FP32 * ((1 + stage.averaged) * stage.trained + _moments(stage))
 
 
-def _parts(stage: StageShape) -> int:
-    return stage.ranks if _zero(stage).stage else 1
-
-
 def _offloads(stage: StageShape) -> bool:
     return _zero(stage).offload_optimizer is not None
 
@@ -268,7 +280,7 @@ def _offloading(stage: StageShape) -> int:
     if not _offloads(stage):
         return 0
     e, params = stage.micro.element_bytes, stage.trained
-    rest = (_FP32 + e) * params // _parts(stage) if stage.micro.device == "cpu" else 0
+    rest = (_FP32 + e) * params // stage.ranks if stage.micro.device == "cpu" else 0
     return e * stage.model.head_weights + rest
 
 
@@ -277,13 +289,7 @@ def _host_share(stage: StageShape) -> int:
     if not _offloads(stage):
         return 0
     beside = (_FP32 + stage.micro.element_bytes) * stage.trained
-    return (_state_bytes(stage) + beside) // _parts(stage)
-
-
-def _accumulated(stage: StageShape) -> int:
-    """The owned fp32 gradients; below stage 2 all of them."""
-    parts = stage.ranks if _zero(stage).stage == 2 else 1
-    return _FP32 * stage.trained // parts
+    return (_state_bytes(stage) + beside) // stage.ranks
 
 
 def _zero(stage: StageShape) -> ZeroBlock:
@@ -300,7 +306,7 @@ def _forward(stage: StageShape) -> dict[Item, int]:
     states = micro.tokens * (2 * e * model.hidden_size + _REST_OF_LOSS_BYTES)
     saved = saved_bytes(model, micro)
     return {
-        "gradients, fp32": _accumulated(stage) if stage.accumulation > 1 else 0,
+        "gradients, fp32": stage.gradients.between,
         "teachers' hidden states": _teacher_states(stage),
         "states of matched layers": _matched_states(stage),
         "activations": saved,
@@ -320,24 +326,29 @@ def _joined_heads(stage: StageShape) -> int:
 
 def _backward(stage: StageShape) -> dict[Item, int]:
     """The first full bucket is reduced: by then the layers that filled it have let go."""
-    zero, params, e = _zero(stage), stage.trained, stage.micro.element_bytes
-    filled = min(zero.reduce_bucket_size, params)
-    # A CPU gives memory when it is written to, so that a bucket costs what is filled of it.
-    allocated = filled if stage.micro.device == "cpu" else zero.reduce_bucket_size
-    buckets = e * allocated * (2 if zero.overlap_comm else 1)
-    copies = (e + _FP32) * filled if e < _FP32 else e * filled
+    filled = min(_zero(stage).reduce_bucket_size, stage.trained)
     saved = saved_bytes(stage.model, stage.micro)
     # On a CPU what the layers let go stays with the process, too scattered for large buckets.
-    left = 1 if stage.micro.device == "cpu" else 1 - filled / params
+    left = 1 if stage.micro.device == "cpu" else 1 - filled / stage.trained
     return {
-        "gradients, fp32": _accumulated(stage),
-        "gradient buckets": buckets + copies,
+        "gradients, fp32": stage.gradients.owned,
+        "gradient buckets": stage.gradients.buckets,
         "teachers' hidden states": _teacher_states(stage),
         "states of matched layers": _matched_states(stage),
         "activations": round(left * saved),
         "kept by the allocator": _kept(stage, saved),
         "work of a layer": working_bytes(stage.model, stage.micro)
         + recomputed_bytes(stage.model, stage.micro),
+    }
+
+
+def _update(stage: StageShape) -> dict[Item, int]:
+    """Gradients; and on a CPU what the process still holds of the layers' tensors."""
+    left = saved_bytes(stage.model, stage.micro) if stage.micro.device == "cpu" else 0
+    return {
+        "gradients, fp32": stage.gradients.updating,
+        "activations": left,
+        "kept by the allocator": _kept(stage, left),
     }
 
 

@@ -21,7 +21,7 @@ from babyllama_ds.losses.rows import is_kernels_work, work_of_divergence
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.sizes import absent_kernels
 from babyllama_ds.models.splitting import check_groups
-from babyllama_ds.plan.activations import MicroBatchShape
+from babyllama_ds.plan.activations import MicroBatchShape, is_estimated
 from babyllama_ds.plan.corpus import PlannedCorpus, plan_corpus
 from babyllama_ds.plan.disk import DiskItem, cache_bytes, disk_items
 from babyllama_ds.plan.machines import HERE, UTILISATION, Machine, find_machine
@@ -82,6 +82,8 @@ class RankCount:
     micro_batches: dict[str, int]
     """Windows in one forward pass of one rank, by stage; where the job says `auto`, the most that
     fit by this plan, one where nothing does, the rank's whole share where no machine was named."""
+    estimated: Sequence[str]
+    """Stages whose activations are no more than an estimate (`activations.is_estimated`)."""
     cached: Mapping[Tier, int]
     """Bytes of the teacher cache that one rank reads from each tier; empty: no cache."""
     seconds: dict[str, float] | None
@@ -193,17 +195,25 @@ class _Planner:
             for teacher in self.work.teachers:
                 check_groups(teacher.parts, ranks, where=f"teachers.{teacher.name}.tensor_parallel")
             shapes = {stage.name: self._shape(stage, ranks) for stage in self.work.stages}
+            estimated = [n for n, shape in shapes.items() if is_estimated(shape.model, shape.micro)]
         except JobError as error:
             problem = error.problems[0]
             reason = f"{problem.where}: {problem.got}, expected {problem.expected}"
             return RankCount(
-                ranks=ranks, impossible=reason, memory={}, micro_batches={}, cached={}, seconds=None
+                ranks=ranks,
+                impossible=reason,
+                memory={},
+                micro_batches={},
+                estimated=(),
+                cached={},
+                seconds=None,
             )
         return RankCount(
             ranks=ranks,
             impossible=None,
             memory={name: rank_memory(shape) for name, shape in shapes.items()},
             micro_batches={name: shape.micro.windows for name, shape in shapes.items()},
+            estimated=estimated,
             cached=self._cached(ranks),
             seconds=self._seconds(ranks),
         )
@@ -383,6 +393,7 @@ class _Planner:
         possible = [count for count in counts if count.impossible is None]
         found += self._settled_micro_batches(possible)
         found += self._settled_tiers(possible)
+        found += self._estimated(possible)
         if self.measured is None:
             found.append(
                 "ranks: N times as fast as one; communication, checkpoints and start left out"
@@ -422,6 +433,23 @@ class _Planner:
             for stage in self.work.stages
             if stage.training.micro_batch == "auto"
         ]
+
+    def _estimated(self, counts: Sequence[RankCount]) -> list[str]:
+        """What is counted as something else is."""
+        names = {name for count in counts for name in count.estimated}
+        found = [
+            f"memory of {stage.name}: activations of {stage.sizes.family} counted as those of a "
+            "LLaMA of its widths, and may be more: it could not be run on shapes"
+            for stage in self.work.stages
+            if stage.name in names
+        ]
+        frozen = {teacher.name for teacher in self.work.teachers if teacher.sizes.config}
+        if frozen:
+            found.append(
+                f"memory of {', '.join(sorted(frozen))}, teachers of other families: while they "
+                "compute, a layer's work is counted as that of a LLaMA of their widths"
+            )
+        return found
 
     def _settled_tiers(self, counts: Sequence[RankCount]) -> list[str]:
         """Where a cache of tier `auto` was taken to be read from."""

@@ -80,6 +80,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "ranks": {str(one.ranks): _count_as_json(plan, one) for one in plan.counts},
         "measured": None if plan.measured is None else _measured_as_json(plan.measured),
         "disk_bytes": {item.name: item.bytes for item in plan.disk},
+        "disk_nodes": {item.name: item.nodes for item in plan.disk},
         "assumptions": list(plan.assumptions),
     }
 
@@ -303,15 +304,19 @@ def _host_cache_bytes(one: RankCount) -> int:
 
 
 def _disk(plan: Plan) -> str:
+    """Of one node, where each keeps its own: of the first, which holds everything."""
+    own = any(item.nodes != "one" for item in plan.disk)
     total = sum(item.bytes for item in plan.disk)
     unit = _unit(total)
     rows = [
         [item.name, _size(item.bytes, unit), "stays" if item.stays else "while training"]
+        + ([f"{item.nodes} node{'s' * (item.nodes != 'every')}"] if own else [])
         for item in plan.disk
         if item.bytes
     ]
-    rows.append(["all", _size(total, unit), ""])
-    return f"disk in {unit}\n" + _table(["files", "size", ""], rows)
+    rows.append(["all", _size(total, unit), "", *["first node"] * own])
+    where = "disk of a node" if own else "disk"
+    return f"{where} in {unit}\n" + _table(["files", "size", "", *[""] * own], rows)
 
 
 def _header(first: str, counts: Sequence[RankCount]) -> list[str]:

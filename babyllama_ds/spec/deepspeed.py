@@ -191,8 +191,9 @@ class ZeroBlock(Spec):
     """ZeRO: what is sharded, and how gradients travel."""
 
     stage: Annotated[int, Field(ge=0, le=2)]
-    """0: nothing is sharded; 1: the optimizer's state; 2: gradients too. 3 is not supported:
-    teachers and checkpoints here assume whole parameters on every rank."""
+    """1: the optimizer's state is sharded; 2: gradients too. 0 (nothing) and 3 (parameters too)
+    are not supported: without ZeRO the optimizer is another,
+    and teachers and checkpoints here assume whole parameters on every rank."""
     contiguous_gradients: bool = True
     """Gradients are copied into one buffer as they come."""
     reduce_scatter: bool = True
@@ -325,6 +326,9 @@ class DeepSpeedFile(Spec):
                 "checkpoints here cannot read",
             }[stage]
             found.append(Mismatch(("zero_optimization", "stage"), stage, "2 with bf16", hint))
+        elif stage == 0:
+            hint = "without ZeRO the optimizer is another, whose state checkpoints cannot read"
+            found.append(Mismatch(("zero_optimization", "stage"), 0, "1 or 2", hint))
         elif stage < 2 and self.zero_optimization.offload_optimizer is not None:
             expected = "2 with offload_optimizer"
             found.append(Mismatch(("zero_optimization", "stage"), stage, expected))
@@ -354,7 +358,7 @@ def _owned(owner: str) -> str:
 
 _REMOVED = "DeepSpeed has removed it"
 _PARALLEL = "ranks are data-parallel here, and nothing else"
-_STAGE_3 = "only ZeRO stage 3 reads it, and stages here are 0 to 2"
+_STAGE_3 = "only ZeRO stage 3 reads it, and stages here are 1 and 2"
 _OFFLOAD = "of offloading, `offload_optimizer` to the host is supported alone"
 _NVME = "only offloading to NVMe reads it, which needs ZeRO stage 3"
 _OWN_CHECKPOINTS = "the run writes its own checkpoints"

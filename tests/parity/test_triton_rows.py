@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from babyllama_ds.losses.rows import Factors, Mixture
+from babyllama_ds.losses.factors import Factors
+from babyllama_ds.losses.rows import Mixture
 from references.errors import relative_error
 
 pytest.importorskip("triton")

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from babyllama_ds.losses import rows
+from babyllama_ds.losses.factors import Factors
 from babyllama_ds.losses.mixture import Mixture
 from gpu.measures import Measure, at_most, holds, told
 from references import losses, topk
@@ -120,7 +121,7 @@ def _long_rows(device: torch.device) -> Iterator[Measure]:
     kept_CV, theirs_CV = student_CV[last].double(), teacher_CV[last].double()
     label_C1 = torch.randint(0, vocab_size, (num_rows, 1), device=device)
     ones_C1 = torch.ones(num_rows, 1, device=device)
-    factors = rows.Factors(ce_C1=ones_C1, kl_C1=ones_C1)
+    factors = Factors(ce_C1=ones_C1, kl_C1=ones_C1)
     mixture = Mixture(shares=(1.0,), temperature=1.0, mean_of="logits")
     ce_C1, kl_C1 = row_losses(student_CV, [teacher_CV], label_C1, mixture, factors)
     p, q = theirs_CV.softmax(-1), kept_CV.softmax(-1)

@@ -11,7 +11,8 @@ import torch
 
 from babyllama_ds.losses import rows as module
 from babyllama_ds.losses.divergences import Divergence
-from babyllama_ds.losses.rows import Factors, Mixture, num_work, row_losses, takes_kernel
+from babyllama_ds.losses.factors import Factors
+from babyllama_ds.losses.rows import Mixture, num_work, row_losses, takes_kernel
 
 # Odds of 3 : 1, 1 : 1 and 9 : 1 for the first token.
 THREE_TO_ONE = torch.tensor([[math.log(3.0), 0.0]], dtype=torch.float64)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from babyllama_ds.losses.chunks import TeacherStates
+from babyllama_ds.losses.factors import Factors
 from babyllama_ds.losses.heads import Head
-from babyllama_ds.losses.rows import Factors
 from babyllama_ds.losses.topk import TopKTargets, top_k_row_losses, top_k_targets
 
 # The student gives four tokens 1/2, 1/4, 1/8 and 1/8.

@@ -43,7 +43,7 @@ def compile_all(capability: int) -> None:
     from triton.compiler import compile as compile_kernel
 
     from babyllama_ds.losses import triton_rows
-    from babyllama_ds.losses.rows import MAX_TEACHERS
+    from babyllama_ds.losses.factors import MAX_TEACHERS
 
     target = GPUTarget("cuda", capability, 32)
 

@@ -68,6 +68,7 @@ def test_flops_are_those_that_pytorch_counts(
     model = tiny_model(kind, attn_implementation="eager", **changes)
     sizes = sizes_of(model.config)
     assert sizes.params == count_parameters(model)
+    assert sorted(sizes.parameter_sizes) == sorted(p.numel() for p in model.parameters())
     tokens = windows * length
     with FlopCounterMode(display=False) as forward:
         logits = model(input_ids=torch.randint(0, vocab, (windows, length)), use_cache=False).logits

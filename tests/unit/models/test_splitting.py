@@ -18,6 +18,7 @@ from babyllama_ds.models.splitting import (
 LLAMA = ModelSizes(
     family="llama",
     params=10_000,
+    parameter_sizes=(10_000,),
     backbone_weights=7_000,
     head_rows=100,
     hidden_size=48,

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from itertools import product
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from babyllama_ds.models.documents import Pieces, model_inputs
+from babyllama_ds.models.documents import Pieces, model_inputs, sequences_of
+from babyllama_ds.models.families import missing_kernels
 from babyllama_ds.models.fused import fuse
 from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.models.sizes import sizes_of
-from babyllama_ds.plan.activations import MicroBatchShape, recomputed_bytes, saved_bytes
+from babyllama_ds.plan.activations import (
+    MicroBatchShape,
+    is_estimated,
+    recomputed_bytes,
+    saved_bytes,
+)
+from babyllama_ds.plan.traced import NotTracedError
 
 DROPOUT = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 MODELS: list[tuple[str, dict[str, Any]]] = [
@@ -164,3 +174,114 @@ def test_what_autograd_saves_of_documents_kept_apart(
     pieces = Pieces.of(begins_BS)
     measured = saved_by_autograd(model, windows=3, length=17, pieces=pieces)
     assert saved_bytes(sizes_of(model.config), shape) == measured
+
+
+# -- other families, run on shapes -----------------------------------------------------------------
+
+WIDTHS: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 6}),
+    "gemma2": ("gemma2", {"head_dim": 6}),
+    "opt": ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 24, "dropout": 0.1}),
+    "opt with dropout in attention": (
+        "opt",
+        {"ffn_dim": 40, "word_embed_proj_dim": 24, "attention_dropout": 0.1},
+    ),
+    "gpt-neox": ("gpt_neox", {}),
+    "gpt-neo": ("gpt_neo", {"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}),
+    "olmo2": ("olmo2", {}),
+}
+
+
+def of_family(name: str, kernel: str, precision: torch.dtype) -> Any:
+    family, changes = FAMILIES[name]
+    config = AutoConfig.for_model(family, **{**WIDTHS, **changes})
+    if kernel not in ("eager", *({"sdpa"} - missing_kernels(config))):
+        pytest.skip("the family has no fused attention")
+    return AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=precision)
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel", "within", "windows"),
+    [
+        *product(FAMILIES, ("eager", "sdpa"), ("window", "document", "recomputed"), (5,)),
+        ("gpt-neox", "eager", "window", 1),
+        ("qwen2", "sdpa", "document", 1),
+    ],
+)
+def test_what_autograd_saves_of_other_families(
+    name: str, kernel: str, within: str, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precision = torch.float32 if name == "qwen3" else torch.bfloat16
+    # As in a run: whether windows hold several documents is told, not looked for.
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", sequences_of)
+    model = of_family(name, kernel, precision)
+    sizes = sizes_of(model.config)
+    shape = MicroBatchShape(
+        windows=windows,
+        length=17,
+        kernel=kernel,
+        element_bytes=precision.itemsize,
+        device="cpu",
+        documents=within == "document",
+        checkpointed=within == "recomputed",
+    )
+    fuse(model)
+    begins_BS = np.arange(windows * 17).reshape(windows, 17) % 17 % 5 == 0
+    pieces = Pieces.of(begins_BS) if shape.documents else None
+    whole = saved_by_autograd(model, windows=windows, length=17, pieces=pieces)
+    assert not is_estimated(sizes, shape)
+    if within != "recomputed":
+        assert saved_bytes(sizes, shape) == whole
+        return
+    recompute_layers(model)
+    measured = saved_by_autograd(model, windows=windows, length=17)
+    mask = precision.itemsize * windows * 17 * 17 if kernel == "eager" else 0
+    assert saved_bytes(sizes, shape) == measured + mask
+    each = (whole - measured) / sizes.num_layers
+    assert recomputed_bytes(sizes, shape) == each + precision.itemsize * windows * 17 * 24
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize(("kind", "changes"), [("llama", {}), ("gpt2", DROPOUT)])
+def test_terms_and_shapes_agree(
+    kind: str,
+    changes: dict[str, Any],
+    kernel: str,
+    device: Literal["cpu", "cuda"],
+    tiny_model: Callable[..., Any],
+) -> None:
+    """The two ways of counting: of fused attention on a card, which no test can see, too."""
+    config = tiny_model(kind, **changes).config
+    sizes = sizes_of(config)
+    shape = MicroBatchShape(windows=3, length=17, kernel=kernel, element_bytes=2, device=device)
+    # A card's layer norms keep two numbers for each position in fp32: of two layers, and the last.
+    in_fp32 = (2 * 2 + 1) * 2 * 3 * 17 * (4 - 2) if (kind, device) == ("gpt2", "cuda") else 0
+    traced = saved_bytes(replace(sizes, config=config), shape)
+    assert saved_bytes(sizes, shape) == traced + in_fp32
+
+
+def test_a_family_that_cannot_be_run_on_shapes_is_estimated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> int:
+        raise NotTracedError
+
+    model = of_family("qwen2", "eager", torch.float32)
+    sizes = sizes_of(model.config)
+    shape = MicroBatchShape(windows=3, length=17, kernel="eager", element_bytes=4, device="cpu")
+    monkeypatch.setattr("babyllama_ds.plan.activations.kept_bytes", refuse)
+    assert is_estimated(sizes, shape)
+    llama = replace(sizes, config=None, family="llama")
+    assert saved_bytes(sizes, shape) == saved_bytes(llama, shape)
+    assert not is_estimated(llama, shape)

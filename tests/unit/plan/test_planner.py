@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+from transformers import Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
@@ -19,6 +20,7 @@ from babyllama_ds.plan.machines import CARDS, USABLE, UTILISATION, Machine
 from babyllama_ds.plan.planner import Plan, Question, plan_job
 from babyllama_ds.plan.rates import Rate
 from babyllama_ds.plan.text import plan_as_json, render_plan
+from babyllama_ds.plan.traced import NotTracedError
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.store import Store
 
@@ -92,6 +94,53 @@ def test_what_has_to_be_read_is_counted(files_job: Job, tmp_path: Path) -> None:
     assert found.dev_tokens == round((50 * 100 + 2_000) / 2.21)
 
 
+@pytest.mark.parametrize(("asked", "each"), [("none", 0), ("begin", 1), ("end", 1), ("both", 2)])
+def test_tokens_at_the_ends_of_documents_are_counted(
+    asked: str, each: int, nursery: Job, tmp_path: Path
+) -> None:
+    """Against the shards that a run makes: what they have more than without these tokens."""
+    (tmp_path / "a.train").write_text("One fine day.\n\n \n" * 300 + "It ends.\n" * 2)
+    (tmp_path / "b.train").write_text("Another.\n\nAnd more.\n")
+    (tmp_path / "a.dev").write_text("A day.\n\nIt began.\n\nIt ended.\n")
+    corpus = (
+        f"corpus={{kind: files, train: ['{tmp_path}/*.train'], documents: blank_lines, "
+        f"split: {{kind: held_out, dev: ['{tmp_path}/*.dev']}}}}"
+    )
+
+    def tokens(asked: str, *, made: bool) -> tuple[int, int | None]:
+        job = nursery(corpus, f"tokenizer.document_tokens={asked}", "tokenizer.vocab_size=270")
+        runs = tmp_path / ("made" if made else "none")
+        if made:
+            prepare_corpus(job, Store(runs / "store"), lambda: None)
+        planned = plan_corpus(job, runs=runs, tokens=None)
+        assert planned.source == ("store" if made else "estimate")
+        return planned.train_tokens, planned.dev_tokens
+
+    (made_train, made_dev), (train, dev) = (tokens(asked, made=made) for made in (True, False))
+    (plain_train, plain_dev), (without, dev_without) = (
+        tokens("none", made=made) for made in (True, False)
+    )
+    assert train - without == made_train - plain_train == each * (301 + 2)
+    assert None not in (dev, dev_without, made_dev, plain_dev)
+    assert dev - dev_without == made_dev - plain_dev == each * 3  # type: ignore[operator]
+
+
+def test_tokens_at_the_ends_of_scenes(nursery: Job, tmp_path: Path) -> None:
+    """The nursery's, within two hundredths of what is made of it."""
+    made, estimated = {}, {}
+    for asked in ("none", "both"):
+        changes = ("corpus.words=30_000", "corpus.documents=lines")
+        job = nursery(*changes, f"tokenizer.document_tokens={asked}")
+        estimated[asked] = plan_corpus(job, runs=tmp_path / "none", tokens=None)
+        prepare_corpus(job, Store(tmp_path / "store"), lambda: None)
+        made[asked] = plan_corpus(job, runs=tmp_path, tokens=None).train_tokens
+    assert estimated["both"].assumption == (
+        "1.35 tokens a word of the nursery, 2 tokens at the ends of each scene of 51.5 words"
+    )
+    more = estimated["both"].train_tokens - estimated["none"].train_tokens
+    assert more == pytest.approx(made["both"] - made["none"], rel=0.02)
+
+
 def test_a_hub_dataset_needs_tokens(files_job: Job, tmp_path: Path) -> None:
     hub = "{kind: hub, path: nobody/tales, split: {kind: tail, fraction: 0.2}}"
     mixed = f"{{kind: mix, sources: [{{name: a, corpus: {hub}, words: 5}}]}}"
@@ -117,7 +166,7 @@ def test_a_prepared_hub_dataset_is_found_without_a_download(
         text = "".join(f'{{"text": "{split} {i} of a tale"}}\n' for i in range(400))
         (folder / f"{split}.jsonl").write_text(text)
     corpus = f"corpus={{kind: hub, path: '{folder}', split: {{kind: held_out}}}}"
-    job = files_job(corpus, "tokenizer.vocab_size=280")
+    job = files_job(corpus, "tokenizer.vocab_size=270")
     opened = open_corpus(prepare_corpus(job, Store(tmp_path / "store"), lambda: None))
     asked = []
     real = datasets.load_dataset
@@ -202,6 +251,30 @@ def test_a_cache_runs_the_backbones_once(nursery: Job, tmp_path: Path) -> None:
     assert teachers("topk") == distinct * (backbones + heads)
 
 
+def test_where_each_node_keeps_its_own_the_plan_says_which_hold_what(
+    nursery: Job, tmp_path: Path
+) -> None:
+    """As in the table of docs/storage.md."""
+    changes = ("windows.offsets=fixed", "distillation.cache=hidden", "distillation.cache_tier=disk")
+    question = Question(tokens=65_000, runs=tmp_path, ranks=(4,))
+    shared, own = (
+        plan_job(nursery(*changes, f"deepspeed.storage={storage}"), question)
+        for storage in ("shared", "node")
+    )
+    assert {item.nodes for item in shared.disk} == {"one"}
+    assert "node" not in render_plan(shared).partition("disk in ")[2].partition("assumptions")[0]
+    assert plan_as_json(own)["disk_nodes"] == {
+        "models": "every",
+        "token shards": "every",
+        "teacher cache": "every",
+        "checkpoints (2, and one being written)": "first two",
+    }
+    assert plan_as_json(own)["disk_bytes"] == plan_as_json(shared)["disk_bytes"]
+    table = render_plan(own).partition("disk of a node in ")[2].partition("assumptions")[0]
+    rows = [" ".join(line.split()[-2:]) for line in table.strip().splitlines()[2:]]
+    assert rows == ["every node"] * 3 + ["two nodes", "first node"]
+
+
 def test_disk(nursery: Job, tmp_path: Path) -> None:
     job = nursery(ON_CPU, "windows.offsets=fixed", "distillation.cache=hidden")
     plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
@@ -279,19 +352,19 @@ def test_micro_batch_auto_is_the_most_that_fits(
     """Against plans of every micro-batch that could be asked for."""
 
     def planned(micro: str, gpu: str | None = "H100") -> Plan:
-        # A teacher's gradient buckets alone outgrow the card; students are compared.
-        job = nursery(f"student.training.micro_batch={micro}", "student.training.batch_windows=48")
+        # Batches so large that the training's peaks are above those of evaluations.
+        job = nursery(f"student.training.micro_batch={micro}", "student.training.batch_windows=480")
         return plan_job(job, Question(tokens=65_000, runs=tmp_path, gpu=gpu, ranks=(1, 2)))
 
-    peaks = {n: planned(str(n)).counts[0].memory["student"].peak_bytes for n in (1, 12, 16, 24)}
-    between = (peaks[12] + peaks[16]) // 2
-    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: between)
+    peaks = {n: planned(str(n)).counts[0].memory["student"].peak_bytes for n in (1, 120, 160, 240)}
+    between = (peaks[120] + peaks[160]) // 2
+    room = {1: between, 2: peaks[240]}
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: room[ranks])
     plan = planned("auto")
-    assert plan.counts[0].micro_batches["student"] == 12
-    assert plan.counts[0].memory["student"].peak_bytes == peaks[12]
+    assert plan.counts[0].micro_batches["student"] == 120
+    assert plan.counts[0].memory["student"].peak_bytes == peaks[120]
     assert "student" not in plan.too_large(plan.counts[0])
-    two = plan.counts[1].micro_batches["student"]
-    assert f"micro-batch of student: auto, the most that fit: 12 (ranks 1), {two} (ranks 2)" in (
+    assert "micro-batch of student: auto, the most that fit: 120 (ranks 1), 240 (ranks 2)" in (
         plan.assumptions
     )
     monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: peaks[1] - 1)
@@ -474,3 +547,38 @@ def test_the_kernels_work_takes_no_room(
         "student": 16 * vocab * (2 * models + 4 * spaces),
         "control": tokens * vocab * 2,
     }
+
+
+# -- other families --------------------------------------------------------------------------------
+
+
+def test_models_of_other_families_are_run_on_shapes_or_said_to_be_estimates(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Qwen2Config(
+        vocab_size=800,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    ).save_pretrained(tmp_path / "qwen")
+    path = f"{{kind: pretrained, path: {tmp_path / 'qwen'}}}"
+    job = nursery(f"student.model={path}", "control=null", f"teachers=[{{name: q, model: {path}}}]")
+    question = Question(tokens=65_000, runs=tmp_path / "runs", ranks=(1,))
+    plan = plan_job(job, question)
+    (of_teacher,) = [line for line in plan.assumptions if line.startswith("memory of")]
+    assert of_teacher.startswith("memory of q, teachers of other families: while they compute")
+    exact = plan.counts[0].memory["student"].moments["forward"]["activations"]
+
+    def refuse(*_: Any, **__: Any) -> int:
+        raise NotTracedError
+
+    monkeypatch.setattr("babyllama_ds.plan.activations.kept_bytes", refuse)
+    plan = plan_job(job, question)
+    said, _ = [line for line in plan.assumptions if line.startswith("memory of")]
+    assert said.startswith("memory of student: activations of qwen2 counted as those of a LLaMA")
+    assert plan.counts[0].memory["student"].moments["forward"]["activations"] < exact
