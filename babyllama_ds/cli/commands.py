@@ -193,8 +193,10 @@ def generate(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     device = torch.device(resolve_device(options.device))
+    between = ""
     for text in texts_of(options.model, options.prompts, sampling, device=device):
-        print(text, flush=True)
+        print(between + text, flush=True)
+        between = "\n"  # texts have lines of their own: an empty one tells them apart
 
 
 def export(options: argparse.Namespace) -> None:
