@@ -163,13 +163,12 @@ def _attention(windows: WindowsSpec) -> dict[str, Any]:
 def model_hashes(model_dir: Path) -> dict[str, str]:
     """SHA-256 of a model directory's weight files and of its `config.json`: the same weights under
     another configuration are another model."""
-    config = model_dir / "config.json"
-    hashes = weight_hashes(model_dir)
-    return hashes | ({config.name: files.sha256_file(config)} if config.exists() else {})
+    return weight_hashes(model_dir) | _hashes(model_dir, "config.json")
 
 
 def weight_hashes(model_dir: Path) -> dict[str, str]:
-    """SHA-256 of a model directory's weight files; from its manifest where it has one."""
+    """SHA-256 of a model directory's weight files; from its manifest where it has one, as what a
+    run or the store holds, to which nobody else writes."""
     manifest = files.read_manifest(model_dir)
     if manifest is not None:
         return {
@@ -177,7 +176,20 @@ def weight_hashes(model_dir: Path) -> dict[str, str]:
             for name, facts in manifest.files.items()
             if name.endswith(".safetensors")
         }
-    return {path.name: files.sha256_file(path) for path in sorted(model_dir.glob("*.safetensors"))}
+    return _hashes(model_dir, "*.safetensors")
+
+
+def hashes_now(model_dir: Path) -> dict[str, str]:
+    """As `model_hashes`, of a directory that a user names: of its files as they are.
+
+    It may be an export of ours that was trained further. Its manifest then still tells of the
+    weights that were written over.
+    """
+    return _hashes(model_dir, "*.safetensors") | _hashes(model_dir, "config.json")
+
+
+def _hashes(directory: Path, pattern: str) -> dict[str, str]:
+    return {path.name: files.sha256_file(path) for path in sorted(directory.glob(pattern))}
 
 
 def _plain(spec: Spec, *, exclude: Set[str] = frozenset()) -> dict[str, Any]:
@@ -198,11 +210,11 @@ def _pretrained_content(path: str) -> dict[str, str] | str:
     """A local directory by the content of its weights; a hub id by its name."""
     if not Path(path).is_dir():
         return path
-    if not weight_hashes(Path(path)):
+    if not any(Path(path).glob("*.safetensors")):
         raise ModelError.of(
             path,
             got="a directory without *.safetensors",
             expected="a model saved as safetensors",
             hint="save it again with `save_pretrained(..., safe_serialization=True)`",
         )
-    return model_hashes(Path(path))
+    return hashes_now(Path(path))

@@ -1,12 +1,14 @@
 """A run's directory: the job enters; its text, its state and its stages' fingerprints stay.
 
 One directory belongs to one experiment. What does not change a result may change between starts
-(ranks, micro-batch, device, logging, evaluation); anything else is refused, never mixed.
+(ranks, micro-batch, device, logging, evaluation); anything else is refused, never mixed. A job that
+failed before it trained anything holds nothing to be mixed with: its corrected form may follow it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +22,8 @@ from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.storages import Storages
+
+log = logging.getLogger(__name__)
 
 # Keys that change no model: how it runs, where inputs lie (their content is compared by each
 # stage's fingerprint instead), and what is measured afterwards.
@@ -36,6 +40,9 @@ FREE_KEYS = re.compile(
 METRICS_NAME = "metrics.jsonl"
 """An object for each logged step; written by rank 0."""
 
+WORK = (METRICS_NAME, "checkpoints", "teachers", "student", "control", "evaluation")
+"""What a run holds from its first training on; a tokenizer and tokens are links into the store."""
+
 
 class RunDirectory:
     """`<runs>/<job name>/`, on the lead of a storage."""
@@ -47,7 +54,7 @@ class RunDirectory:
         """Claim the directory for `job` and write `job.yaml`.
 
         Raises:
-            RunError: it holds another experiment; the differing keys are named.
+            RunError: it holds work of another experiment; the differing keys are named.
         """
         resolved = self.path / "job.yaml"
         if resolved.exists():
@@ -62,8 +69,12 @@ class RunDirectory:
                     _with_defaults(_read_yaml(resolved)), _plain(job)
                 )
             ]
-            if problems:
+            if problems and any((self.path / name).exists() for name in WORK):
                 raise RunError.all_of(problems)
+            if problems:
+                log.info("%s: takes the place of a job that came to no training", self.path)
+                for name in ("stages.json", "settled.json"):
+                    (self.path / name).unlink(missing_ok=True)
         files.write_atomic(resolved, dump_job(job))
 
     def claim_stage(self, stage: str, fingerprint: str, *, made_from: str) -> None:

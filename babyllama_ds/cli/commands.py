@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +52,12 @@ def run(job: str, overrides: Sequence[str], *, runs: Path) -> None:
 
 def plan(job: str, overrides: Sequence[str], options: argparse.Namespace) -> None:
     """Print what a job will cost; a job that fits nowhere it was planned for is an error."""
-    resolved = load_job(find_job(job), overrides)
+    environment = os.environ if options.measure else _AsWritten()
+
+    def load(more: Sequence[str] = ()) -> JobSpec:
+        return load_job(find_job(job), [*overrides, *more], environment)
+
+    resolved = load()
     from babyllama_ds.plan.measured import check_within
     from babyllama_ds.plan.planner import Question, plan_job
     from babyllama_ds.plan.rates import read_rate
@@ -70,13 +75,29 @@ def plan(job: str, overrides: Sequence[str], options: argparse.Namespace) -> Non
     began_s = time.monotonic() - _BEGAN_S
     planned = plan_job(resolved, question)
     if options.measure:
-        check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
+        check_fits(planned, load)
         pace = _tried(resolved, options, began_s)
         planned = plan_job(resolved, replace(question, pace=pace))
     print(render_json(planned) if options.json else render_plan(planned), end="", flush=True)
-    check_fits(planned, lambda more: load_job(find_job(job), [*overrides, *more]))
+    check_fits(planned, load)
     if options.within is not None and planned.measured is not None:
         check_within(planned.measured, options.within, name=resolved.run_name)
+
+
+class _AsWritten(Mapping[str, str]):
+    """The environment, in which a variable that is not set stands for itself.
+
+    A plan that is told the number of tokens reads no text: it needs not know where it would lie.
+    """
+
+    def __getitem__(self, name: str) -> str:
+        return os.environ.get(name) or f"${{{name}}}"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(os.environ)
+
+    def __len__(self) -> int:
+        return len(os.environ)
 
 
 def _check_measuring(options: argparse.Namespace) -> None:
@@ -193,8 +214,10 @@ def generate(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     device = torch.device(resolve_device(options.device))
+    between = ""
     for text in texts_of(options.model, options.prompts, sampling, device=device):
-        print(text, flush=True)
+        print(between + text, flush=True)
+        between = "\n"  # texts have lines of their own: an empty one tells them apart
 
 
 def export(options: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@
         state.safetensors     master weights and moments in fp32, by parameter name
         progress.json         where training stands: step, tokens, seconds, best so far
         manifest.json         SHA-256 of both
-        best.safetensors      the best weights so far, when they are not this step's
+        best.safetensors      the best weights so far, in the dtype of the model
 
 A folder appears whole or not at all; the newest two are kept. No pickle is written or read.
 Rank 0 writes it and hands what it reads to the others. Where every node has a storage of its own,

@@ -72,12 +72,12 @@ def choose_compiled(
         return asked, "the job says so"
     if lacking is not None:
         return "none", f"{lacking} here"
-    work = f"matrix products of {products_s:,.0f} s"
+    work = f"{products_s:,.0f} s of matrix products"
     if products_s < REPAID_AFTER_S:
-        return "none", f"{work} are too few to repay it, from {REPAID_AFTER_S:,} on"
+        return "none", f"{work} are too few, it pays from {REPAID_AFTER_S:,} s on"
     # On a CPU the teachers' own kernels (`models.fused`) are as fast as the compiler's.
     gaining: Compiled = "student" if device == "cpu" else "all"
-    return gaining, f"{work} repay it, from {REPAID_AFTER_S:,} on"
+    return gaining, f"{work}, it pays from {REPAID_AFTER_S:,} s on"
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:

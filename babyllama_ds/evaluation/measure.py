@@ -45,7 +45,7 @@ from babyllama_ds.evaluation.pair_files import load_tasks
 from babyllama_ds.evaluation.sentences import prefix_ids
 from babyllama_ds.evaluation.stored import store_key, stored_evaluation
 from babyllama_ds.files import hash_json
-from babyllama_ds.fingerprints import measured_fingerprint, model_hashes
+from babyllama_ds.fingerprints import hashes_now, measured_fingerprint
 from babyllama_ds.models.families import positions_of
 from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.evaluation import Prefix
@@ -227,7 +227,7 @@ def _fingerprint(
 def _content(directory: str) -> dict[str, str] | None:
     """A local model by its files, one of a hub by its commit; none: nothing is known of it."""
     if Path(directory).is_dir():
-        return model_hashes(Path(directory))
+        return hashes_now(Path(directory))
     try:
         commit: str | None = extract_commit_hash(cached_file(directory, "config.json"), None)
     except OSError:  # loading it will say what is wrong

@@ -5,6 +5,7 @@ Around the stages: the processes' start and end, requests to stop, the lock, and
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.stopping import StopRequest, started_by_launcher
 from babyllama_ds.storages import Storages, find_storages
 from babyllama_ds.store import RunLock, Store
+
+log = logging.getLogger(__name__)
 
 
 def run_job(job: JobSpec, *, runs: Path) -> Path:
@@ -63,8 +66,8 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
 def _state_kept(directory: RunDirectory, storages: Storages) -> Iterator[None]:
     """`state.json` tells how the run stands and how it ended, on every storage."""
     lead = storages.led_here
+    storages.on_each(lambda: directory.set_state("running", pid=os.getpid(), since=time.time()))
     if lead:
-        directory.set_state("running", pid=os.getpid(), since=time.time())
         distributed.when_a_node_is_lost(
             lambda text, facts: directory.set_state("failed", error=text, **facts)
         )
@@ -72,13 +75,20 @@ def _state_kept(directory: RunDirectory, storages: Storages) -> Iterator[None]:
         yield
     except Stopped as stop:
         if lead:
-            directory.set_state("stopped", reason=stop.reason, at=stop.at)
+            _set_last_state(directory, "stopped", reason=stop.reason, at=stop.at)
         raise
     except BaseException as error:
         if lead:
             expected = isinstance(error, UserError)
             text = str(error) if expected else f"{type(error).__name__}: {error}"
-            directory.set_state("failed", error=text)
+            _set_last_state(directory, "failed", error=text)
         raise
-    if lead:
-        directory.set_state("done")
+    storages.on_each(lambda: directory.set_state("done"))
+
+
+def _set_last_state(directory: RunDirectory, status: str, **facts: object) -> None:
+    """Of a run that ends with an error, which a disk that is full must not take the place of."""
+    try:
+        directory.set_state(status, **facts)
+    except UserError as error:
+        log.warning("%s", error)

@@ -63,6 +63,8 @@ def read_text(path: Path) -> str:
     except FileNotFoundError:
         hint = _hint_for_missing(path)
         raise JobError.of(path, got="no such file", expected="a file", hint=hint) from None
+    except IsADirectoryError:
+        raise JobError.of(path, got="a directory", expected="a file") from None
     except OSError as error:
         got = (error.strerror or str(error)).lower()
         raise JobError.of(path, got=got, expected="a readable file") from None

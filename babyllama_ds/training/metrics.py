@@ -1,7 +1,8 @@
 """What people watch: numbers of logged steps enter; metrics.jsonl, TensorBoard and a bar leave.
 
 Only rank 0 writes. A resumed training first takes back what was logged after its checkpoint, so
-that every step stands once in the file.
+that every step stands once in the file. Where the disk refuses, all ranks raise: one that waited
+for rank 0 would end with an error of the network instead.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -28,28 +29,33 @@ UNPLOTTED = ("stage", "step", "epoch", "tokens")
 
 
 class MetricsLog:
-    """The metrics of one stage: a line per logged step, scalars, and a progress bar."""
+    """The metrics of one stage: a line per logged step, scalars, and a progress bar.
+
+    Opening, `write`, and leaving without an error are collectives. They raise `RunError` when the
+    disk refuses.
+    """
 
     def __init__(self, run_dir: Path, stage: str, *, first_step: int, total_steps: int) -> None:
         self.stage = stage
         self._total_steps = total_steps
-        self._file: Path | None = None
         self._bar: tqdm[Any] | None = None
         self._board: SummaryWriter | None = None
-        if ranks.rank() == 0:
-            self._file = run_dir / METRICS_NAME
-            forget_later_steps(self._file, stage, first_step)
-            self._board = SummaryWriter(
-                str(run_dir / "tensorboard" / stage), purge_step=first_step + 1
-            )
-            self._bar = tqdm(
-                total=total_steps,
-                initial=first_step,
-                desc=stage,
-                unit="step",
-                disable=not sys.stderr.isatty(),
-                dynamic_ncols=True,
-            )
+        self._run_dir = run_dir
+        self._file = run_dir / METRICS_NAME
+        self._on_rank_zero(lambda: self._open(first_step))
+
+    def _open(self, first_step: int) -> None:
+        forget_later_steps(self._file, self.stage, first_step)
+        board_dir = self._run_dir / "tensorboard" / self.stage
+        self._board = SummaryWriter(str(board_dir), purge_step=first_step + 1)
+        self._bar = tqdm(
+            total=self._total_steps,
+            initial=first_step,
+            desc=self.stage,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+        )
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -60,10 +66,17 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._board is not None:
-            self._board.close()
         if self._bar is not None:
             self._bar.close()
+        if error is None:
+            self._on_rank_zero(self._close_board)
+            return
+        with suppress(OSError):  # the error that ends the training says more
+            self._close_board()
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
 
     def advance(self) -> None:
         """One step further on the bar."""
@@ -72,14 +85,27 @@ class MetricsLog:
 
     def write(self, step: int, values: Metrics) -> None:
         """Record what was measured after `step` updates."""
-        if self._file is None or self._board is None:
-            return
+        self._on_rank_zero(lambda: self._write(step, values))
+
+    def _write(self, step: int, values: Metrics) -> None:
+        assert self._board is not None, "opened on this rank"
         line = json.dumps({"stage": self.stage, "step": step, **values})
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
         for key, value in values.items():
             if key not in UNPLOTTED and isinstance(value, float):
                 self._board.add_scalar(key, value, step)
+
+    def _on_rank_zero(self, work: Callable[[], None]) -> None:
+        def told() -> None:
+            if ranks.rank() != 0:
+                return
+            try:
+                work()
+            except OSError as error:
+                raise files.cannot_write(self._run_dir, error) from error
+
+        ranks.on_every_rank(told)
 
     def show(
         self,

@@ -74,15 +74,20 @@ class Command:
     where: str
     words: tuple[str, ...]
     error: str | None
+    with_data: bool
+    """Whether its page has said before where the text of BabyLM lies."""
 
 
 def commands() -> Iterator[Command]:
+    told: set[Path] = set()
     for block in blocks("console"):
         joined = block.text.replace("\\\n", " ")
         for typed, answer in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", joined, re.M):
             words = tuple(shlex.split(typed, comments=True))
             error = re.search(r"^error: .*?: got ", answer, re.M)
-            yield Command(str(block), words, error and error[0])
+            if words[0] == "export" and words[1].startswith("BABYLM_DATA="):
+                told.add(block.path)
+            yield Command(str(block), words, error and error[0], block.path in told)
 
 
 COMMANDS = list(dict.fromkeys(commands()))
@@ -111,8 +116,7 @@ def home(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    data = str(folder / "data")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "BABYLM_DATA": data}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
         words,
         cwd=folder,
@@ -125,8 +129,11 @@ def ask(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: " ".join(c.words)[:60])
-def test_a_command(command: Command, home: Path) -> None:
+def test_a_command(command: Command, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, *words = command.words
+    monkeypatch.delenv("BABYLM_DATA", raising=False)
+    if command.with_data or program == "docker":  # whose environment is its image's
+        monkeypatch.setenv("BABYLM_DATA", str(home / "data"))
     typists: Mapping[str, Callable[[list[str], Path], subprocess.CompletedProcess[str]]] = {
         "babyllama-ds": of_ours,
         "deepspeed": of_the_launcher,
@@ -213,7 +220,8 @@ def knows_options(
 
 
 @pytest.mark.parametrize("block", list(blocks("python")), ids=str)
-def test_python(block: Block, home: Path) -> None:
+def test_python(block: Block, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BABYLM_DATA", str(home / "data"))
     done = ask([sys.executable, "-c", block.text], home)
     assert done.returncode == 0, f"{block}\n{done.stderr}"
     assert done.stdout.strip(), f"{block} shows nothing"

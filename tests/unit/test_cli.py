@@ -306,6 +306,21 @@ def test_a_plan_is_printed_as_text_or_as_json(
     assert list(tmp_path.iterdir()) == []  # nothing is written
 
 
+def test_a_plan_that_is_told_the_tokens_needs_no_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BABYLM_DATA", raising=False)
+    words = ["plan", "babylm_tiny", "--runs", str(tmp_path), "--ranks", "1"]
+    assert cli.main([*words, "--tokens", "650000"]) == 0
+    assert "650 k training tokens" in capsys.readouterr().out
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert "${BABYLM_DATA}/train/*.train" in err
+    assert "--tokens N" in err
+    assert cli.main([*words, "--measure"]) == 2  # which reads it
+    assert "corpus.train[0]: got ${BABYLM_DATA}, which is not set" in capsys.readouterr().err
+
+
 def test_a_plan_that_cannot_fit_is_printed_and_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

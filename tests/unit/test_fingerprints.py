@@ -268,6 +268,23 @@ def test_weights_are_hashed_or_read_from_the_manifest(tmp_path: Path) -> None:
     assert weight_hashes(directory) == expected
 
 
+def test_a_model_that_was_written_over_is_another_whatever_its_manifest_says(
+    tmp_path: Path,
+) -> None:
+    """An export of ours that was trained further, and saved where it was."""
+    directory = saved_model(tmp_path / "a")
+    files.write_manifest(directory, fingerprint="f")
+    before = loaded(directory), fingerprint(model=pretrained(directory))
+    save_file({"weight": torch.ones(3)}, directory / "model.safetensors")
+    after = loaded(directory), fingerprint(model=pretrained(directory))
+    assert before[0] != after[0]
+    assert before[1] != after[1]
+
+
+def pretrained(directory: Path) -> PretrainedModel:
+    return PretrainedModel(kind="pretrained", path=str(directory))
+
+
 # -- the distilled student -------------------------------------------------------------------------
 
 DISTILLATION_MATTERS = {

@@ -55,8 +55,16 @@ def job_of(tmp_path: Path) -> JobOf:
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> RunDirectory:
+def empty(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "runs" / "one")
+
+
+@pytest.fixture
+def directory(empty: RunDirectory) -> RunDirectory:
+    """One that holds work already: only there is another experiment refused."""
+    empty.path.mkdir(parents=True)
+    (empty.path / "metrics.jsonl").touch()
+    return empty
 
 
 def test_the_resolved_job_is_written_and_reads_back(job_of: JobOf, directory: RunDirectory) -> None:
@@ -154,6 +162,7 @@ def test_their_top_k_are_another_experiment(job_of: JobOf, directory: RunDirecto
         open_with("distillation.cache=topk")
     other = RunDirectory(directory.path.with_name("other"))
     other.open(job_of("nursery", PHASES, "distillation.cache=topk"))
+    (other.path / "metrics.jsonl").touch()
     with pytest.raises(RunError, match=r"distillation\.cache_top_k: got 64 in the run"):
         other.open(
             job_of("nursery", PHASES, "distillation.cache=topk", "distillation.cache_top_k=8")
@@ -237,6 +246,27 @@ def test_all_differences_are_told_with_both_values(job_of: JobOf, directory: Run
     assert "another `name`" in (seed.hint or "")
 
 
+def test_a_job_that_failed_before_it_trained_may_be_corrected(
+    job_of: JobOf, empty: RunDirectory
+) -> None:
+    empty.open(job_of("nursery", "tokenizer.vocab_size=700"))
+    empty.claim_stage("tokenizer", "a" * 64, made_from="the text")
+    empty.settle("student on 2 cpu ranks", {"micro_batch": 4})
+    corrected = job_of("nursery")
+    empty.open(corrected)
+    assert load_job(empty.path / "job.yaml", environ={}) == corrected
+    empty.claim_stage("tokenizer", "b" * 64, made_from="the text")
+    assert empty.settled() == {}
+
+
+@pytest.mark.parametrize("work", ["checkpoints", "teachers", "student", "control", "evaluation"])
+def test_one_with_any_work_may_not(job_of: JobOf, empty: RunDirectory, work: str) -> None:
+    empty.open(job_of("nursery", "tokenizer.vocab_size=700"))
+    (empty.path / work).mkdir()
+    with pytest.raises(RunError, match=r"tokenizer\.vocab_size: got 700"):
+        empty.open(job_of("nursery"))
+
+
 def test_differing_keys_by_hand() -> None:
     theirs = {"a": {"b": 1, "c": [1, 2]}, "evaluation": {"x": 1}, "only": None, "gone": 3}
     ours = {"a": {"b": 2, "c": [1]}, "evaluation": {"x": 2}, "new": "n"}
@@ -250,38 +280,38 @@ def test_differing_keys_by_hand() -> None:
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"", b"- a\n- b\n", b"text"])
 def test_a_job_that_cannot_be_read_is_an_error(
-    job_of: JobOf, content: bytes, directory: RunDirectory
+    job_of: JobOf, content: bytes, empty: RunDirectory
 ) -> None:
-    directory.path.mkdir(parents=True)
-    (directory.path / "job.yaml").write_bytes(content)
+    empty.path.mkdir(parents=True)
+    (empty.path / "job.yaml").write_bytes(content)
     with pytest.raises(RunError, match="expected the job of the run that is there") as caught:
-        directory.open(job_of("nursery"))
-    assert caught.value.problems[0].where == str(directory.path / "job.yaml")
-    assert (directory.path / "job.yaml").read_bytes() == content
+        empty.open(job_of("nursery"))
+    assert caught.value.problems[0].where == str(empty.path / "job.yaml")
+    assert (empty.path / "job.yaml").read_bytes() == content
 
 
-def test_an_unwritable_directory_is_an_error(job_of: JobOf, directory: RunDirectory) -> None:
-    directory.path.parent.mkdir(parents=True)
-    directory.path.write_text("a file")
+def test_an_unwritable_directory_is_an_error(job_of: JobOf, empty: RunDirectory) -> None:
+    empty.path.parent.mkdir(parents=True)
+    empty.path.write_text("a file")
     with pytest.raises(RunError, match="expected a place that can be written"):
-        directory.open(job_of("nursery"))
+        empty.open(job_of("nursery"))
 
 
 # -- stages and state ------------------------------------------------------------------------------
 
 
-def test_a_stage_is_claimed_once(directory: RunDirectory) -> None:
-    directory.path.mkdir(parents=True)
-    directory.claim_stage("student", "a" * 64, made_from="its teachers")
-    directory.claim_stage("control", "b" * 64, made_from="its text")
-    directory.claim_stage("student", "a" * 64, made_from="its teachers")
+def test_a_stage_is_claimed_once(empty: RunDirectory) -> None:
+    empty.path.mkdir(parents=True)
+    empty.claim_stage("student", "a" * 64, made_from="its teachers")
+    empty.claim_stage("control", "b" * 64, made_from="its text")
+    empty.claim_stage("student", "a" * 64, made_from="its teachers")
     with pytest.raises(RunError) as caught:
-        directory.claim_stage("student", "c" * 64, made_from="its teachers")
+        empty.claim_stage("student", "c" * 64, made_from="its teachers")
     (problem,) = caught.value.problems
-    assert problem.where == f"{directory.path}: student"
+    assert problem.where == f"{empty.path}: student"
     assert problem.got == "fingerprint aaaaaaaaaaaa in the run that is there"
     assert problem.expected == "cccccccccccc: its teachers changed since"
-    stages = json.loads((directory.path / "stages.json").read_text())
+    stages = json.loads((empty.path / "stages.json").read_text())
     assert stages == {"student": "a" * 64, "control": "b" * 64}
 
 
@@ -296,6 +326,7 @@ def test_a_run_of_before_an_option_came_goes_on(tmp_path: Path, job_of: JobOf) -
     """Its `job.yaml` does not name the option; the job that does has it at its default."""
     directory = RunDirectory(tmp_path / "runs" / "one")
     directory.open(job_of("nursery"))
+    (directory.path / "metrics.jsonl").touch()
     path = directory.path / "job.yaml"
     old = yaml.safe_load(path.read_text())
     del old["windows"]["order"], old["student"]["training"]["gradient_checkpointing"]

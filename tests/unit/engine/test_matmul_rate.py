@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,6 +88,23 @@ def test_few_rows_stand_for_many_on_a_slow_machine(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(matmul_rate, "_timed", a_millisecond_a_row)
     assert matmul_rate._seconds(Product(100_000, 4, 4), CPU, 0.8) == pytest.approx(100.0)
     assert max(measured) == 200  # a quarter of the budget
+
+
+def test_a_machine_that_is_busy_for_a_while_counts_as_it_is_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    blocks_s = iter([9.0, 2.0, 2.5, 7.0, 3.0])
+    now_s, running = 0.0, False
+
+    def clock() -> float:
+        nonlocal now_s, running
+        if running:
+            now_s += next(blocks_s)
+        running = not running
+        return now_s
+
+    monkeypatch.setattr(matmul_rate, "time", SimpleNamespace(perf_counter=clock))
+    assert matmul_rate._timed(Product(4, 4, 4), 20, CPU) == pytest.approx(2.0 / 4)
 
 
 def test_rates_are_measured(

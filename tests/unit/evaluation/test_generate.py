@@ -15,7 +15,7 @@ import torch
 
 from babyllama_ds import cli
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
-from babyllama_ds.errors import DataError, ModelError
+from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.generate import Sampling, generate
 from babyllama_ds.spec.corpus import TrainedTokenizer
 
@@ -93,18 +93,21 @@ def test_an_empty_prompt_is_refused(model_dir: Path) -> None:
 
 
 def test_a_directory_without_a_model_is_refused(model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or directory"):
+    with pytest.raises(ModelError, match="nothing: no such directory, expected a causal language"):
         list(generate(str(tmp_path / "nothing"), ["the"], GREEDY, device=CPU))
     load_tokenizer(str(model_dir)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="a causal language model's directory"):
+    with pytest.raises(ModelError, match="a directory without config"):
         list(generate(str(tmp_path), ["the"], GREEDY, device=CPU))
 
 
 def test_the_command(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["generate", str(model_dir), "the little", "--tokens", "12", "--temperature", "0"]
+    words = ["generate", "--tokens", "12", "--temperature", "0", str(model_dir), "the little"]
     assert cli.main(words) == 0
     out, _ = capsys.readouterr()
     assert out == next(generate(str(model_dir), ["the little"], GREEDY, device=CPU)) + "\n"
+    assert cli.main([*words, "a"]) == 0
+    of_two = generate(str(model_dir), ["the little", "a"], GREEDY, device=CPU)
+    assert capsys.readouterr().out == "\n\n".join(of_two) + "\n"
     assert cli.main(["generate", str(model_dir / "no"), "the"]) == 2
     assert "MODEL" in capsys.readouterr().err
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from babyllama_ds import cli
+from babyllama_ds import cli, files
 from babyllama_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from babyllama_ds.errors import DataError, ModelError, UserError
 from babyllama_ds.evaluation.measure import Wanted, measure
@@ -330,6 +331,11 @@ def test_the_store_remembers(
     shutil.copytree(model_dir, moved)
     tokenizer.save_pretrained(str(moved))
     assert again(moved)
+    files.write_manifest(moved, fingerprint="of an export")
+    assert not again(moved)
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: 2 * w for name, w in weights.items()}, moved / "model.safetensors")
+    assert again(moved)  # trained further: its manifest tells of what was there before
 
 
 # -- what is wrong --------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_a_directory(tmp_path: Path) -> None:
-    assert the_problem(tmp_path).got == "is a directory"
+    assert the_problem(tmp_path).got == "a directory"
 
 
 def test_a_file_that_is_not_utf8(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder, Progre
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.engine.schedule import learning_rate
 from babyllama_ds.engine.training import TrainingEngine
-from babyllama_ds.errors import Stopped, TrainingError
+from babyllama_ds.errors import RunError, Stopped, TrainingError
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.spec.distillation import DistillationSpec
@@ -1179,6 +1179,13 @@ def test_a_teacher_not_finite_on_one_rank_is_the_same_error_on_both(two_ranks: P
     )
 
 
+@pytest.mark.launch
+def test_a_full_disk_of_rank_zero_is_the_same_error_on_both(two_ranks: Path) -> None:
+    results = [json.loads((two_ranks / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    assert results[0]["disk_error"] == results[1]["disk_error"]
+    assert f"{two_ranks / 'full_disk'}: got ENOSPC" in results[0]["disk_error"]
+
+
 def run_as_rank(folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -1233,6 +1240,18 @@ def run_as_rank(folder: Path) -> None:
         run.train(before=spoil_teacher)
     except TrainingError as error:
         result["teacher_error"] = str(error)
+
+    run = run_of(folder, "full_disk", config, device)
+
+    def fill_the_disk(epoch: int, k: int) -> None:
+        if (k, ranks.rank()) == (1, 0):
+            (run.directory / "metrics.jsonl").unlink(missing_ok=True)
+            (run.directory / "metrics.jsonl").symlink_to("/dev/full")
+
+    try:
+        run.train(before=fill_the_disk)
+    except RunError as error:
+        result["disk_error"] = str(error)
     (folder / f"rank{ranks.rank()}.json").write_text(json.dumps(result))
     distributed.stop()
 

@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from babyllama_ds import ranks
+from babyllama_ds.errors import RunError
 from babyllama_ds.training.metrics import MetricsLog, duration, forget_later_steps
 
 
@@ -62,6 +63,19 @@ def test_only_rank_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         metrics.advance()
         metrics.show(1, {"loss": 1.0}, tokens_per_s=1.0, seconds_left=1.0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_is_an_error_of_the_run(tmp_path: Path) -> None:
+    with open_log(tmp_path) as metrics:
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(RunError, match=r"got ENOSPC .*, expected a place that can be written"):
+            metrics.write(1, {"loss": 1.0})
+
+
+def test_a_board_that_cannot_be_written_neither(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(RunError, match=f"{tmp_path}: got "):
+        open_log(tmp_path)
 
 
 def test_a_resumed_training_overwrites_what_came_after_its_checkpoint(tmp_path: Path) -> None:
