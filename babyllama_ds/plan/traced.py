@@ -5,7 +5,7 @@ The model's own forward pass runs on shapes: on tensors of the true sizes and wi
 a family has to be known here. Stood in for by what they keep are fused attention, by q, k, v, their
 output, a mask and a sum of exponentials for each head and position; and on a card dropout, by a
 boolean for each number, and `FusedRMSNorm`, by its input and a number for each row. (Means and
-deviations of layer norms are counted in the states' type, as a CPU keeps them; a card does in fp32.)
+deviations of layer norms are counted in the states' type, as a CPU keeps them; a card has fp32.)
 
 A micro-batch of several windows is reckoned from those of two and three: each adds as much.
 
