@@ -108,6 +108,24 @@ def test_every_window_once_an_epoch_and_the_same_batches(
 
 
 @pytest.mark.parametrize(("num_ranks", "size"), SPLITS)
+def test_a_batch_is_dealt_out_pass_by_pass_rank_by_rank_its_padding_last(
+    num_ranks: int, size: int, training_spec: Callable[..., Any]
+) -> None:
+    """By this order the loop names the windows on which a teacher is not finite."""
+    windows = NumberedWindows(13)  # batches of 8 and 5
+    of_ranks = plans(windows, training_spec(batch_windows=8), num_ranks, size)
+    for step in range(2):
+        batches = [plan.batch(step) for plan in of_ranks]
+        passes = zip(*(batch.micro_batches for batch in batches), strict=True)
+        micros = [micro for of_pass in passes for micro in of_pass]
+        dealt = np.concatenate([micro.windows_B for micro in micros])
+        num_windows = batches[0].num_windows
+        assert dealt[:num_windows].tolist() == batches[0].window_ids.tolist()
+        valid = torch.cat([micro.valid_N.view(size, LENGTH)[:, 0] for micro in micros])
+        assert valid.tolist() == [True] * num_windows + [False] * (8 - num_windows)
+
+
+@pytest.mark.parametrize(("num_ranks", "size"), SPLITS)
 def test_each_pass_knows_its_windows_by_number_and_the_next_ones(
     num_ranks: int, size: int, training_spec: Callable[..., Any]
 ) -> None:
