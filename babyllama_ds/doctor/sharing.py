@@ -8,6 +8,7 @@ its job promises; here no job is known.
 
 from __future__ import annotations
 
+import functools
 import secrets
 import shlex
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def sharing(runs: Path, hosts: Sequence[str], *, ssh_port: int | None) -> list[F
 
         def on_each(programs: Sequence[str]) -> list[str | None]:
             """Each host's last line, and none where its program did not end well."""
-            return list(pool.map(lambda *asked: _told(*asked, ssh_port), hosts, programs))
+            return list(pool.map(functools.partial(_told, ssh_port=ssh_port), hosts, programs))
 
         numbers = range(len(hosts))
         wrote = on_each([_writing(runs, stem, number) for number in numbers])
@@ -77,7 +78,7 @@ def _found(runs: Path, hosts: Sequence[str], seen: Sequence[frozenset[int]]) -> 
     )
 
 
-def _told(host: str, program: str, ssh_port: int | None) -> str | None:
+def _told(host: str, program: str, *, ssh_port: int | None) -> str | None:
     there = f"cd {shlex.quote(str(Path.cwd()))} && {program}"
     # Whatever the login shell is.
     told = told_over_ssh(host, f"sh -c {shlex.quote(there)}", ssh_port, limit_s=_LIMIT_S)
