@@ -4,9 +4,9 @@ Enters: the cleaned lines of each split and a tokenizer. Leaves: a directory of 
 `.bin` files and `shards.json`, and `TokenShards`, which maps them into memory. `windows` reads it.
 
 The stream is what encoding each cleaned file in one call and joining the results would give, as
-published: no token between files, no special token anywhere. But the text is encoded in blocks,
-many at a time, so that all cores work and a corpus larger than memory passes through. Text that
-looks like a special token (`<s>`) is encoded as the text it is.
+published: no token between files, no special token anywhere. But the text is encoded in blocks
+(`blocks`), many at a time, so that all cores work and a corpus larger than memory passes through.
+Text that looks like a special token (`<s>`) is encoded as the text it is.
 
 Where the boundaries of documents are kept, each document is encoded by itself instead, with the
 special tokens that were asked for at its ends, and beside a shard of tokens lie the places where
@@ -23,19 +23,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from babyllama_ds.corpus.documents import DocumentTokens, documents_of
+from babyllama_ds.corpus.blocks import (
+    Batch,
+    Block,
+    Encoder,
+    Tokens,
+    blocks_of_documents,
+    blocks_of_file,
+)
+from babyllama_ds.corpus.documents import DocumentTokens
 from babyllama_ds.corpus.starts import ON_DISK, DocumentStarts
 from babyllama_ds.corpus.tokenizer import vocabulary_size
 from babyllama_ds.errors import DataError, RunError
@@ -56,8 +62,6 @@ log = logging.getLogger(__name__)
 INDEX_NAME = "shards.json"
 STARTS_SUFFIX = ".starts"
 """Of the file, beside a shard, that says where its documents start."""
-BLOCK_CHARS = 1 << 14
-"""Characters encoded in one go, about; much longer ones leave the processor's caches."""
 BATCH_BLOCKS = 128
 """Blocks encoded together, so about 2 MiB of text."""
 SHARD_BLOCKS = 8 * BATCH_BLOCKS
@@ -102,7 +106,7 @@ def write_shards(
     """
     size = vocabulary_size(tokenizer)
     dtype = "uint16" if size <= 1 << 16 else "uint32"
-    encoder = _Encoder(tokenizer, documents)
+    encoder = Encoder(tokenizer, documents)
     splits = {}
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -116,45 +120,6 @@ def write_shards(
     write_json(directory / INDEX_NAME, {"dtype": dtype, "vocab_size": size, "splits": splits})
 
 
-class _Piece(NamedTuple):
-    """Text that is encoded in one call."""
-
-    text: str
-    begins: bool
-    """Whether a file or, where boundaries are kept, a document begins here."""
-    ends: bool
-    """Whether a document ends here."""
-
-
-@dataclass(frozen=True)
-class _Block:
-    """About `BLOCK_CHARS` of a file: one piece or, where boundaries are kept, many."""
-
-    pieces: tuple[_Piece, ...]
-    domain: str
-    begins_file: bool
-
-    @property
-    def text(self) -> str:
-        return "".join(piece.text for piece in self.pieces)
-
-
-class _Tokens(NamedTuple):
-    """What a block comes to."""
-
-    ids: list[int]
-    starts: list[int]
-    """Where among them documents start."""
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Blocks of one shard, to be encoded together."""
-
-    shard: int
-    blocks: list[_Block]
-
-
 @dataclass
 class _Text:
     """What the text of a shard comes to."""
@@ -164,7 +129,7 @@ class _Text:
     words: int = 0
     _digest: Any = field(default_factory=hashlib.sha256)
 
-    def add(self, blocks: Iterable[_Block]) -> _Text:
+    def add(self, blocks: Iterable[Block]) -> _Text:
         for block in blocks:
             text = block.text
             content = text.encode()
@@ -239,7 +204,7 @@ class _SplitWriter:
     """Writes one split's shards, but for those that stand."""
 
     def __init__(
-        self, directory: Path, split: str, dtype: str, encoder: _Encoder, check: Check
+        self, directory: Path, split: str, dtype: str, encoder: Encoder, check: Check
     ) -> None:
         self._directory, self._split = directory, split
         self._dtype, self._encoder, self._check = _on_disk(dtype), encoder, check
@@ -254,17 +219,17 @@ class _SplitWriter:
         self._remove_others()
         return [self._shards[shard] for shard in range(len(self._shards))]
 
-    def _blocks(self, texts: Texts) -> Iterator[_Block]:
+    def _blocks(self, texts: Texts) -> Iterator[Block]:
         for domain, lines in texts:
             if self._encoder.documents is None:
-                yield from _blocks_of_file(domain, lines, self._encoder)
+                yield from blocks_of_file(domain, lines, self._encoder)
             else:
-                yield from _blocks_of_documents(domain, lines, self._encoder)
+                yield from blocks_of_documents(domain, lines, self._encoder)
 
     def _text(self) -> _Text:
         return _Text(self._encoder.documents)
 
-    def _batches(self, blocks: Iterator[_Block]) -> Iterator[_Batch]:
+    def _batches(self, blocks: Iterator[Block]) -> Iterator[Batch]:
         """The text of the shards that do not stand."""
         for shard in count():
             of_shard = islice(blocks, SHARD_BLOCKS)
@@ -280,7 +245,7 @@ class _SplitWriter:
             begun = False
             while batch := list(islice(of_shard, BATCH_BLOCKS)):
                 begun = True
-                yield _Batch(shard, batch)
+                yield Batch(shard, batch)
             if not begun:
                 return
 
@@ -298,7 +263,7 @@ class _SplitWriter:
             return found
         return None
 
-    def _write(self, shard: int, group: Iterator[tuple[_Batch, list[_Tokens]]]) -> _Shard:
+    def _write(self, shard: int, group: Iterator[tuple[Batch, list[Tokens]]]) -> _Shard:
         text, parts, starts, spans = self._text(), [], [], []
         num_tokens = 0
         for batch, tokens in group:
@@ -375,167 +340,6 @@ def _summary(shards: list[_Shard], *, with_documents: bool) -> dict[str, Any]:
     return summary | (
         {"documents": [shard.documents for shard in shards]} if with_documents else {}
     )
-
-
-# -- blocks --------------------------------------------------------------------------------------
-
-
-def _blocks_of_file(domain: str, lines: Iterator[str], encoder: _Encoder) -> Iterator[_Block]:
-    """Blocks of one piece; marks of documents, being empty, vanish in the text."""
-    begins_file = True
-    for text in cut_into_blocks(lines, encoder.may_cut, BLOCK_CHARS):
-        yield _Block((_Piece(text, begins_file, ends=False),), domain, begins_file)
-        begins_file = False
-
-
-def _blocks_of_documents(domain: str, lines: Iterator[str], encoder: _Encoder) -> Iterator[_Block]:
-    """Blocks of whole documents, and of parts of long ones."""
-    pieces: list[_Piece] = []
-    size, begins_file = 0, True
-    for piece in _pieces_of_documents(lines, encoder):
-        pieces.append(piece)
-        size += len(piece.text)
-        if size >= BLOCK_CHARS:
-            yield _Block(tuple(pieces), domain, begins_file)
-            pieces, size, begins_file = [], 0, False
-    if pieces:
-        yield _Block(tuple(pieces), domain, begins_file)
-
-
-def _pieces_of_documents(lines: Iterator[str], encoder: _Encoder) -> Iterator[_Piece]:
-    for document in documents_of(lines):
-        texts = cut_into_blocks(document, encoder.may_cut, BLOCK_CHARS)
-        text, begins = next(texts, None), True
-        while text is not None:
-            following = next(texts, None)
-            yield _Piece(text, begins, ends=following is None)
-            text, begins = following, False
-
-
-def cut_into_blocks(
-    lines: Iterable[str], may_cut: Callable[[str, str], bool], block_chars: int
-) -> Iterator[str]:
-    """Pieces of the joined `lines` of about `block_chars` characters, cut where `may_cut` agrees.
-
-    Cuts are only tried before a space or line break that follows another character: words, and
-    runs of whitespace, stay whole. Text without such a place is kept together, however long.
-    """
-    pending: list[str] = []
-    size, enough = 0, 2 * block_chars
-    for line in lines:
-        pending.append(line)
-        size += len(line)
-        if size < enough:
-            continue
-        text, start = "".join(pending), 0
-        while (cut := _find_cut(text, start + block_chars, may_cut)) is not None:
-            yield text[start:cut]
-            start = cut
-        pending, size = [text[start:]], len(text) - start
-        # Without a cut, the next attempt waits for twice the text: the work stays linear.
-        enough = max(2 * block_chars, 2 * size)
-    if size:
-        yield "".join(pending)
-
-
-_CONTEXT_CHARS = 64
-_PLACE_TO_CUT = re.compile(r"(?<=\S)[ \n]")
-
-
-def _find_cut(text: str, start: int, may_cut: Callable[[str, str], bool]) -> int | None:
-    for place in _PLACE_TO_CUT.finditer(text, start, max(start, len(text) - _CONTEXT_CHARS)):
-        cut = place.start()
-        left = text[max(0, cut - _CONTEXT_CHARS) : cut]
-        if may_cut(left, text[cut : cut + _CONTEXT_CHARS]):
-            return cut
-    return None
-
-
-class _Encoder:
-    """Encodes blocks of text as if each were in its place in its file.
-
-    A tokenizer may treat the start of a text specially (ours puts a space before it). So pieces
-    that continue a file or document are encoded behind an anchor, whose tokens are then dropped.
-    """
-
-    _ANCHOR = "a"
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, documents: DocumentTokens | None = None
-    ) -> None:
-        from tokenizers import Tokenizer
-
-        self.documents = documents
-        # A copy: the settings below are not the caller's.
-        self._backend: Any = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = True
-        self._anchor_ids = self._ids(self._ANCHOR)
-
-    def may_cut(self, left: str, right: str) -> bool:
-        """Whether the tokens of `left + right` are those of `left`, then those of `right`.
-
-        True of byte-level BPE before any whitespace; asked of the tokenizer itself, since some
-        join punctuation with the line break that follows it.
-        """
-        anchored, num_anchor = self._ids(self._ANCHOR + right), len(self._anchor_ids)
-        return (
-            anchored[:num_anchor] == self._anchor_ids
-            and self._ids(left + right) == self._ids(left) + anchored[num_anchor:]
-        )
-
-    def encode(
-        self, batches: Iterator[_Batch]
-    ) -> Generator[tuple[_Batch, list[_Tokens]], None, None]:
-        """Each batch with the tokens of its blocks, in order.
-
-        While a batch is encoded (outside Python's lock), the next one is read and the one before
-        is written.
-        """
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            batch, running = next(batches, None), None
-            while batch or running:
-                done, running = running, pool.submit(self._encode_batch, batch) if batch else None
-                if done:
-                    yield done.result()
-                batch = next(batches, None)
-
-    def _encode_batch(self, batch: _Batch) -> tuple[_Batch, list[_Tokens]]:
-        texts = [
-            piece.text if piece.begins else self._ANCHOR + piece.text
-            for block in batch.blocks
-            for piece in block.pieces
-        ]
-        encodings = iter(self._backend.encode_batch_fast(texts, add_special_tokens=False))
-        return batch, [
-            self._tokens(block.pieces, islice(encodings, len(block.pieces)))
-            for block in batch.blocks
-        ]
-
-    def _tokens(self, pieces: Sequence[_Piece], encodings: Iterable[Any]) -> _Tokens:
-        tokens, num_anchor = _Tokens([], []), len(self._anchor_ids)
-        for piece, encoding in zip(pieces, encodings, strict=True):
-            ids = encoding.ids[0 if piece.begins else num_anchor :]
-            if self.documents is None:
-                return _Tokens(ids, [])  # the one piece of the block
-            if piece.begins and piece.ends and not ids:
-                continue  # a document without a token is none
-            if piece.begins:
-                tokens.starts.append(len(tokens.ids))
-                tokens.ids.extend(_given(self.documents.begin))
-            tokens.ids.extend(ids)
-            if piece.ends:
-                tokens.ids.extend(_given(self.documents.end))
-        return tokens
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
-
-
-def _given(index: int | None) -> tuple[int, ...]:
-    return () if index is None else (index,)
 
 
 def _on_disk(dtype: str) -> np.dtype[Any]:

@@ -13,6 +13,7 @@ from babyllama_ds.doctor.devices import bf16, devices, host, shared_memory
 from babyllama_ds.doctor.disk import disk
 from babyllama_ds.doctor.findings import Finding
 from babyllama_ds.doctor.hosts import hosts, read_hostfile
+from babyllama_ds.doctor.sharing import sharing
 from babyllama_ds.doctor.versions import versions
 from babyllama_ds.doctor.world import Started, worlds
 from babyllama_ds.doctor.zero2 import not_compiled, zero2
@@ -41,7 +42,10 @@ def examine(
     slots = None if hostfile is None else read_hostfile(hostfile)
     found = [*versions(), *devices(device), *shared_memory(device), *disk(runs)]
     if slots is not None:
-        found += hosts(slots, device, ssh_port=ssh_port)
+        of_hosts = hosts(slots, device, ssh_port=ssh_port)
+        found += of_hosts
+        if all(finding.status != "failure" for finding in of_hosts):
+            found += sharing(runs, list(slots), ssh_port=ssh_port)
     lacking = what_compiling_lacks(device) if compiled else None
     compiled = compiled and lacking is None
     with ExitStack() as stack:

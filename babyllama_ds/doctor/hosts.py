@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,11 @@ from typing import Any
 import torch
 
 from babyllama_ds.doctor.findings import Finding, failure, ok, warning
+from babyllama_ds.doctor.ssh import told_over_ssh
 from babyllama_ds.engine.distributed import Device
 from babyllama_ds.environment import compared_code, compared_hardware
 from babyllama_ds.errors import MachineError
 
-CONNECT_LIMIT_S = 10
 ANSWER_LIMIT_S = 120
 """For a host to connect and import torch: from a shared file system, cold."""
 
@@ -100,30 +99,14 @@ def _ask(host: str, device: Device, ssh_port: int | None) -> dict[str, Any] | st
         f"cd {shlex.quote(str(Path.cwd()))} && PYTHONPATH={shlex.quote(path)} "
         f"{shlex.quote(sys.executable)} -m babyllama_ds.doctor.hosts {device}"
     )
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_LIMIT_S}"]
-    port = [] if ssh_port is None else ["-p", str(ssh_port)]
+    told = told_over_ssh(host, there, ssh_port, limit_s=ANSWER_LIMIT_S)
+    if told.line is None:
+        return told.problem
     try:
-        done = subprocess.run(
-            ["ssh", *options, *port, host, there],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=ANSWER_LIMIT_S,
-            check=False,
-        )
-    except FileNotFoundError:
-        return "there is no ssh here"
-    except subprocess.TimeoutExpired:
-        return f"no answer within {ANSWER_LIMIT_S} s"
-    last = done.stdout.strip().splitlines()[-1:]
-    if done.returncode == 0 and last:
-        try:
-            answer: dict[str, Any] = json.loads(last[0])
-        except ValueError:
-            return f"an answer of another kind: {last[0]}"
-        return answer
-    said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
-    return f"ssh ended with status {done.returncode}: {said[0]}"
+        answer: dict[str, Any] = json.loads(told.line)
+    except ValueError:
+        return f"an answer of another kind: {told.line}"
+    return answer
 
 
 def _of_host(

@@ -1,8 +1,9 @@
 """What people watch: numbers of logged steps enter; metrics.jsonl, TensorBoard and a bar leave.
 
 Only rank 0 writes. A resumed training first takes back what was logged after its checkpoint, so
-that every step stands once in the file. Where the disk refuses, all ranks raise: one that waited
-for rank 0 would end with an error of the network instead.
+that every step stands once in the file. TensorBoard's files lie on one node alone: those of a node
+that was replaced are written anew from the file. Where the disk refuses, all ranks raise: one that
+waited for rank 0 would end with an error of the network instead.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,8 +47,9 @@ class MetricsLog:
 
     def _open(self, first_step: int) -> None:
         forget_later_steps(self._file, self.stage, first_step)
-        board_dir = self._run_dir / "tensorboard" / self.stage
-        self._board = SummaryWriter(str(board_dir), purge_step=first_step + 1)
+        boards = self._run_dir / "tensorboard"
+        restore_boards(self._file, boards)
+        self._board = SummaryWriter(str(boards / self.stage), purge_step=first_step + 1)
         self._bar = tqdm(
             total=self._total_steps,
             initial=first_step,
@@ -92,9 +94,7 @@ class MetricsLog:
         line = json.dumps({"stage": self.stage, "step": step, **values})
         with self._file.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
-        for key, value in values.items():
-            if key not in UNPLOTTED and isinstance(value, float):
-                self._board.add_scalar(key, value, step)
+        _plot(self._board, step, values)
 
     def _on_rank_zero(self, work: Callable[[], None]) -> None:
         def told() -> None:
@@ -148,6 +148,30 @@ def forget_later_steps(path: Path, stage: str, last_step: int) -> None:
             if entry["stage"] != stage or entry["step"] <= last_step:
                 kept.append(line)
     files.write_atomic(path, "".join(line + "\n" for line in kept))
+
+
+def restore_boards(path: Path, boards: Path) -> None:
+    """Write TensorBoard's files of stages that have lines in `path`, and no folder in `boards`."""
+    if not path.exists():
+        return
+    with ExitStack() as stack:
+        missing: dict[str, SummaryWriter | None] = {}
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            stage = entry["stage"]
+            if stage not in missing:
+                folder = boards / stage
+                missing[stage] = None if folder.exists() else SummaryWriter(str(folder))
+                if (made := missing[stage]) is not None:
+                    stack.callback(made.close)
+            if (board := missing[stage]) is not None:
+                _plot(board, entry["step"], entry)
+
+
+def _plot(board: SummaryWriter, step: int, values: Metrics) -> None:
+    for key, value in values.items():
+        if key not in UNPLOTTED and isinstance(value, float):
+            board.add_scalar(key, value, step)
 
 
 def duration(seconds: float) -> str:

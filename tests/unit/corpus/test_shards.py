@@ -18,8 +18,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
+from babyllama_ds.corpus import blocks as cutting
 from babyllama_ds.corpus import shards as module
-from babyllama_ds.corpus.shards import DomainSpan, TokenShards, cut_into_blocks, write_shards
+from babyllama_ds.corpus.blocks import cut_into_blocks
+from babyllama_ds.corpus.shards import DomainSpan, TokenShards, write_shards
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
 from babyllama_ds.errors import DataError, RunError, Stopped
 from babyllama_ds.spec.corpus import TrainedTokenizer
@@ -148,7 +150,7 @@ def test_blocks_do_not_show(
     files: list[str],
     block_chars: int,
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK_CHARS", block_chars)
+    monkeypatch.setattr(cutting, "BLOCK_CHARS", block_chars)
     monkeypatch.setattr(module, "BATCH_BLOCKS", 3)
     tokenizer = tokenizers[style]
     texts = [("any", iter(lines_of(text))) for text in files]
@@ -164,7 +166,7 @@ def test_long_text_is_really_cut(
     tokenizers: dict[str, PreTrainedTokenizerFast], style: str
 ) -> None:
     """Else the test above would show nothing."""
-    encoder = module._Encoder(tokenizers[style])
+    encoder = cutting.Encoder(tokenizers[style])
     text = "".join(LINES)
     blocks = list(cut_into_blocks(LINES, encoder.may_cut, 100))
     assert "".join(blocks) == text
@@ -178,11 +180,11 @@ def test_the_pieces_are_needed(tokenizers: dict[str, PreTrainedTokenizerFast]) -
     assert whole(published, "the\nkettle") != whole(published, "the") + whole(published, "\nkettle")
     joined = whole(llama3, "sang!'\n\nfox")
     assert joined != whole(llama3, "sang!'") + whole(llama3, "\n\nfox")
-    encoder = module._Encoder(llama3)
+    encoder = cutting.Encoder(llama3)
     assert not encoder.may_cut("sang!'", "\n\nfox")
     assert not encoder.may_cut("a", " b")  # an added token would be split
     assert encoder.may_cut("the", " fox")
-    assert not module._Encoder(tokenizers["sentence_piece"]).may_cut("l", " o")
+    assert not cutting.Encoder(tokenizers["sentence_piece"]).may_cut("l", " o")
 
 
 def test_text_without_a_place_to_cut_stays_whole_in_linear_work() -> None:
@@ -222,7 +224,7 @@ def test_a_file_without_whitespace_is_encoded_once(
     monkeypatch: pytest.MonkeyPatch,
     chars: int,
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK_CHARS", 20)
+    monkeypatch.setattr(cutting, "BLOCK_CHARS", 20)
     text = "kettle" * (chars // 6)
     done = encoded.of(lambda: write_shards(tmp_path, {"train": [("a", iter([text]))]}, tokenizer))
     assert done == len(text)
@@ -293,7 +295,7 @@ def test_counts_and_domains(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) 
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few lines fill a shard, in two batches of blocks."""
     for name, value in (("BLOCK_CHARS", 40), ("BATCH_BLOCKS", 2), ("SHARD_BLOCKS", 3)):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(cutting if name == "BLOCK_CHARS" else module, name, value)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -334,7 +336,7 @@ def split_up(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> TokenShards:
     """A shard a word or two, and now and then one of less than a window."""
-    monkeypatch.setattr(module, "BLOCK_CHARS", 8)
+    monkeypatch.setattr(cutting, "BLOCK_CHARS", 8)
     monkeypatch.setattr(module, "SHARD_BLOCKS", 1)
     write_shards(tmp_path, {"train": [("a", iter(LINES))]}, tokenizer)
     return TokenShards.open(tmp_path)
@@ -390,14 +392,14 @@ def test_an_index_of_another_shape_is_refused(tmp_path: Path, index: str) -> Non
 
 def test_a_shard_without_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text may come to nothing in some tokenizers; an empty file cannot be mapped."""
-    monkeypatch.setattr(module, "BLOCK_CHARS", 4)
+    monkeypatch.setattr(cutting, "BLOCK_CHARS", 4)
     monkeypatch.setattr(module, "SHARD_BLOCKS", 1)
     backend = Tokenizer(models.WordLevel(vocab={"a": 0, "b": 1}, unk_token="a"))
     backend.pre_tokenizer = Split(" ", behavior="removed")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
     text = "a b a b" + " " * 9 + "b a b b"
     monkeypatch.setattr(
-        module, "cut_into_blocks", lambda *_: iter([text[:7], text[7:15], text[15:]])
+        cutting, "cut_into_blocks", lambda *_: iter([text[:7], text[7:15], text[15:]])
     )
     write_shards(tmp_path, {"train": [("any", iter([text]))]}, tokenizer)
     shards = TokenShards.open(tmp_path)
@@ -420,7 +422,7 @@ def test_a_place_that_cannot_be_written(tokenizer: PreTrainedTokenizerFast, tmp_
 def test_check_can_stop_the_writing(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK_CHARS", 50)
+    monkeypatch.setattr(cutting, "BLOCK_CHARS", 50)
     calls = 0
 
     def check() -> None:
@@ -471,13 +473,13 @@ class Encoded:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.chars = 0
-        encode_batch = module._Encoder._encode_batch
+        encode_batch = cutting.Encoder._encode_batch
 
         def counting(encoder: Any, batch: Any) -> Any:
             self.chars += sum(len(block.text) for block in batch.blocks)
             return encode_batch(encoder, batch)
 
-        monkeypatch.setattr(module._Encoder, "_encode_batch", counting)
+        monkeypatch.setattr(cutting.Encoder, "_encode_batch", counting)
 
     def of(self, work: Callable[[], None]) -> int:
         before = self.chars

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from babyllama_ds.corpus import blocks as cutting
 from babyllama_ds.corpus import shards as module
 from babyllama_ds.corpus.documents import DocumentTokens
 from babyllama_ds.corpus.shards import TokenShards, write_shards
@@ -110,7 +111,7 @@ def test_each_document_is_encoded_by_itself(
 ) -> None:
     """However long, in whatever blocks and shards; special tokens at the ends alone."""
     for name, value in (("BLOCK_CHARS", block_chars), ("BATCH_BLOCKS", 2), ("SHARD_BLOCKS", 3)):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(cutting if name == "BLOCK_CHARS" else module, name, value)
     texts = [("any", marked(documents)) for documents in files]
     write_shards(tmp_path, {"train": texts, "dev": []}, tokenizer, documents=tokens)
     of_documents = ["".join(document) for documents in files for document in documents]
@@ -122,11 +123,11 @@ def test_long_documents_are_really_cut_and_short_ones_joined(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the test above would show little."""
-    monkeypatch.setattr(module, "BLOCK_CHARS", 60)
-    encoder = module._Encoder(tokenizer, BOTH)
+    monkeypatch.setattr(cutting, "BLOCK_CHARS", 60)
+    encoder = cutting.Encoder(tokenizer, BOTH)
     long = [line for document in DOCUMENTS[:20] for line in document]
     lines = marked([["a\n"], ["b\n"], long, ["c\n"]])
-    blocks = list(module._blocks_of_documents("any", lines, encoder))
+    blocks = list(cutting.blocks_of_documents("any", lines, encoder))
     assert [piece.text for piece in blocks[0].pieces[:2]] == ["a\n", "b\n"]
     assert sum(piece.begins for block in blocks for piece in block.pieces) == 4
     assert sum(piece.ends for block in blocks for piece in block.pieces) == 4
@@ -146,7 +147,7 @@ def test_where_boundaries_are_dropped_marks_leave_no_trace(
 ) -> None:
     """Byte by byte, as if there had been none: what is there from before still stands."""
     for name, value in (("BLOCK_CHARS", 60), ("BATCH_BLOCKS", 2), ("SHARD_BLOCKS", 3)):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(cutting if name == "BLOCK_CHARS" else module, name, value)
     plain = [line for document in DOCUMENTS for line in document]
     write_shards(tmp_path / "plain", {"train": [("a", iter(plain))]}, tokenizer)
     write_shards(tmp_path / "marked", {"train": [("a", marked(DOCUMENTS))]}, tokenizer)
@@ -187,7 +188,7 @@ def write(
 ) -> Callable[..., None]:
     """Small shards, in two batches of blocks each."""
     for name, value in (("BLOCK_CHARS", 90), ("BATCH_BLOCKS", 2), ("SHARD_BLOCKS", 3)):
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(cutting if name == "BLOCK_CHARS" else module, name, value)
 
     def write(directory: Path, tokens: DocumentTokens | None = BOTH, **options: Any) -> None:
         write_shards(directory, texts_of(), tokenizer, documents=tokens, **options)
@@ -214,13 +215,13 @@ def test_what_was_done_is_kept_and_the_result_is_the_same(
     finished = len(list(place.glob("*.json")))
     assert finished == (stop_at - 1) // 2
     encoded = []
-    encode_batch = module._Encoder._encode_batch
+    encode_batch = cutting.Encoder._encode_batch
 
     def counting(encoder: Any, batch: Any) -> Any:
         encoded.append(batch.shard)
         return encode_batch(encoder, batch)
 
-    monkeypatch.setattr(module._Encoder, "_encode_batch", counting)
+    monkeypatch.setattr(cutting.Encoder, "_encode_batch", counting)
     write(place)
     assert content(place) == content(tmp_path / "undisturbed")
     assert min(encoded) == finished

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,25 @@ def test_a_resumed_training_overwrites_what_came_after_its_checkpoint(tmp_path: 
     expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0), (6, 2.0)]
     assert found == expected
     assert scalars(tmp_path, "student", "loss") == expected
+
+
+def test_lost_boards_are_written_anew_from_the_file(tmp_path: Path) -> None:
+    """A first node that was replaced has the metrics of all stages, and no TensorBoard's files."""
+    for stage, loss in (("teachers/gpt2", 3.0), ("student", 2.0)):
+        with open_log(tmp_path, stage=stage) as metrics:
+            for step in (1, 2, 3):
+                metrics.write(step, {"loss": loss / step, "tokens": 8 * step, "epoch": 0.1})
+    before = {stage: scalars(tmp_path, stage, "loss") for stage in ("teachers/gpt2", "student")}
+    shutil.rmtree(tmp_path / "tensorboard")
+    with open_log(tmp_path, first_step=2) as metrics:
+        metrics.write(3, {"loss": 9.0})
+    assert scalars(tmp_path, "teachers/gpt2", "loss") == before["teachers/gpt2"]
+    assert scalars(tmp_path, "student", "loss") == [*before["student"][:2], (3, 9.0)]
+    # What is there is left alone.
+    files = sorted((tmp_path / "tensorboard" / "teachers/gpt2").iterdir())
+    with open_log(tmp_path, first_step=3):
+        pass
+    assert sorted((tmp_path / "tensorboard" / "teachers/gpt2").iterdir()) == files
 
 
 def test_forgetting_leaves_other_stages_and_drops_a_line_cut_short(tmp_path: Path) -> None:
