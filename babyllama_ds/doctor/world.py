@@ -146,5 +146,6 @@ def _environments(world: World) -> list[dict[str, str]]:
         "MASTER_PORT": str(port),
         "DS_ACCELERATOR": world.device,
         "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",  # a rank's last words stand where it said them
     }
     return [{**common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world.num_ranks)]

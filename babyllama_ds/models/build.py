@@ -23,7 +23,7 @@ from transformers import (
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.directories import check_weight_files, read_config
-from babyllama_ds.models.families import positions_of
+from babyllama_ds.models.families import missing_kernels, positions_of
 from babyllama_ds.models.fused import fuse
 from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
@@ -130,6 +130,14 @@ def load_model(
     config = read_config(path, where=where)
     check_weight_files(path, where=where)
     set_dropouts(config, dropouts, where=where)
+    if "sdpa" in missing_kernels(config):  # transformers may load it all the same
+        if attention == "sdpa":
+            raise ModelError.of(
+                where,
+                got=f"{path}: {config.model_type}, which does not support sdpa",
+                expected="a kernel that the model's family has: eager",
+            )
+        attention = attention or "eager"
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,

@@ -29,9 +29,17 @@ def positions_of(config: PretrainedConfig) -> int | None:
 
 
 def missing_kernels(config: PretrainedConfig) -> frozenset[str]:
-    """Kinds of attention kernels, `sdpa` and `flash_attention`, that the family has not."""
+    """Kinds of attention kernels, `sdpa` and `flash_attention`, that the family has not.
+
+    PyTorch's kernel has no cap on scores (Gemma 2): transformers' releases before the one that says
+    so of the family (5.17, say) take it and leave the cap out without a word.
+    """
     family = causal_lm_class(config)
-    has = {"sdpa": family._supports_sdpa, "flash_attention": family._supports_flash_attn}
+    uncapped = getattr(config, "attn_logit_softcapping", None) is None
+    has = {
+        "sdpa": family._supports_sdpa and uncapped,
+        "flash_attention": family._supports_flash_attn,
+    }
     return frozenset(kind for kind, there in has.items() if not there)
 
 

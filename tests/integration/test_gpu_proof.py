@@ -305,7 +305,7 @@ def test_an_experiment_is_asked_to_stop_before_it_is_killed(obeys: bool, status:
         ({"status": "stopped", "at": "student, step 3"}, True, "is at student, step 3"),
         ({"status": "running"}, True, "was killed, since it did not stop in time"),
         (None, True, "was killed, since it did not stop in time"),
-        (None, False, "is at an unknown place"),
+        ({"status": "stopped"}, False, "was stopped between trainings"),
     ],
 )
 def test_where_an_experiment_is_left(

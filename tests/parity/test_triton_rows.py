@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
@@ -32,6 +34,10 @@ needs_kernel = pytest.mark.skipif(not RUNS_HERE, reason="run by test_through_the
 
 
 @pytest.mark.skipif(RUNS_HERE, reason="already runs the kernel")
+@pytest.mark.skipif(
+    version("triton").startswith("3.6.") and Version(version("numpy")) >= Version("2.4"),
+    reason="the interpreter of Triton 3.6 makes numbers of arrays in a way that numpy 2.4 refuses",
+)
 def test_through_the_interpreter() -> None:
     done = subprocess.run(
         [

@@ -108,13 +108,13 @@ def _collect(run_dir: Path) -> str:
 
 
 def _left(run_dir: Path, *, killed: bool) -> str:
-    """Where the run says that it was stopped; one that was killed before may not have said it."""
+    """Where the run says that it was stopped: in a training. One killed before could not say it."""
     at = None
     with suppress(OSError, ValueError):
         at = json.loads((run_dir / "state.json").read_text(encoding="utf-8")).get("at")
     if at is None and killed:
         return "was killed, since it did not stop in time: it goes on from its last checkpoint"
-    return f"is at {at or 'an unknown place'}"
+    return f"is at {at}" if at else "was stopped between trainings, or in what follows them"
 
 
 def _go_on(why: str) -> None:

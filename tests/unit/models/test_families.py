@@ -58,6 +58,25 @@ def test_kernels_by_family() -> None:
     assert missing_kernels(hf.BloomConfig()) == {"sdpa", "flash_attention"}
 
 
+@pytest.fixture
+def as_in_5_17(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers, which later says of Gemma 2 what PyTorch's kernel lacks."""
+    monkeypatch.setattr(hf.Gemma2ForCausalLM, "_supports_sdpa", True)
+    monkeypatch.setattr(hf.Gemma2Model, "_supports_sdpa", True)
+
+
+@pytest.mark.usefixtures("as_in_5_17")
+def test_capped_scores_are_not_left_to_a_kernel_without_caps(tmp_path: Path) -> None:
+    assert "sdpa" in missing_kernels(hf.Gemma2Config())
+    assert "sdpa" not in missing_kernels(hf.Gemma2Config(attn_logit_softcapping=None))
+    config = hf.Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8)
+    random_model(config).save_pretrained(tmp_path)
+    loaded: Any = load_model(str(tmp_path), attention=None, where="test")
+    assert loaded.config._attn_implementation == "eager"
+    with pytest.raises(ModelError, match="gemma2, which does not support sdpa"):
+        load_model(str(tmp_path), attention="sdpa", where="test")
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_model_that_looks_at_later_tokens(training: bool) -> None:
     model = random_model(hf.BertConfig(**SMALL)).train(training)
