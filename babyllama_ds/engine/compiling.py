@@ -9,10 +9,7 @@ import importlib.util
 import os
 import shlex
 import shutil
-from collections.abc import Callable
-from typing import Literal, ParamSpec, TypeVar
-
-import torch
+from typing import Literal
 
 from babyllama_ds.engine.distributed import Device
 from babyllama_ds.errors import JobError, MachineError
@@ -20,11 +17,6 @@ from babyllama_ds.errors import JobError, MachineError
 Compiled = Literal["none", "student", "all"]
 """What torch.compile is given: nothing, the model in training, or the frozen teachers too."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-MOST_MODELS = 64
-"""Models that one function is compiled for in one process."""
 REPAID_AFTER_S = 300
 """Seconds of matrix products from which `auto` compiles. They are a quarter of a step on a CPU;
 compiling the model in training takes most of a minute and saves a seventh of each step."""
@@ -78,23 +70,6 @@ def choose_compiled(
     # On a CPU the teachers' own kernels (`models.fused`) are as fast as the compiler's.
     gaining: Compiled = "student" if device == "cpu" else "all"
     return gaining, f"{work}, it pays from {REPAID_AFTER_S:,} s on"
-
-
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, compiled at its first call for the shapes that it gets there.
-
-    All models of a run come by in one process. After eight of them torch would leave the others
-    uncompiled without a word.
-    """
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = MOST_MODELS
-    return torch.compile(function, dynamic=False)
-
-
-def forget_compiled() -> None:
-    """Let go of what was compiled, of all models: its guards hold them, and are asked in turn."""
-    torch.compiler.reset()
 
 
 def what_compiling_lacks(device: Device) -> str | None:

@@ -8,16 +8,16 @@ Shapes: B windows, S positions, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.precision import float_buffers_kept
 from babyllama_ds.engine.tensor_parallel import RankGroup, split
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.models.build import count_parameters
+from babyllama_ds.models.compiled import CompiledLayers
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.layers import LayerTap, hidden_width
 from babyllama_ds.models.parts import split_causal_lm
@@ -74,10 +74,10 @@ class FrozenModel:
         self._engine = (
             _alone(model, device, dtype) if group is None else _split(model, group, dtype)
         )
-        self._states: Callable[[Tensor, Pieces | None], Tensor] = self._engine
+        self._compiled: CompiledLayers | None = None
         if with_compiler:
             assert group is None, "collectives in every layer are not compiled"
-            self._states = compiled(self._engine)
+            self._compiled = CompiledLayers(model, training=False)
 
     @property
     def module(self) -> nn.Module:
@@ -93,8 +93,9 @@ class FrozenModel:
     def hidden_states(self, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
         """Final hidden states [B, S, D], outside autograd; `pieces`: of documents kept apart."""
         if self._group is None:
-            return self._states(input_ids_BS, pieces)
-        return self._group.own(self._states(*self._group.gathered(input_ids_BS, pieces)))
+            states_BSD: Tensor = self._engine(input_ids_BS, pieces)
+            return states_BSD
+        return self._group.own(self._engine(*self._group.gathered(input_ids_BS, pieces)))
 
     @torch.inference_mode()
     def hidden_states_and_layers(
@@ -105,9 +106,9 @@ class FrozenModel:
         if tap is None:
             return self.hidden_states(input_ids_BS, pieces), {}
         if group is None:
-            return tap.collect(lambda: self._states(input_ids_BS, pieces))
+            return tap.collect(lambda: self._engine(input_ids_BS, pieces))
         of_all = group.gathered(input_ids_BS, pieces)
-        states, layers = tap.collect(lambda: self._states(*of_all))
+        states, layers = tap.collect(lambda: self._engine(*of_all))
         return group.own(states), {layer: group.own(each) for layer, each in layers.items()}
 
     @property
@@ -120,7 +121,9 @@ class FrozenModel:
 
         The engine's own `destroy` frees the workspace of injected kernels and fails without one.
         """
-        del self._engine, self._states, self._model, self._tap
+        if self._compiled is not None:
+            self._compiled.remove()
+        del self._engine, self._model, self._tap
 
 
 def _alone(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -31,10 +31,18 @@ def hidden_width(model: nn.Module) -> int:
     return int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList | None:
+    """The layers, in order: the first list of modules of the right length; none without one."""
+    depth = num_layers(model)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    return None
+
+
 class LayerTap:
     """Hooks on the named layers of one model, from now until `remove`.
 
-    They are there before a model is compiled, and stay: torch does not look for others later.
     Closed, as it is but for the passes of `collect`, a tap keeps nothing.
 
     Raises:
@@ -113,14 +121,12 @@ def check_layers(
 
 
 def _blocks(model: nn.Module, where: str) -> nn.ModuleList:
-    """The layers, in order: the first list of modules of the right length."""
-    depth = num_layers(model)
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ModelError.of(
-        where,
-        got=f"{type(model).__name__}, without a list of its {depth} layers",
-        expected="a model whose layers' hidden states can be had",
-        hint="leave distillation.hidden_matching out",
-    )
+    found = layers_of(model)
+    if found is None:
+        raise ModelError.of(
+            where,
+            got=f"{type(model).__name__}, without a list of its {num_layers(model)} layers",
+            expected="a model whose layers' hidden states can be had",
+            hint="leave distillation.hidden_matching out",
+        )
+    return found

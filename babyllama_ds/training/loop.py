@@ -21,13 +21,13 @@ from torch import nn
 
 from babyllama_ds import ranks
 from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder
-from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.engine.schedule import learning_rate
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import ModelError, Problem, TrainingError
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.models.build import count_parameters
+from babyllama_ds.models.compiled import forget_compiled
 from babyllama_ds.rundir import METRICS_NAME
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.training import TrainingSpec
@@ -167,7 +167,7 @@ class Trainer:
             device=surroundings.device,
         )
         if stage.compiled:
-            self.objective.compile_backbone()
+            self.objective.compile_layers()
         self.best = BestWeights()
         self.progress = surroundings.checkpoints.resume(self.engine, self.best)
         self.clock = Clock(self.progress.seconds)

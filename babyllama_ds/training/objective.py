@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.losses.agreement import Agreement, measure_agreement
 from babyllama_ds.losses.distillation import (
     TeacherStates,
@@ -28,6 +27,7 @@ from babyllama_ds.losses.distillation import (
 from babyllama_ds.losses.divergences import FORWARD_KL, Divergence
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.weights import loss_counts
+from babyllama_ds.models.compiled import CompiledLayers
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.layers import LayerTap
 from babyllama_ds.models.parts import Backbone, split_causal_lm
@@ -110,21 +110,22 @@ class Objective(nn.Module):
         self.distillation = distillation
         self.z_loss = z_loss or 0.0
         self.matching = matching
-        self._states = _states
+        self._compiled: CompiledLayers | None = None
 
     def release(self) -> None:
-        """Leave the model as it was: without hooks."""
+        """Leave the model as it was: without hooks, not compiled."""
         if self.matching is not None:
             self.matching.tap.remove()
+        if self._compiled is not None:
+            self._compiled.remove()
 
-    def compile_backbone(self) -> None:
-        """Let torch compile the backbone where it is trained.
+    def compile_layers(self) -> None:
+        """Let torch compile the model's layers where they are trained.
 
         Not the losses, which are fused by hand, and not the whole of `forward`, which would be
-        compiled anew for every other count of a batch. The module stays as it is: evaluation, with
-        its other shapes, is not compiled, and no parameter changes its name.
+        compiled anew for every other count of a batch.
         """
-        self._states = compiled(_states)
+        self._compiled = CompiledLayers(self.model, training=True)
 
     def forward(
         self,
@@ -140,7 +141,7 @@ class Objective(nn.Module):
         """
         backbone, head = split_causal_lm(self.model)
         tap = None if self.matching is None else self.matching.tap
-        hidden_BSD, layers = self._states(backbone, micro.input_ids_BS, micro.pieces, tap)
+        hidden_BSD, layers = _states(backbone, micro.input_ids_BS, micro.pieces, tap)
         hidden_ND = hidden_BSD.flatten(0, 1)
         if self.distillation is None:
             return self._plain(hidden_ND, head, micro, counts)

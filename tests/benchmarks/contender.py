@@ -140,7 +140,7 @@ class Ours:
         self._use(micro)
         first_loss = self._first_loss()
         if self._contender.compiled:
-            self._objective.compile_backbone()
+            self._objective.compile_layers()
         return {"first_loss": first_loss, "cache_bytes": self._cache_bytes}
 
     def turns(
@@ -173,9 +173,8 @@ class Ours:
         on_card = self._device.type == "cuda"
         parts = Marked(self._device) if on_card else Breakdown(self._device)
         with ExitStack() as stack:
-            if not self._contender.compiled:  # hooks would have it compiled anew
-                backbone: torch.nn.Module = self._objective.model.base_model  # type: ignore[assignment]
-                stack.enter_context(parts.of_module(backbone, "student forward"))
+            backbone: torch.nn.Module = self._objective.model.base_model  # type: ignore[assignment]
+            stack.enter_context(parts.of_module(backbone, "student forward"))
             stack.enter_context(self._engine.communicating(lambda: parts.part("communication")))
             for _ in range(LOOKED_AT_STEPS):
                 self._step(parts)

@@ -144,7 +144,7 @@ def ours(side: dict[str, Any], sizes: Sizes) -> Built:
     compiled = side["compiled"]
     engine = TrainingEngine(objective, training=training, config=config, device=device)
     if compiled != "none":
-        objective.compile_backbone()
+        objective.compile_layers()
     frozen = [
         FrozenModel(model, device=device, dtype=torch.bfloat16, with_compiler=compiled == "all")
         for model in teachers

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, masking_
 from transformers import modeling_flash_attention_utils as flash
 
 from babyllama_ds.engine import quirks
-from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.losses.distillation import TeacherStates
+from babyllama_ds.models.compiled import forget_compiled
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.fused import fuse
 from babyllama_ds.models.parts import split_causal_lm
@@ -341,7 +341,7 @@ def test_a_compiled_backbone_is_compiled_once_for_all_pieces(counter: CompileCou
         Objective(with_kernel(random_model("llama"), "sdpa"), vocab_size=VOCAB, distillation=None)
         for _ in range(2)
     )
-    fast.compile_backbone()
+    fast.compile_layers()
     tokens_BS, begins_BS = tokens_and_begins()
     frames = []
     for rows in ([0, 1], [2, 3], [4, 5], [0, 0]):

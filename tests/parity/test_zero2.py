@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
-from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.engine.proof import sharded
 from babyllama_ds.engine.proof.case import LENGTH, VOCAB, Case
 from babyllama_ds.engine.proof.judge import Verdict, judge
@@ -42,6 +41,7 @@ from babyllama_ds.engine.proof.models import (
 )
 from babyllama_ds.losses.distillation import TeacherStates
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.models.compiled import forget_compiled
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel
 from babyllama_ds.training.objective import Counts, Objective
@@ -62,8 +62,8 @@ class Distilled(nn.Module):
         spec = DistillationSpec(alpha=0.3, chunk_tokens=7, soft_reduction="token")
         self.objective = Objective(small_model(student), vocab_size=VOCAB, distillation=spec)
 
-    def compile_backbone(self) -> None:
-        self.objective.compile_backbone()
+    def compile_layers(self) -> None:
+        self.objective.compile_layers()
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         labels_BS = torch.cat([tokens_BS[:, 1:], tokens_BS.new_full((len(tokens_BS), 1), -100)], 1)

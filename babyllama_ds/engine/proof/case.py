@@ -32,7 +32,7 @@ class Case:
 
     `make` gives the module, in fp32 on the CPU, always with the same weights; called with windows
     [B, S] of ids below `VOCAB` it returns the mean loss over them. That of a compiled case has a
-    method `compile_backbone`, which the sharded training calls.
+    method `compile_layers`, which the sharded training calls.
     """
 
     name: str

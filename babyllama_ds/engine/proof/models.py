@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
 
-from babyllama_ds.engine.compiling import compiled
 from babyllama_ds.engine.proof.case import LENGTH, VOCAB, Case
 from babyllama_ds.models.build import build_model
+from babyllama_ds.models.compiled import CompiledLayers
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel
 
 # Weights far larger than a job's, so that two layers already bend gradients.
@@ -50,13 +50,9 @@ class NextTokenLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def compile_backbone(self) -> None:
-        """Let torch compile what it compiles in jobs: the model without its head, and no loss.
-
-        A function and not a module, so that no parameter changes its name.
-        """
-        backbone: nn.Module = self.model.base_model  # type: ignore[assignment]
-        backbone.forward = compiled(backbone.forward)
+    def compile_layers(self) -> None:
+        """Let torch compile what it compiles in jobs."""
+        CompiledLayers(self.model, training=True)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """The mean loss over windows."""

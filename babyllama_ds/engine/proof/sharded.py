@@ -44,7 +44,7 @@ def train_sharded(case: Case, device: torch.device) -> Trace:
     config = engine_config(case, "cuda" if device.type == "cuda" else "cpu")
     module = case.start()
     if case.compiled:
-        module.compile_backbone()  # type: ignore[operator]
+        module.compile_layers()  # type: ignore[operator]
     engine = TrainingEngine(module, training=training, config=config, device=device)
     start = _masters(engine)
     trace: Trace = {}

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from babyllama_ds.engine.compiling import forget_compiled, what_compiling_lacks
+from babyllama_ds.engine.compiling import what_compiling_lacks
 from babyllama_ds.engine.proof.case import VOCAB
 from babyllama_ds.engine.proof.judge import COMPILED_ERROR
 from babyllama_ds.losses.distillation import TeacherStates
+from babyllama_ds.models.compiled import forget_compiled
 from babyllama_ds.models.parts import split_causal_lm
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.training.batches import MicroBatch, micro_batch
@@ -59,7 +60,7 @@ def _compared(
         spec = DistillationSpec(alpha=0.5, temperature=2.0, divergence={"kind": divergence})
         objective = Objective(ours, vocab_size=VOCAB, distillation=spec)
         if compiled:
-            objective.compile_backbone()
+            objective.compile_layers()
         return _step(objective, _targets(theirs, micro), micro)
 
     exact = run(torch.float64, compiled=False)

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from babyllama_ds.engine import distributed
-from babyllama_ds.engine.compiling import forget_compiled, what_compiling_lacks
+from babyllama_ds.engine.compiling import what_compiling_lacks
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.engine.proof.case import VOCAB
 from babyllama_ds.engine.proof.judge import COMPILED_ERROR
 from babyllama_ds.models.attention import resolve_attention
+from babyllama_ds.models.compiled import forget_compiled
 from babyllama_ds.models.parts import split_causal_lm
 from gpu.measures import Measure, at_most, holds, told
 from gpu.parts.models import cast, make_model

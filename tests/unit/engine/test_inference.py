@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.losses.heads import logits
+from babyllama_ds.models.compiled import forget_compiled
 
 VOCAB = 61
 

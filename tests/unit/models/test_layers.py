@@ -88,22 +88,6 @@ def test_an_error_in_the_pass_closes_the_tap(tiny_model: Callable[..., Any]) -> 
     assert tap._kept == {}
 
 
-def test_compiled_once_in_one_graph(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llama")
-    tap = LayerTap(model, [0, 1, 2], where="here")
-    right = tap.collect(lambda: split_causal_lm(model)[0](TOKENS))
-
-    def run(tokens: torch.Tensor) -> Any:
-        return tap.collect(lambda: split_causal_lm(model)[0](tokens))
-
-    fast = torch.compile(run, backend="eager", fullgraph=True, dynamic=False)
-    for _ in range(2):
-        states, kept = fast(TOKENS)
-        assert torch.equal(states, right[0])
-        assert all(torch.equal(kept[layer], right[1][layer]) for layer in (0, 1, 2))
-    torch.compiler.reset()
-
-
 def test_a_model_without_a_list_of_layers_is_refused(tiny_model: Callable[..., Any]) -> None:
     model = tiny_model("llama")
     model.config.num_hidden_layers = 7

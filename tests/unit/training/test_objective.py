@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
-from babyllama_ds.engine.compiling import forget_compiled
 from babyllama_ds.engine.inference import FrozenModel
+from babyllama_ds.models.compiled import forget_compiled
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import Batch, micro_batch
@@ -195,7 +195,7 @@ def test_a_compiled_backbone_is_compiled_once_and_changes_nothing(
         Objective(tiny_model("llama"), vocab_size=VOCAB, distillation=DISTILLATIONS[name])
         for _ in range(2)
     )
-    fast.compile_backbone()
+    fast.compile_layers()
     seen = []
     for num_windows, watch in ((8, False), (5, name != "none"), (3, False)):
         (micro,) = batch_of(num_windows, 1).micro_batches
