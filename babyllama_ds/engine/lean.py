@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors
 
 from babyllama_ds.spec.deepspeed import ZeroBlock, precision
 
@@ -94,6 +94,16 @@ class _OwnedGradients(list[Tensor]):
         super().__init__(pieces)
         self.flat_partition = flat_partition
         """DeepSpeed's name: what the update is made of."""
+        self.untouched = set(range(len(pieces)))
+        """Pieces to which nothing has been added yet: still 0."""
+
+
+@dataclass
+class _Sums:
+    """Tensors, and what is to be added to each."""
+
+    of: list[Tensor] = field(default_factory=list)
+    addends: list[Tensor] = field(default_factory=list)
 
 
 class _Reduction:
@@ -154,24 +164,27 @@ class _Reduction:
         if not self._waiting:
             return
         places = [place for _, place in self._waiting]
-        flat: Tensor = _flatten_dense_tensors(  # type: ignore[no-untyped-call]
-            [gradient for gradient, _ in self._waiting]
-        )
-        self._waiting, self._elements = [], 0  # frees them, before the fp32 copy is made
-        reduced: Tensor = flat.to(torch.float32)
-        del flat
+        pieces = [gradient.reshape(-1) for gradient, _ in self._waiting]
+        self._waiting, self._elements = [], 0
         if self._ranks > 1:
-            reduced = self._zero.gradient_reduction_w_predivide(reduced, torch.float32)
-        sums, addends = [], []
-        pieces = reduced.split_with_sizes([place.size for place in places])
+            flat, pieces = _side_by_side(pieces)
+            self._zero.gradient_reduction_w_predivide(flat, torch.float32)
+        first, more = _Sums(), _Sums()
         for place, piece in zip(places, pieces, strict=True):
             if place.slot is None:
                 continue
-            sums.append(self._gradients(place.group)[place.slot])
+            gradients = self._gradients(place.group)
+            sums = first if place.slot in gradients.untouched else more
+            sums.of.append(gradients[place.slot])
             whole = place.length == place.size
-            addends.append(piece if whole else piece.narrow(0, place.start, place.length))
-        if sums:
-            torch._foreach_add_(sums, addends)
+            sums.addends.append(piece if whole else piece.narrow(0, place.start, place.length))
+            gradients.untouched.discard(place.slot)
+        if first.of:  # what is added to 0 is copied: half as much to read and to write
+            torch._foreach_copy_(first.of, first.addends)
+        if more.of:
+            # In fp32, or one operator for each piece would run.
+            addends = more.addends if self._ranks > 1 else _side_by_side(more.addends)[1]
+            torch._foreach_add_(more.of, addends)
 
     def _gradients(self, group: int) -> _OwnedGradients:
         """What was added since the last update."""
@@ -191,15 +204,18 @@ class _Reduction:
         return _OwnedGradients(flat.split_with_sizes(sizes), flat)
 
     @torch.no_grad()
-    def norm(self, norm_type: int = 2) -> Tensor:
-        """That of the whole gradient, over all ranks; not finite where the gradient is not."""
+    def norm(self, norm_type: int = 2) -> float:
+        """That of the whole gradient, over all ranks; not finite where the gradient is not.
+
+        Here the host waits for the device, once a step: DeepSpeed leaves out an update whose norm
+        is not finite.
+        """
         assert norm_type == 2, "what gradients are clipped by"
         squares = torch.stack([self._square(group) for group in range(len(self._places))])
         if self._ranks > 1:
             self._comm.all_reduce(squares, group=self._zero.dp_process_group)
         # By group, for the rounding that DeepSpeed's own has.
-        whole: Tensor = torch.linalg.vector_norm(squares.pow_(0.5))
-        return whole
+        return float(torch.linalg.vector_norm(squares.pow_(0.5)))
 
     def _square(self, group: int) -> Tensor:
         """Of the norm of what this rank owns of a group's gradient."""
@@ -210,17 +226,28 @@ class _Reduction:
         return torch.stack(norms).pow_(2.0).sum().float()
 
     @torch.no_grad()
-    def clip(self, gradients: Sequence[Tensor], norm: Tensor) -> None:
-        """Scale the gradients down to the greatest norm, where there is one.
+    def clip(self, gradients: Sequence[Tensor], norm: float) -> None:
+        """Scale the gradients down to the greatest norm, where there is one and theirs is above.
 
-        DeepSpeed asks the device once more whether the norm is finite, for each group: an update
-        with another never comes here.
+        By the factor that DeepSpeed makes of tensors, which below the greatest norm is 1: it reads
+        and writes all gradients for that, too.
         """
-        greatest = self._zero.clip_grad
-        if greatest > 0.0:
-            factor = 1.0 / torch.clamp((norm + 1e-6) / greatest, min=1.0)
+        greatest = np.float32(self._zero.clip_grad)
+        if not greatest > 0:
+            return
+        excess = (np.float32(norm) + np.float32(1e-6)) / greatest
+        if excess > 1:
             for gradient in gradients:
-                gradient.mul_(factor)
+                gradient.mul_(float(1 / excess))
+
+
+def _side_by_side(pieces: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """fp32 copies of flat tensors in a row, and each of them in it."""
+    sizes = [piece.numel() for piece in pieces]
+    flat = torch.empty(sum(sizes), dtype=torch.float32, device=pieces[0].device)
+    copies = list(flat.split_with_sizes(sizes))
+    torch._foreach_copy_(copies, pieces)
+    return flat, copies
 
 
 def _leave_it_to_the_norm(partition_gradients: bool = True) -> None:

@@ -5,7 +5,8 @@ Read off DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`) and `engine.lean`, w
 stead where the configuration is that of the shipped bf16 files; tests compare it with what a
 profiler sees an engine allocate, to the byte where the gradients are no larger than a bucket.
 
-    lean         gradients wait as they come, until they fill a bucket; then their flat copy in fp32
+    lean         gradients wait as they come, until they fill a bucket; then their flat copy in fp32,
+                 unless one rank has nothing yet that they would be added to
     DeepSpeed's  they are copied into a buffer made beforehand (`contiguous_gradients`; two with
                  `overlap_comm`), larger ones stay where they are; of each full bucket an fp32 copy,
                  before that (`reduce_scatter`, or no buffer) one in bf16
@@ -99,6 +100,8 @@ class _Shares:
 
 def _lean(one: _Shares) -> GradientBytes:
     waiting, copy = _BF16 * (one.filled + one.next_of(one.sizes)), _FP32 * one.filled
+    if one.ranks == 1 and not one.accumulates:
+        return _kept_in_fp32(one, buckets=waiting)
     if one.filled == sum(one.sizes) and not one.accumulates:
         # What is owned comes when the only bucket is reduced and its gradients are gone.
         return _kept_in_fp32(one, buckets=max(copy, copy + waiting - _FP32 * one.owned))

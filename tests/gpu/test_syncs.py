@@ -1,4 +1,4 @@
-"""On a GPU: a step waits for the device only in DeepSpeed's update, as CUDA itself counts it."""
+"""On a GPU: a step waits for the device only for the gradient's norm, as CUDA itself counts it."""
 
 from __future__ import annotations
 
@@ -70,11 +70,11 @@ with warnings.catch_warnings(record=True) as caught:
 waits = [w for w in caught if "synchronizing" in str(w.message)]
 for wait in waits:
     print(f"{wait.filename}:{wait.lineno}")
-sys.exit(any("deepspeed" not in wait.filename for wait in waits) or len(waits) > 1)
+sys.exit(any("lean.py" not in wait.filename for wait in waits) or len(waits) > 1)
 """
 
 
-def test_a_step_waits_only_in_deepspeeds_update() -> None:
+def test_a_step_waits_only_for_the_norm() -> None:
     """Reading the batch included; once, as `unit/training/test_step.py` counts."""
     own = ("DS_ACCELERATOR", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")
     env = {key: value for key, value in os.environ.items() if key not in own}
