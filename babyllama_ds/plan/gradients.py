@@ -5,8 +5,8 @@ Read off DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`) and `engine.lean`, w
 stead where the configuration is that of the shipped bf16 files; tests compare it with what a
 profiler sees an engine allocate, to the byte where the gradients are no larger than a bucket.
 
-    lean         gradients wait as they come, until they fill a bucket; then their flat copy in fp32,
-                 unless one rank has nothing yet that they would be added to
+    lean         gradients wait as they come, until they fill a bucket; then their flat copy in
+                 fp32, unless one rank has nothing yet that they would be added to
     DeepSpeed's  they are copied into a buffer made beforehand (`contiguous_gradients`; two with
                  `overlap_comm`), larger ones stay where they are; of each full bucket an fp32 copy,
                  before that (`reduce_scatter`, or no buffer) one in bf16
