@@ -11,7 +11,7 @@ operators by the other:
 The rates are given. No launch, no wait and no cache is in this: it says where the time of a step
 goes, and what would make it shorter, not how long it takes.
 
-    one by one    operators as PyTorch runs them, RMSNorm as CUDA's kernels
+    one by one    operators as PyTorch runs them, RMSNorm and dropout as CUDA's kernels
     compiled      the kernels that torch.compile makes of a layer: those for a CPU, and for a card
                   other operators may be fused
 
@@ -31,7 +31,7 @@ from unittest.mock import patch
 
 import torch
 from scenario import build
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -180,9 +180,17 @@ def bytes_of(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _one_by_one(work: Workload, windows: int, depth: int) -> Passed:
-    with Recorded() as recorded, patch.object(FusedRMSNorm, "forward", _norm_of_a_card):
+    with (
+        Recorded() as recorded,
+        patch.object(FusedRMSNorm, "forward", _norm_of_a_card),
+        patch.object(nn.Dropout, "forward", _dropout_of_a_card),
+    ):
         _forward_and_backward(work, windows, depth)
     return recorded.passed
+
+
+def _dropout_of_a_card(self: nn.Dropout, states: Tensor) -> Tensor:
+    return torch.native_dropout(states, self.p, True)[0] if self.p else states
 
 
 def _norm_of_a_card(self: FusedRMSNorm, states: Tensor) -> Tensor:
@@ -255,6 +263,9 @@ def _forward_and_backward(
 ) -> None:
     spec = work.model.model_copy(update={"num_layers": depth})
     model = build(spec, work, stage=STUDENT, attention="sdpa").to(torch.bfloat16).train()
+    for module in model.modules():
+        if isinstance(getattr(module, "attn_dropout", None), nn.Dropout):
+            module.attn_dropout.p = 0.0  # with which no fused attention takes it on a CPU
     if compiled:
         CompiledLayers(model, training=True)
     tokens_BS = torch.zeros(windows, LENGTH, dtype=torch.long)
