@@ -23,6 +23,7 @@ Shapes: B windows, S positions, N = B * S, D width, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,6 +133,7 @@ def step_seconds(
     }
 
 
+@functools.cache
 def passed(work: Workload, *, compiled: bool) -> Passed:
     """Bytes of a position in a layer, forward and backward."""
     if compiled:  # layers alone are
