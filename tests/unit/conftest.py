@@ -97,7 +97,8 @@ def training_spec() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def engine_config() -> Callable[..., dict[str, Any]]:
     """DeepSpeed's dict for a training, made from the shipped files as the pipeline makes it."""
-    from babyllama_ds.spec.deepspeed import deepspeed_config, read_config
+    from babyllama_ds.spec.deepspeed import deepspeed_config
+    from babyllama_ds.spec.deepspeed_file import read_config
     from babyllama_ds.spec.job import DeepSpeedSpec
     from babyllama_ds.spec.loading import load_job
     from babyllama_ds.spec.shipped import find_job
