@@ -1,4 +1,4 @@
-"""What rooms with models share: tiny models, a world of one rank, the engine, and the launcher."""
+"""What rooms share: tiny models, a world of one rank, the engine, the launcher, other processes."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from torch import nn
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 LAUNCH_LIMIT_S = 180
+CHILD_LIMIT_S = 30
 VOCAB = 61
 
 
@@ -169,3 +170,36 @@ def launch_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Non
         assert list(extensions.iterdir()) == [], "DeepSpeed built an operator"
 
     return start
+
+
+class Child(subprocess.Popen[str]):
+    """A Python process that is spoken with line by line."""
+
+    def __init__(self, code: str, *arguments: object) -> None:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def line(self) -> str:
+        """The next line it prints; "" at its end."""
+        assert self.stdout is not None
+        return self.stdout.readline().strip()
+
+    def say(self, text: str) -> None:
+        assert self.stdin is not None
+        self.stdin.write(text + "\n")
+        self.stdin.flush()
+
+
+@pytest.fixture
+def start_python() -> Iterator[Callable[..., Child]]:
+    """Start a Python process on `code` with string arguments; all are killed in the end."""
+    children: list[Child] = []
+
+    def start(code: str, *arguments: object) -> Child:
+        children.append(Child(code, *arguments))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate(timeout=CHILD_LIMIT_S)
