@@ -42,8 +42,9 @@ from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training import clock as clock_module
 from babyllama_ds.training import objective
 from babyllama_ds.training.breakdown import PARTS
-from babyllama_ds.training.loop import Stage, Surroundings, train
+from babyllama_ds.training.loop import train
 from babyllama_ds.training.meter import Meter
+from babyllama_ds.training.stage import Stage, Surroundings
 
 VOCAB, LENGTH, WINDOWS = 61, 10, 14  # 14 windows in batches of 4: the last of an epoch has two
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
