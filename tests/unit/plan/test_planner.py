@@ -17,7 +17,8 @@ from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.errors import DataError, JobError
 from babyllama_ds.plan.corpus import PlannedCorpus, bytes_a_token, plan_corpus
 from babyllama_ds.plan.machines import CARDS, USABLE, UTILISATION, Machine
-from babyllama_ds.plan.planner import Plan, Question, plan_job
+from babyllama_ds.plan.planned import Plan, Question
+from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.rates import Rate
 from babyllama_ds.plan.text import plan_as_json, render_plan
 from babyllama_ds.plan.traced import NotTracedError
