@@ -19,6 +19,7 @@ from torch import nn
 # there is a GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+TESTS = Path(__file__).parents[1]
 LAUNCH_LIMIT_S = 180
 CHILD_LIMIT_S = 30
 VOCAB = 61
@@ -135,8 +136,11 @@ def make_engine(
 
 @pytest.fixture(scope="session")
 def launch_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """Run a script on two CPU ranks by the real launcher, without a compiler on the path."""
-    nothing = tmp_path_factory.mktemp("path")
+    """Run a script on two CPU ranks by the real launcher, without a compiler on the path.
+
+    What tests share (`trainings`) it imports as they do.
+    """
+    nothing, before = tmp_path_factory.mktemp("path"), os.environ.get("PYTHONPATH")
     extensions = tmp_path_factory.mktemp("torch_extensions")
 
     def start(script: str | Path, *words: str | Path) -> None:
@@ -147,6 +151,7 @@ def launch_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Non
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PATH": str(nothing),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), before])),
             "TORCH_EXTENSIONS_DIR": str(extensions),
         }
         dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
