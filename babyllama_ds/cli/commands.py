@@ -59,7 +59,8 @@ def plan(job: str, overrides: Sequence[str], options: argparse.Namespace) -> Non
 
     resolved = load()
     from babyllama_ds.plan.measured import check_within
-    from babyllama_ds.plan.planner import Question, plan_job
+    from babyllama_ds.plan.planned import Question
+    from babyllama_ds.plan.planner import plan_job
     from babyllama_ds.plan.rates import read_rate
     from babyllama_ds.plan.remedies import check_fits
     from babyllama_ds.plan.text import render_json, render_plan

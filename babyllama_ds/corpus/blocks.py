@@ -1,5 +1,5 @@
 """Blocks of text: the cleaned lines of a file and a tokenizer enter; pieces that can be encoded by
-themselves leave, and the tokens of each. `shards` writes them.
+themselves leave, and the tokens of each. `writing` writes them.
 
 Where the boundaries of documents are dropped a block is one piece of its file; where they are kept,
 it is documents, and parts of long ones, each encoded by itself with the special tokens that were

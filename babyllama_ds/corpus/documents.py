@@ -16,7 +16,7 @@ stay the same.
 
 A blank line (nothing but whitespace) is never a document: it stays at the end of the one before.
 
-`sources` marks, `shards` encodes document by document.
+`sources` marks, `writing` encodes document by document.
 """
 
 from __future__ import annotations

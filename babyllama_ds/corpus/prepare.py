@@ -26,7 +26,7 @@ from babyllama_ds.corpus.documents import (
     document_tokens,
 )
 from babyllama_ds.corpus.nursery.write import NURSERY_VERSION, write_nursery
-from babyllama_ds.corpus.shards import TokenShards, write_shards
+from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.sources import iter_text, read_sources
 from babyllama_ds.corpus.streams import Sources, only_lines
 from babyllama_ds.corpus.text import nursery_files
@@ -38,6 +38,7 @@ from babyllama_ds.corpus.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from babyllama_ds.corpus.writing import write_shards
 from babyllama_ds.errors import DataError
 from babyllama_ds.files import hash_json
 from babyllama_ds.spec.corpus import CorpusSpec, LoadedTokenizer, NurseryCorpus

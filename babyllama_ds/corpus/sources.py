@@ -1,7 +1,7 @@
 """The text of a corpus, found, checked once, then streamed as often as it is needed.
 
 Enters: a `FilesCorpus`, `HubCorpus` or `MixCorpus`. Leaves: `Sources` and, from `iter_text`, the
-cleaned lines of a split, text by text, in bounded memory. `tokenizer` and `shards` read them.
+cleaned lines of a split, text by text, in bounded memory. `tokenizer` and `writing` read them.
 
     finding → checking (lines, rows) → cleaning    files, here
     hub                                            a dataset of the Hugging Face hub

@@ -1,6 +1,6 @@
 """Where documents start in the token stream of a split, mapped into memory.
 
-Enters: what `shards` wrote beside each shard. Leaves: for windows of the stream, at which of their
+Enters: what `writing` wrote beside each shard. Leaves: for windows of the stream, at which of their
 positions a document begins; `windows` asks.
 
 Legend: N windows, L tokens in a window, M documents that begin inside the windows.

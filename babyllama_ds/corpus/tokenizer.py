@@ -2,7 +2,7 @@
 
 Enters: cleaned lines, or the path of an existing tokenizer. Leaves: a fast Hugging Face tokenizer
 whose every id has a row in the embedding, and the id → bytes mapping that bits per byte and the
-comparison of vocabularies need. `shards` encodes the corpus with it.
+comparison of vocabularies need. `writing` encodes the corpus with it.
 
 The trained tokenizer is the published one: byte-level BPE, NFKC, a leading space, min frequency 2,
 `<pad>` 0, `<s>` 1, `</s>` 2. Differences, all meant:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from babyllama_ds.spec.deepspeed import ZeroBlock, precision
+from babyllama_ds.spec.deepspeed import precision
+from babyllama_ds.spec.deepspeed_file import ZeroBlock
 
 
 def make_lean(zero: Any) -> None:

@@ -23,7 +23,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from babyllama_ds.corpus.cleaning import Cleaning
 from babyllama_ds.corpus.prepare import PREPARATION
-from babyllama_ds.corpus.shards import TokenShards, write_shards
+from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.sources import FileSources, iter_text, read_texts
 from babyllama_ds.corpus.tokenizer import (
     load_tokenizer,
@@ -32,6 +32,7 @@ from babyllama_ds.corpus.tokenizer import (
     vocabulary_size,
 )
 from babyllama_ds.corpus.windows import DevWindows as DevText
+from babyllama_ds.corpus.writing import write_shards
 from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.evaluation.evaluate import DevWindows, evaluate_model
 from babyllama_ds.evaluation.forward import OnBatch

@@ -28,7 +28,8 @@ from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.ensemble import Ensemble
-from babyllama_ds.training.loop import Stage, Surroundings, train
+from babyllama_ds.training.loop import train
+from babyllama_ds.training.stage import Stage, Surroundings
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,13 @@ from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.shared_memory import check_shared_memory
 from babyllama_ds.errors import Stopped, UserError
+from babyllama_ds.locks import RunLock
 from babyllama_ds.pipeline.stages import Pipeline
 from babyllama_ds.rundir import RunDirectory, flat_job
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.stopping import StopRequest, started_by_launcher
 from babyllama_ds.storages import Storages, find_storages
-from babyllama_ds.store import RunLock, Store
+from babyllama_ds.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -45,8 +45,8 @@ from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.ensemble import Ensemble
-from babyllama_ds.training.loop import Stage, Surroundings
 from babyllama_ds.training.pace import EvaluationPace, JobPace, StagePace, StepPace
+from babyllama_ds.training.stage import Stage, Surroundings
 from babyllama_ds.training.trial import try_out
 
 TIMED_PAIRS = 2_000

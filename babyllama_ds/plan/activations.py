@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from babyllama_ds.models.documents import varies_in_shape
 from babyllama_ds.models.sizes import ModelSizes
 from babyllama_ds.plan.traced import NotTracedError, kept_bytes
-from babyllama_ds.spec.deepspeed import Device
+from babyllama_ds.spec.deepspeed_file import Device
 
 _ID_BYTES = 8
 _FP32 = 4

@@ -24,7 +24,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from babyllama_ds.engine.lean import is_lean
-from babyllama_ds.spec.deepspeed import ZeroBlock, precision
+from babyllama_ds.spec.deepspeed import precision
+from babyllama_ds.spec.deepspeed_file import ZeroBlock
 
 _BF16, _FP32, _FP64 = 2, 4, 8
 

@@ -15,7 +15,7 @@ import torch
 from babyllama_ds.engine.distributed import resolve_device
 from babyllama_ds.errors import JobError, MachineError
 from babyllama_ds.memory import total_host_bytes
-from babyllama_ds.spec.deepspeed import Device
+from babyllama_ds.spec.deepspeed_file import Device
 
 UTILISATION = 0.2
 """Share of a card's bf16 peak that training is taken to reach: an assumption, not measured. Models

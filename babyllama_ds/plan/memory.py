@@ -38,7 +38,8 @@ from babyllama_ds.plan.activations import (
     working_bytes,
 )
 from babyllama_ds.plan.gradients import GradientBytes, gradient_bytes
-from babyllama_ds.spec.deepspeed import ZeroBlock, precision
+from babyllama_ds.spec.deepspeed import precision
+from babyllama_ds.spec.deepspeed_file import ZeroBlock
 
 _FP32 = 4
 _MOMENTS = 2

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from babyllama_ds.errors import JobError, MachineError, ModelError, UserError
 from babyllama_ds.models.splitting import check_split
-from babyllama_ds.plan.planner import Plan, Question, RankCount, plan_job
+from babyllama_ds.plan.planned import Plan, Question, RankCount
+from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.stages import PlannedTeacher
 from babyllama_ds.plan.text import gibibytes
 from babyllama_ds.spec.job import JobSpec

@@ -10,7 +10,7 @@ from typing import Any
 
 from babyllama_ds.plan.measured import MeasuredTime
 from babyllama_ds.plan.memory import Item
-from babyllama_ds.plan.planner import Plan, RankCount
+from babyllama_ds.plan.planned import Plan, RankCount
 from babyllama_ds.report.formatting import MISSING, count, duration, number
 
 GIB = 2**30

@@ -15,9 +15,10 @@ import torch
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import WindowSource
-from babyllama_ds.training.loop import Stage, Surroundings, Trainer, trainer_of
+from babyllama_ds.training.loop import Trainer, trainer_of
 from babyllama_ds.training.metrics import MetricsLog
 from babyllama_ds.training.pace import StepPace
+from babyllama_ds.training.stage import Stage, Surroundings
 
 WARM_UP_STEPS = 2
 """Not timed: the first compiles, allocates and touches memory, the second finds it in place."""

@@ -30,7 +30,8 @@ from typing import Any
 
 import yaml
 
-from babyllama_ds.plan.planner import Question, plan_job
+from babyllama_ds.plan.planned import Question
+from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.report.formatting import number, table
 from babyllama_ds.spec.loading import load_job
 

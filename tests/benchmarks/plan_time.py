@@ -65,7 +65,8 @@ def _job(words: argparse.Namespace) -> JobSpec:
 
 def _trial(words: argparse.Namespace) -> dict[str, object]:
     from babyllama_ds.pipeline.trial import try_job
-    from babyllama_ds.plan.planner import Question, plan_job
+    from babyllama_ds.plan.planned import Question
+    from babyllama_ds.plan.planner import plan_job
     from babyllama_ds.plan.text import plan_as_json
 
     job = _job(words)

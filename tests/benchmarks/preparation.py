@@ -28,9 +28,9 @@ from statistics import median
 from typing import Any
 
 from babyllama_ds.corpus.blocks import BLOCK_CHARS, cut_into_blocks
-from babyllama_ds.corpus.shards import BATCH_BLOCKS, write_shards
 from babyllama_ds.corpus.sources import iter_text, read_sources
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
+from babyllama_ds.corpus.writing import BATCH_BLOCKS, write_shards
 from babyllama_ds.report.formatting import number, table
 from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles, TrainedTokenizer
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from babyllama_ds.corpus import blocks, shards
+from babyllama_ds.corpus import blocks, writing
 from babyllama_ds.corpus.prepare import CorpusEntries, prepare_corpus
 from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.spec.loading import load_job
@@ -27,12 +27,12 @@ PREPARE = f"""
 import sys, time
 from pathlib import Path
 
-from babyllama_ds.corpus import blocks, shards
+from babyllama_ds.corpus import blocks, writing
 from babyllama_ds.corpus.prepare import prepare_corpus
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.store import Store
 
-for module in (blocks, shards):
+for module in (blocks, writing):
     vars(module).update({SMALL})
 prepare_corpus(load_job(Path(sys.argv[1])), Store(Path(sys.argv[2])), lambda: time.sleep(0.1))
 """
@@ -42,7 +42,7 @@ prepare_corpus(load_job(Path(sys.argv[1])), Store(Path(sys.argv[2])), lambda: ti
 def small_shards(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "babyllama_ds")
     for name, value in SMALL.items():
-        monkeypatch.setattr(blocks if name == "BLOCK_CHARS" else shards, name, value)
+        monkeypatch.setattr(blocks if name == "BLOCK_CHARS" else writing, name, value)
 
 
 def prepare(job: Path, root: Path) -> CorpusEntries:

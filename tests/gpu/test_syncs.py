@@ -22,7 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.engine.training import TrainingEngine
-from babyllama_ds.spec.deepspeed import deepspeed_config, read_config
+from babyllama_ds.spec.deepspeed import deepspeed_config
+from babyllama_ds.spec.deepspeed_file import read_config
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.job import DeepSpeedSpec
 from babyllama_ds.spec.training import TrainingSpec

@@ -1,4 +1,4 @@
-"""What rooms with models share: tiny models, a world of one rank, the engine, and the launcher."""
+"""What rooms share: tiny models, a world of one rank, the engine, the launcher, other processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from torch import nn
 # there is a GPU.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+TESTS = Path(__file__).parents[1]
 LAUNCH_LIMIT_S = 180
+CHILD_LIMIT_S = 30
 VOCAB = 61
 
 
@@ -97,7 +99,8 @@ def training_spec() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def engine_config() -> Callable[..., dict[str, Any]]:
     """DeepSpeed's dict for a training, made from the shipped files as the pipeline makes it."""
-    from babyllama_ds.spec.deepspeed import deepspeed_config, read_config
+    from babyllama_ds.spec.deepspeed import deepspeed_config
+    from babyllama_ds.spec.deepspeed_file import read_config
     from babyllama_ds.spec.job import DeepSpeedSpec
     from babyllama_ds.spec.loading import load_job
     from babyllama_ds.spec.shipped import find_job
@@ -133,8 +136,11 @@ def make_engine(
 
 @pytest.fixture(scope="session")
 def launch_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """Run a script on two CPU ranks by the real launcher, without a compiler on the path."""
-    nothing = tmp_path_factory.mktemp("path")
+    """Run a script on two CPU ranks by the real launcher, without a compiler on the path.
+
+    What tests share (`trainings`) it imports as they do.
+    """
+    nothing, before = tmp_path_factory.mktemp("path"), os.environ.get("PYTHONPATH")
     extensions = tmp_path_factory.mktemp("torch_extensions")
 
     def start(script: str | Path, *words: str | Path) -> None:
@@ -145,6 +151,7 @@ def launch_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Non
             "DS_ACCELERATOR": "cpu",
             "OMP_NUM_THREADS": "1",
             "PATH": str(nothing),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), before])),
             "TORCH_EXTENSIONS_DIR": str(extensions),
         }
         dropped = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -168,3 +175,36 @@ def launch_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Non
         assert list(extensions.iterdir()) == [], "DeepSpeed built an operator"
 
     return start
+
+
+class Child(subprocess.Popen[str]):
+    """A Python process that is spoken with line by line."""
+
+    def __init__(self, code: str, *arguments: object) -> None:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def line(self) -> str:
+        """The next line it prints; "" at its end."""
+        assert self.stdout is not None
+        return self.stdout.readline().strip()
+
+    def say(self, text: str) -> None:
+        assert self.stdin is not None
+        self.stdin.write(text + "\n")
+        self.stdin.flush()
+
+
+@pytest.fixture
+def start_python() -> Iterator[Callable[..., Child]]:
+    """Start a Python process on `code` with string arguments; all are killed in the end."""
+    children: list[Child] = []
+
+    def start(code: str, *arguments: object) -> Child:
+        children.append(Child(code, *arguments))
+        return children[-1]
+
+    yield start
+    for child in children:
+        child.kill()
+        child.communicate(timeout=CHILD_LIMIT_S)

@@ -1,62 +1,25 @@
-"""Entries are made once and whole; locks outlive nobody. Other processes are real ones."""
+"""Entries are made once and whole. Other processes are real ones."""
 
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from babyllama_ds import store as store_module
 from babyllama_ds.errors import DataError, RunError, Stopped
 from babyllama_ds.files import read_json, read_manifest, verify_manifest
-from babyllama_ds.store import RunLock, Store, link_entry
+from babyllama_ds.store import Store, link_entry
 
 LIMIT_S = 30  # no test waits longer for another process
 
-Start = Callable[..., "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def start() -> Iterator[Start]:
-    """Start a Python process on `code` with string arguments; all are killed in the end."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def start_process(code: str, *arguments: object) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start_process
-    for process in processes:
-        process.kill()
-        process.communicate(timeout=LIMIT_S)
-
-
-def line(process: subprocess.Popen[str]) -> str:
-    """The next line it prints; "" at its end."""
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def say(process: subprocess.Popen[str], text: str) -> None:
-    assert process.stdin is not None
-    process.stdin.write(text + "\n")
-    process.stdin.flush()
+Start = Callable[..., Any]
 
 
 def write_words(directory: Path) -> None:
@@ -202,12 +165,12 @@ print((entry / "maker").read_text(), flush=True)
 
 
 def test_of_two_builders_one_makes_and_the_other_waits(
-    tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, start_python: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = start(BUILD, tmp_path, "first")
-    assert [line(first), line(first)] == ["starting", "making"]
-    second = start(BUILD, tmp_path, "second")
-    assert line(second) == "starting"
+    first = start_python(BUILD, tmp_path, "first")
+    assert [first.line(), first.line()] == ["starting", "making"]
+    second = start_python(BUILD, tmp_path, "second")
+    assert second.line() == "starting"
 
     waits: list[int] = []
     done = threading.Event()
@@ -215,22 +178,22 @@ def test_of_two_builders_one_makes_and_the_other_waits(
     def while_waiting() -> None:
         waits.append(1)
         if len(waits) == 3:
-            say(first, "go")
+            first.say("go")
             done.set()
 
     caplog.set_level(logging.INFO)
     entry = Store(tmp_path, while_waiting=while_waiting).build("tokens", "abc", pytest.fail)
     assert done.is_set()
     assert (entry / "maker").read_text() == "first"
-    assert [line(first), line(second)] == ["first", "first"]
+    assert [first.line(), second.line()] == ["first", "first"]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1, "the holder is named once"
     assert f"pid {first.pid} on host {socket.gethostname()} since 20" in messages[0]
 
 
-def test_waiting_ends_when_asked_to_stop(tmp_path: Path, start: Start) -> None:
-    first = start(BUILD, tmp_path, "first")
-    assert [line(first), line(first)] == ["starting", "making"]
+def test_waiting_ends_when_asked_to_stop(tmp_path: Path, start_python: Start) -> None:
+    first = start_python(BUILD, tmp_path, "first")
+    assert [first.line(), first.line()] == ["starting", "making"]
 
     def stop() -> None:
         raise Stopped("SIGTERM")
@@ -239,9 +202,11 @@ def test_waiting_ends_when_asked_to_stop(tmp_path: Path, start: Start) -> None:
         Store(tmp_path, while_waiting=stop).build("tokens", "abc", write_words)
 
 
-def test_killed_builder_leaves_no_entry_and_is_succeeded(tmp_path: Path, start: Start) -> None:
-    first = start(BUILD, tmp_path, "first")
-    assert [line(first), line(first)] == ["starting", "making"]
+def test_killed_builder_leaves_no_entry_and_is_succeeded(
+    tmp_path: Path, start_python: Start
+) -> None:
+    first = start_python(BUILD, tmp_path, "first")
+    assert [first.line(), first.line()] == ["starting", "making"]
     first.kill()
     first.wait(timeout=LIMIT_S)
     assert list((tmp_path / "tokens").glob(".tmp-abc@*/half"))
@@ -336,170 +301,3 @@ def test_dangling_link_is_replaced_but_a_real_folder_is_not(tmp_path: Path) -> N
         link_entry(entry, tmp_path / "folder")
     with pytest.raises(RunError, match="choose another --runs directory"):
         link_entry(entry, entry / "words.txt" / "link")
-
-
-# -- the run's lock -----------------------------------------------------------------------------
-
-HOLD = """
-import sys
-from pathlib import Path
-from babyllama_ds.store import RunLock
-
-launcher_pid = int(sys.argv[2]) if sys.argv[2:] else None
-with RunLock(Path(sys.argv[1]), launcher_pid=launcher_pid):
-    print("held", flush=True)
-    sys.stdin.readline()
-print("free", flush=True)
-"""
-
-
-def test_run_lock_names_itself_while_held(tmp_path: Path) -> None:
-    run_dir = tmp_path / "runs" / "job"
-    with RunLock(run_dir):
-        holder = json.loads((run_dir / ".lock.json").read_text())
-        assert holder["host"] == socket.gethostname()
-        assert (holder["pid"], holder["launcher_pid"]) == (os.getpid(), os.getppid())
-        assert holder["started"].endswith("+00:00")
-    assert not (run_dir / ".lock.json").exists()
-    with RunLock(run_dir):  # free again
-        pass
-
-
-def test_run_lock_is_freed_by_an_error_inside(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), RunLock(tmp_path):
-        raise ZeroDivisionError
-    with RunLock(tmp_path):
-        pass
-
-
-def test_run_lock_held_here_is_refused(tmp_path: Path) -> None:
-    with (
-        RunLock(tmp_path),
-        pytest.raises(RunError, match=f"in use by pid {os.getpid()} "),
-        RunLock(tmp_path),
-    ):
-        pass
-
-
-def test_live_holder_is_named_and_unharmed(tmp_path: Path, start: Start) -> None:
-    holder = start(HOLD, tmp_path)
-    assert line(holder) == "held"
-    with pytest.raises(RunError) as caught, RunLock(tmp_path):
-        pass
-    (problem,) = caught.value.problems
-    started = read_json(tmp_path / ".lock.json")["started"]
-    assert problem.where == str(tmp_path)
-    assert problem.got == f"in use by pid {holder.pid} on host {socket.gethostname()} since " + (
-        started
-    )
-    assert problem.expected == "a free run directory"
-    say(holder, "leave")
-    assert line(holder) == "free"
-    with RunLock(tmp_path):
-        pass
-
-
-def test_killed_holder_is_taken_over_and_cleaned_up_after(tmp_path: Path, start: Start) -> None:
-    holder = start(HOLD, tmp_path)
-    assert line(holder) == "held"
-    (tmp_path / ".tmp-state.json-1-ab").write_text("half")
-    os.kill(holder.pid, signal.SIGKILL)
-    holder.wait(timeout=LIMIT_S)
-    assert read_json(tmp_path / ".lock.json")["pid"] == holder.pid  # it could not tidy up
-    with RunLock(tmp_path):
-        assert read_json(tmp_path / ".lock.json")["pid"] == os.getpid()
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock.json"]
-
-
-def test_orphaned_holder_is_waited_for(
-    tmp_path: Path, start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launcher = start("")  # gone, but not collected by its parent until `wait`: a zombie counts
-    holder = start(HOLD, tmp_path, launcher.pid)
-    assert line(holder) == "held"
-    os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)
-    polls: list[float] = []
-
-    def sleep(seconds: float) -> None:
-        polls.append(seconds)
-        if len(polls) == 3:
-            say(holder, "leave")
-            assert line(holder) == "free"
-
-    monkeypatch.setattr(store_module.time, "sleep", sleep)
-    with RunLock(tmp_path, orphan_wait_s=LIMIT_S):
-        assert read_json(tmp_path / ".lock.json")["pid"] == os.getpid()
-    assert len(polls) == 3
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert f"pid {holder.pid}" in message
-    assert "launcher is gone" in message
-
-
-def test_orphaned_holder_that_never_stops_is_named(tmp_path: Path, start: Start) -> None:
-    launcher = start("")
-    launcher.wait(timeout=LIMIT_S)
-    holder = start(HOLD, tmp_path, launcher.pid)
-    assert line(holder) == "held"
-    with (
-        pytest.raises(RunError, match=f"end it with `kill {holder.pid}`"),
-        RunLock(tmp_path, orphan_wait_s=0.3),
-    ):
-        pass
-
-
-def test_orphan_on_another_host_is_not_waited_for(
-    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launcher = start("")
-    launcher.wait(timeout=LIMIT_S)
-    holder = start(HOLD, tmp_path, launcher.pid)
-    assert line(holder) == "held"
-    monkeypatch.setattr(store_module.socket, "gethostname", lambda: "elsewhere")
-    monkeypatch.setattr(store_module.time, "sleep", lambda _: pytest.fail("waited"))
-    with pytest.raises(RunError, match=f"in use by pid {holder.pid}"), RunLock(tmp_path):
-        pass
-
-
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"pid": "x"}'])
-def test_holder_that_did_not_name_itself(tmp_path: Path, start: Start, content: str | None) -> None:
-    holder = start(HOLD, tmp_path)
-    assert line(holder) == "held"
-    (tmp_path / ".lock.json").unlink()
-    if content is not None:
-        (tmp_path / ".lock.json").write_text(content)
-    with pytest.raises(RunError, match="in use by another process"), RunLock(tmp_path):
-        pass
-
-
-def test_unwritable_run_directory_is_a_run_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(RunError, match="choose another --runs directory"),
-        RunLock(tmp_path / "file" / "job"),
-    ):
-        pass
-
-    def refuse(*arguments: object, **settings: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(RunError, match="EACCES") as caught, RunLock(tmp_path / "job"):
-        pass
-    assert caught.value.problems[0].where == str(tmp_path / "job")
-
-
-def test_lock_is_freed_when_the_holder_cannot_be_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", refuse)
-        with pytest.raises(RunError, match="free some space") as caught, RunLock(tmp_path):
-            pass
-    with RunLock(tmp_path):
-        pass
-    assert caught.tb is not None  # it keeps the failed lock alive: nothing but us released it

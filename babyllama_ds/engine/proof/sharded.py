@@ -14,7 +14,8 @@ from babyllama_ds import ranks
 from babyllama_ds.engine.distributed import Device
 from babyllama_ds.engine.proof.case import Case, Trace
 from babyllama_ds.engine.training import TrainingEngine
-from babyllama_ds.spec.deepspeed import deepspeed_config, read_config
+from babyllama_ds.spec.deepspeed import deepspeed_config
+from babyllama_ds.spec.deepspeed_file import read_config
 from babyllama_ds.spec.job import DeepSpeedSpec
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job

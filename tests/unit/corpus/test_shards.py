@@ -19,10 +19,11 @@ from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds.corpus import blocks as cutting
-from babyllama_ds.corpus import shards as module
+from babyllama_ds.corpus import writing as module
 from babyllama_ds.corpus.blocks import cut_into_blocks
-from babyllama_ds.corpus.shards import DomainSpan, TokenShards, write_shards
+from babyllama_ds.corpus.shards import DomainSpan, TokenShards
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
+from babyllama_ds.corpus.writing import write_shards
 from babyllama_ds.errors import DataError, RunError, Stopped
 from babyllama_ds.spec.corpus import TrainedTokenizer
 

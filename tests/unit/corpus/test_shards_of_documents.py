@@ -16,10 +16,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds.corpus import blocks as cutting
-from babyllama_ds.corpus import shards as module
+from babyllama_ds.corpus import writing as module
 from babyllama_ds.corpus.documents import DocumentTokens
-from babyllama_ds.corpus.shards import TokenShards, write_shards
+from babyllama_ds.corpus.shards import TokenShards
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
+from babyllama_ds.corpus.writing import write_shards
 from babyllama_ds.errors import DataError, Stopped
 from babyllama_ds.spec.corpus import TrainedTokenizer
 

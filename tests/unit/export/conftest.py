@@ -21,8 +21,8 @@ import pytest
 import torch
 
 from babyllama_ds import files
-from babyllama_ds.corpus.shards import write_shards
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
+from babyllama_ds.corpus.writing import write_shards
 from babyllama_ds.models.export import export_model
 from babyllama_ds.report.write import write_report
 from babyllama_ds.spec.corpus import TrainedTokenizer

@@ -13,7 +13,8 @@ import pytest
 from babyllama_ds import cli
 from babyllama_ds.errors import MachineError
 from babyllama_ds.plan.measured import MeasuredTime, check_within
-from babyllama_ds.plan.planner import Question, plan_job
+from babyllama_ds.plan.planned import Question
+from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.text import plan_as_json, render_plan
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.training.pace import EvaluationPace, JobPace, StagePace, StepPace

@@ -11,7 +11,8 @@ from transformers import GPT2Config, LlamaConfig
 
 from babyllama_ds.errors import JobError, MachineError
 from babyllama_ds.plan import machines
-from babyllama_ds.plan.planner import Plan, Question, plan_job
+from babyllama_ds.plan.planned import Plan, Question
+from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.rates import Rate, read_rate
 from babyllama_ds.plan.remedies import check_fits
 from babyllama_ds.spec.job import JobSpec

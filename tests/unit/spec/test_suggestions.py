@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from babyllama_ds.errors import JobError, Problem
-from babyllama_ds.spec.deepspeed import check_config
+from babyllama_ds.spec.deepspeed_file import check_config
 from babyllama_ds.spec.explain import closest, did_you_mean
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_file, find_job

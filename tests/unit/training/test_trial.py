@@ -20,8 +20,8 @@ from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.teachers.ensemble import Ensemble, Member
-from babyllama_ds.training.loop import Stage, Surroundings
 from babyllama_ds.training.pace import StepPace
+from babyllama_ds.training.stage import Stage, Surroundings
 from babyllama_ds.training.trial import LEAST_STEPS, try_out
 
 VOCAB, LENGTH, WINDOWS = 61, 10, 14

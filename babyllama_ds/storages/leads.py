@@ -1,47 +1,31 @@
-"""Where runs lie on several nodes: on one storage that all of them see, or on one of each node.
+"""The storages of a run: which there are, who works on each, what goes from one to another.
 
-Enters: how the job says that its runs are stored. Leaves: `Storages`, which knows the storages
-there are, the rank that works on each (its lead) and how to send finished work from one to the
-others. With one storage, which is every run on one node, work on each is work on rank 0 and
-nothing is sent.
-
-What a job promises is checked before anything else (`find_storages`): a storage that is shared is
-seen by every node and can be written from it, and one of a node's own is no other node's.
-
-Every function that communicates is collective: all ranks call it, in the same order. Paths are
-those of every node: `--runs` is the same words everywhere.
+Enters: which ranks share a node. Leaves: `Storages`. Who sends and who receives is decided here;
+`sending` does it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pickle
-import secrets
-import shutil
 import socket
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from babyllama_ds import files, ranks
 from babyllama_ds.errors import MachineError, RunError, UserError
 from babyllama_ds.files import FileFacts
+from babyllama_ds.storages.sending import manifest_of, receive_directory, send_directory
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-SEEN_WITHIN_S = 10.0
-"""How long a file may take to appear on another node: a network file system remembers folders."""
-_POLL_S = 0.1
-_BLOCK_BYTES = 8 << 20
-"""Sent at a time, and so the memory that sending takes."""
 _NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
 """How DeepSpeed's launcher, torchrun and Slurm number a rank's node."""
 
@@ -175,7 +159,7 @@ class Storages:
             return
         lead = self.leads[source]
         manifest: files.Manifest = ranks.broadcast_object(
-            self.together(lambda: _manifest_of(directory) if ranks.rank() == lead else None),
+            self.together(lambda: manifest_of(directory) if ranks.rank() == lead else None),
             lead,
         )
         log.info("%s: sent to %s", directory, ", ".join(self.name(storage) for storage in to))
@@ -183,9 +167,9 @@ class Storages:
 
         def take_part() -> None:
             if ranks.rank() == lead:
-                _send(directory, manifest, targets)
+                send_directory(directory, manifest, targets)
             elif ranks.rank() in targets:
-                _receive(directory, manifest, lead, sender=self.name(source))
+                receive_directory(directory, manifest, lead, sender=self.name(source))
 
         self.together(take_part)
 
@@ -229,27 +213,6 @@ class Storages:
             )
 
 
-def find_storages(kind: Literal["shared", "node"], runs: Path) -> Storages:
-    """The storages of a job's `runs` folder, checked to be what `deepspeed.storage` says.
-
-    On one node nothing is checked. A collective.
-
-    Raises:
-        MachineError: the launcher's environment does not tell which ranks share a node.
-        RunError: a folder that is not shared where it should be, or shared where it should not,
-            or that a node cannot write.
-    """
-    nodes = storages_of_nodes()
-    if not nodes.several:
-        return Storages()
-    if kind == "shared":
-        _check_shared(nodes, runs)
-        return Storages()
-    _check_apart(nodes, runs)
-    log.info("runs are kept on each of %d nodes", len(nodes.leads))
-    return nodes
-
-
 def storages_of_nodes() -> Storages:
     """A storage for every node, led by the first of its ranks. A collective.
 
@@ -288,202 +251,8 @@ def _nodes(numbers: Sequence[str | None], local_ranks: Sequence[int]) -> list[li
     return list(members.values())
 
 
-# -- is it what was promised? ---------------------------------------------------------------------
-
-
-def _check_shared(nodes: Storages, runs: Path) -> None:
-    """Every node sees what rank 0 writes, and rank 0 what every node writes."""
-    with _test_files(nodes, runs) as paths:
-        asked = nodes.on_each(lambda: _written(paths[0]) if nodes.mine == 0 else "")[0]
-
-        def answer() -> str:
-            if nodes.mine == 0:
-                return asked
-            _expect(paths[0], asked, writer=nodes.name(0))
-            return _written(paths[nodes.mine])
-
-        answers = nodes.on_each(answer)
-
-        def hear() -> None:
-            if nodes.mine == 0:
-                for storage, content in enumerate(answers):
-                    _expect(paths[storage], content, writer=nodes.name(storage))
-
-        nodes.on_each(hear)
-
-
-def _check_apart(nodes: Storages, runs: Path) -> None:
-    """No node sees what another writes: else two would work in one folder, as if it were two."""
-    with _test_files(nodes, runs) as paths:
-        nodes.on_each(lambda: _written(paths[nodes.mine]))
-
-        def look() -> None:
-            for other, path in enumerate(paths):
-                if other != nodes.mine and path.exists():
-                    raise RunError.of(
-                        runs,
-                        got=f"the folder of {nodes.name(other)}",
-                        expected="one of this node's own, for deepspeed.storage=node",
-                        hint="set deepspeed.storage=shared, or choose a --runs directory on each "
-                        "node's own disk",
-                    )
-
-        nodes.on_each(look)
-
-
-@contextmanager
-def _test_files(nodes: Storages, runs: Path) -> Iterator[list[Path]]:
-    """A file's path for each node to write, gone afterwards.
-
-    The names are new, so that no file system remembers that there was no such file.
-    """
-    name = ranks.broadcast_object(f"{files.TEMPORARY_PREFIX}storage-{secrets.token_hex(8)}")
-    paths = [runs / f"{name}-{storage}" for storage in range(len(nodes.leads))]
-    try:
-        yield paths
-    finally:
-        if nodes.led_here:
-            with suppress(OSError):
-                paths[nodes.mine].unlink()
-
-
-def _written(path: Path) -> str:
-    """Something that nobody can guess, written to `path`."""
-    content = secrets.token_hex(16)
-    files.write_atomic(path, content)
-    return content
-
-
-def _expect(path: Path, content: str, *, writer: str) -> None:
-    """Wait until `path` holds `content`. Raises `RunError` when it does not in time."""
-    deadline_s = time.monotonic() + SEEN_WITHIN_S
-    while (found := _read(path)) != content:
-        if time.monotonic() >= deadline_s:
-            raise RunError.of(
-                path,
-                got="no such file" if found is None else "another content",
-                expected=f"what {writer} has just written there: --runs is one folder that all "
-                "nodes share",
-                hint="mount it there, or keep runs on each node with deepspeed.storage=node",
-            )
-        time.sleep(_POLL_S)
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-# -- files on their way ---------------------------------------------------------------------------
-
-
 def _facts_of(directory: Path) -> dict[str, FileFacts]:
-    return _manifest_of(directory).files
-
-
-def _manifest_of(directory: Path) -> files.Manifest:
-    manifest = files.read_manifest(directory)
-    assert manifest is not None, "what is finished has a manifest"
-    return manifest
-
-
-def _send(directory: Path, manifest: files.Manifest, targets: Sequence[int]) -> None:
-    """The sender's part of `copy`: blocks of each file, an empty one at its end."""
-
-    try:
-        for name in manifest.files:
-            with (directory / name).open("rb") as stream:
-                while block := stream.read(_BLOCK_BYTES):
-                    ranks.send_bytes(block, targets)
-            ranks.send_bytes(b"", targets)
-    except BaseException as error:  # whatever it is, the receivers must not wait for it
-        ranks.send_bytes(None, targets)
-        if not isinstance(error, OSError):
-            raise
-        raise RunError.of(
-            error.filename or directory,
-            got=error.strerror or str(error),
-            expected="a file that the folder's manifest names",
-            hint=f"delete the folder {directory} and start again: it is made anew",
-        ) from error
-
-
-def _receive(directory: Path, manifest: files.Manifest, source: int, *, sender: str) -> None:
-    """A receiver's part of `copy`: the directory appears when all of its files have come."""
-    stem = f"{directory.name}@"
-    place = directory.parent / f"{files.TEMPORARY_PREFIX}{stem}{os.getpid()}"
-    arrival = _Arrival(place, source)
-    for name, facts in manifest.files.items():
-        arrival.take(name)
-        if arrival.broken_off:  # the sender tells why
-            shutil.rmtree(place, ignore_errors=True)
-            return
-        if arrival.error is None and arrival.digest != facts.sha256:
-            arrival.error = RunError.of(
-                directory / name,
-                got=f"SHA-256 {arrival.digest} from {sender}",
-                expected=f"{facts.sha256}, which its manifest names",
-                hint=f"delete the folder {directory} on {sender} and start again: it is made anew",
-            )
-    try:
-        if arrival.error is not None:
-            raise arrival.error
-        files.remove_temporaries(directory.parent, f"{stem}old")
-        files.write_manifest(
-            place, fingerprint=manifest.fingerprint, known=manifest.files, **manifest.facts
-        )
-        if directory.exists():
-            doomed = directory.parent / f"{files.TEMPORARY_PREFIX}{stem}old"
-            directory.rename(doomed)
-            shutil.rmtree(doomed)
-        place.rename(directory)
-        files.fsync_directory(directory.parent)
-    except OSError as error:
-        raise files.cannot_write(directory, error) from error
-    finally:
-        shutil.rmtree(place, ignore_errors=True)  # gone already when all went well
-
-
-class _Arrival:
-    """Files that come one after another. After an error they are heard to the end, unwritten."""
-
-    def __init__(self, place: Path, source: int) -> None:
-        self.place, self.source = place, source
-        self.error: Exception | None = None
-        self.broken_off = False
-        self.digest = ""
-
-    def take(self, name: str) -> None:
-        """The next file."""
-        digest = hashlib.sha256()
-        path = self.place / name
-        with ExitStack() as stack:
-            stack.enter_context(suppress(OSError))  # of closing what could not be written
-            stream: Any = None
-            while block := ranks.receive_bytes(self.source):
-                digest.update(block)
-                if self.error is None:
-                    try:
-                        stream = stream or stack.enter_context(_opened(path))
-                        stream.write(block)
-                    except Exception as error:
-                        self.error = error
-            self.broken_off = block is None
-            try:
-                if self.error is None and not self.broken_off:
-                    stream = stream or stack.enter_context(_opened(path))  # an empty file
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            except Exception as error:
-                self.error = error
-        self.digest = digest.hexdigest()
-
-
-def _opened(path: Path) -> Any:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("wb")
+    return manifest_of(directory).files
 
 
 def _shown(facts: FileFacts | None) -> str:

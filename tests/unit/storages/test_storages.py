@@ -24,10 +24,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from babyllama_ds import files, ranks, storages
+from babyllama_ds import files, ranks
 from babyllama_ds.errors import JobError, MachineError, RunError, UserError
 from babyllama_ds.rundir import RunDirectory
-from babyllama_ds.storages import Storages, find_storages, storages_of_nodes
+from babyllama_ds.storages import (
+    Storages,
+    find_storages,
+    finding,
+    leads,
+    sending,
+    storages_of_nodes,
+)
 
 LIMIT_S = 90
 NODE_OF = (0, 1, 1)
@@ -149,7 +156,7 @@ def sent(node: int) -> Callable[[], Any]:
             ENTRY.mkdir(parents=True)
             (ENTRY / "half").write_text("of another start")
         ranks.barrier()
-        storages._BLOCK_BYTES = 1000
+        sending._BLOCK_BYTES = 1000
         return outcome_of(lambda: NODE.everywhere(found(ENTRY)), lambda: contents(Path("store")))
 
     return work
@@ -243,7 +250,7 @@ def not_shared() -> Any:
 def copied_but_not_shared() -> Any:
     """As where somebody had copied the folder, with what a check before had left there."""
     fresh()
-    written = storages._written
+    written = finding._written
 
     def copied(path: Path) -> str:
         content = written(path)
@@ -253,21 +260,21 @@ def copied_but_not_shared() -> Any:
         return content
 
     if ranks.rank() == 0:
-        storages._written = copied
+        finding._written = copied
     result = outcome_of(lambda: find_storages("shared", Path("runs")))
-    storages._written = written
+    finding._written = written
     return result
 
 
 def shared_one_way() -> Any:
     """What the second node writes does not come back."""
     fresh()
-    written = storages._written
+    written = finding._written
     if ranks.rank() == 1:
-        storages._written = lambda _: "never written"
+        finding._written = lambda _: "never written"
     runs = Path.cwd().parent / "shared"
     result = outcome_of(lambda: find_storages("shared", runs))
-    storages._written = written
+    finding._written = written
     return result
 
 
@@ -351,7 +358,7 @@ def run_as_rank() -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'world'}", rank=rank, world_size=3
     )
-    storages.SEEN_WITHIN_S = 0.5
+    finding.SEEN_WITHIN_S = 0.5
     NODE = storages_of_nodes()
     outcomes = {name: scenario() for name, scenario in NAMED.items()}
     (folder / str(rank)).write_bytes(pickle.dumps(outcomes))
@@ -550,7 +557,7 @@ def test_on_one_node_nothing_is_asked_or_written(tmp_path: Path) -> None:
 def test_ranks_by_node(
     numbers: list[str | None], local_ranks: list[int], expected: list[list[int]]
 ) -> None:
-    assert storages._nodes(numbers, local_ranks) == expected
+    assert leads._nodes(numbers, local_ranks) == expected
 
 
 if __name__ == "__main__":
