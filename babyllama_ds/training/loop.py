@@ -7,7 +7,7 @@ step boundary when it is asked to, all ranks at the same one.
     telling     what is logged of it
     profiling   where its time goes, on request
     limits      what ends the training before its last step
-    divergence  numbers that are not finite
+    not_finite  numbers that are not finite, and whose they are
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import BatchPlan, WindowSource
 from babyllama_ds.training.clock import Clock
-from babyllama_ds.training.divergence import Divergence
 from babyllama_ds.training.limits import Limits
 from babyllama_ds.training.metrics import MetricsLog
+from babyllama_ds.training.not_finite import NotFinite
 from babyllama_ds.training.objective import objective_of
 from babyllama_ds.training.profiling import ProfiledSteps
 from babyllama_ds.training.stage import Stage, Surroundings
@@ -136,7 +136,7 @@ class Trainer:
         self.progress = surroundings.checkpoints.resume(self.engine, self.best)
         self.clock = Clock(self.progress.seconds)
         self.limits = Limits(stage.training, total_steps=self.batches.total_steps)
-        self.divergence = Divergence(
+        self.not_finite = NotFinite(
             stage=stage.name,
             vocab_size=stage.vocab_size,
             ensemble=ensemble,
@@ -149,7 +149,7 @@ class Trainer:
             ensemble=ensemble,
             batches=self.batches,
             clock=self.clock,
-            divergence=self.divergence,
+            not_finite=self.not_finite,
         )
         self.profiled = ProfiledSteps(
             stage,
@@ -225,7 +225,7 @@ class Trainer:
                 parts=parts,
             )
         if self.engine.overflowed:
-            raise self.divergence.in_batch("a gradient", batch, step=step + 1)
+            raise self.not_finite.in_batch("a gradient", batch, step=step + 1)
         self.progress = replace(
             self.progress,
             step=step + 1,
@@ -271,7 +271,7 @@ class Trainer:
                 begins_of=self.dev.begins_of,
             ).cross_entropy
         except ModelError as error:
-            raise self.divergence.in_evaluation(step=self.progress.step) from error
+            raise self.not_finite.in_evaluation(step=self.progress.step) from error
 
     def checkpoint(self) -> None:
         """Write one, of where the training stands. A collective."""

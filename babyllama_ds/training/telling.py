@@ -17,8 +17,8 @@ from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.teachers.watch import measures, warnings_of
 from babyllama_ds.training.batches import Batch, BatchPlan
 from babyllama_ds.training.clock import Clock
-from babyllama_ds.training.divergence import Divergence
 from babyllama_ds.training.metrics import MetricsLog
+from babyllama_ds.training.not_finite import NotFinite
 from babyllama_ds.training.objective import Objective
 from babyllama_ds.training.stage import Stage
 from babyllama_ds.training.step import StepSums
@@ -38,10 +38,10 @@ class Telling:
         ensemble: Ensemble | None,
         batches: BatchPlan,
         clock: Clock,
-        divergence: Divergence,
+        not_finite: NotFinite,
     ) -> None:
         self._stage, self._engine, self._objective = stage, engine, objective
-        self._batches, self._clock, self._divergence = batches, clock, divergence
+        self._batches, self._clock, self._not_finite = batches, clock, not_finite
         # None of them where only their mixture is remembered (`cache: topk`): it is not watched.
         self._teachers = [member.name for member in ensemble.members] if ensemble else []
         self._warned: set[str] = set()
@@ -71,9 +71,9 @@ class Telling:
         grad_norm = self._engine.grad_norm
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             what = f"a loss of {loss}, gradient norm {grad_norm}"
-            raise self._divergence.in_batch(what, batch, step=progress.step)
+            raise self._not_finite.in_batch(what, batch, step=progress.step)
         if not all(map(math.isfinite, watched.values())):
-            raise self._divergence.in_batch("a logit of the student", batch, step=progress.step)
+            raise self._not_finite.in_batch("a logit of the student", batch, step=progress.step)
         self._warn(watched)
         shown = {"loss": loss, **self._objective.measures(totals, sums.counts)}
         tokens_per_s = self._clock.rate(progress.tokens)

