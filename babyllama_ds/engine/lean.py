@@ -168,8 +168,8 @@ class _Reduction:
         pieces = [gradient.reshape(-1) for gradient, _ in self._waiting]
         self._waiting, self._elements = [], 0
         if self._ranks > 1:
-            flat, pieces = _side_by_side(pieces)
-            self._zero.gradient_reduction_w_predivide(flat, torch.float32)
+            flat = self._zero.gradient_reduction_w_predivide(_in_fp32(pieces), torch.float32)
+            pieces = list(flat.split_with_sizes([place.size for place in places]))
         first, more = _Sums(), _Sums()
         for place, piece in zip(places, pieces, strict=True):
             if place.slot is None:
@@ -183,9 +183,10 @@ class _Reduction:
         if first.of:  # what is added to 0 is copied: half as much to read and to write
             torch._foreach_copy_(first.of, first.addends)
         if more.of:
-            # In fp32, or one operator for each piece would run.
-            addends = more.addends if self._ranks > 1 else _side_by_side(more.addends)[1]
-            torch._foreach_add_(more.of, addends)
+            if self._ranks == 1:  # still bf16, of which each would be added by itself
+                sizes = [addend.numel() for addend in more.addends]
+                more.addends = list(_in_fp32(more.addends).split_with_sizes(sizes))
+            torch._foreach_add_(more.of, more.addends)
 
     def _gradients(self, group: int) -> _OwnedGradients:
         """What was added since the last update."""
@@ -242,13 +243,12 @@ class _Reduction:
                 gradient.mul_(float(1 / excess))
 
 
-def _side_by_side(pieces: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """fp32 copies of flat tensors in a row, and each of them in it."""
+def _in_fp32(pieces: list[Tensor]) -> Tensor:
+    """Copies of flat tensors, in a row."""
     sizes = [piece.numel() for piece in pieces]
     flat = torch.empty(sum(sizes), dtype=torch.float32, device=pieces[0].device)
-    copies = list(flat.split_with_sizes(sizes))
-    torch._foreach_copy_(copies, pieces)
-    return flat, copies
+    torch._foreach_copy_(list(flat.split_with_sizes(sizes)), pieces)
+    return flat
 
 
 def _leave_it_to_the_norm(partition_gradients: bool = True) -> None:
