@@ -118,10 +118,15 @@ def tried(
     return run
 
 
+def least_step_s(timed: int) -> float:
+    """Batches are read beside the step before, the first of the timed ones before the time begins;
+    without timed ones the start is looked at, with all of its reading."""
+    return A_STEP_S * (timed - 1) / timed if timed else A_STEP_S
+
+
 def test_each_part_has_its_own_time(tried: Try) -> None:
     pace, folder = tried(seconds=0.5, distilled=True)
-    # Batches are read beside the step before; a step waits for whichever is slower.
-    assert A_STEP_S <= pace.step_s <= A_STEP_S + A_TEACHER_S + QUICK_S
+    assert least_step_s(pace.steps) <= pace.step_s <= A_STEP_S + A_TEACHER_S + QUICK_S
     assert A_TEACHER_S <= pace.teachers_s <= A_TEACHER_S + QUICK_S
     assert A_DEV_WINDOW_S <= pace.dev_window_s <= A_DEV_WINDOW_S + QUICK_S
     assert 0 < pace.best_s <= QUICK_S
@@ -140,7 +145,7 @@ def test_a_few_steps_however_long_they_take_and_no_more_than_there_are(tried: Tr
 def test_a_training_shorter_than_the_trial(tried: Try, steps: int, timed: int) -> None:
     pace, _ = tried(seconds=60.0, max_steps=steps, warmup_steps=0)
     assert pace.steps == timed
-    assert pace.step_s >= A_STEP_S
+    assert pace.step_s >= least_step_s(timed)
 
 
 def test_asked_to_stop_it_does(tried: Try) -> None:
