@@ -238,6 +238,7 @@ def _task_as_json(task: TaskScore) -> dict[str, float | int | str | None]:
         "pairs": task.pairs,
         "ties": task.ties,
         "term": task.term,
+        "outcomes": task.outcomes,
     }
 
 

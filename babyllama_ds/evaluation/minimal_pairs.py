@@ -23,18 +23,33 @@ from babyllama_ds.evaluation.pair_files import BAD, GOOD, Task
 from babyllama_ds.evaluation.sentences import prefix_ids, score_sentences, sentence_encoder
 from babyllama_ds.spec.evaluation import Prefix
 
+RIGHT, WRONG, TIE = "1", "0", "="
+"""A pair's outcome. A tie, which is wrong, has equal scores or a sentence with nothing to score."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """How often a model prefers the acceptable sentence."""
+    """On which pairs a model prefers the acceptable sentence."""
 
     name: str
-    correct: int
-    """Pairs whose acceptable sentence scores strictly higher."""
-    ties: int
-    """Pairs with equal scores, or with a sentence in which nothing could be scored; wrong."""
-    pairs: int
+    outcomes: str
+    """A character for each pair that was measured, in the order of the file."""
     term: str | None = None
+
+    @property
+    def pairs(self) -> int:
+        """At least one."""
+        return len(self.outcomes)
+
+    @property
+    def correct(self) -> int:
+        """Pairs whose acceptable sentence scores strictly higher."""
+        return self.outcomes.count(RIGHT)
+
+    @property
+    def ties(self) -> int:
+        """Pairs of which neither sentence does."""
+        return self.outcomes.count(TIE)
 
     @property
     def accuracy(self) -> float:
@@ -140,13 +155,8 @@ def evaluate_minimal_pairs(
 
 
 def _task_score(task: Task, margins: Sequence[float]) -> TaskScore:
-    return TaskScore(
-        name=task.name,
-        correct=sum(margin > 0 for margin in margins),
-        ties=sum(margin == 0 for margin in margins),
-        pairs=len(margins),
-        term=task.term,
-    )
+    outcomes = (RIGHT if margin > 0 else TIE if margin == 0 else WRONG for margin in margins)
+    return TaskScore(name=task.name, outcomes="".join(outcomes), term=task.term)
 
 
 def _mean_accuracy(tasks: Sequence[TaskScore]) -> float:

@@ -20,6 +20,7 @@ from babyllama_ds.errors import RunError
 from babyllama_ds.files import hash_json, read_json, read_manifest
 from babyllama_ds.report.loss import loss_facts
 from babyllama_ds.report.metrics import read_metrics
+from babyllama_ds.report.uncertainty import accuracy_error, difference_error
 from babyllama_ds.report.unfinished import how_it_stands, what_is_missing
 from babyllama_ds.teachers.watch import warnings_of
 
@@ -44,8 +45,9 @@ TRAINING_FACTS = (
 )
 GAINS_NOTE = (
     "Student minus the other model. In dev cross-entropy (nats per token) negative is better; in "
-    "minimal pairs (percentage points) positive is better. One run has one seed: a difference "
-    "says little before it is seen over several."
+    "minimal pairs (percentage points) positive is better, and ± is the standard error that the "
+    "choice of pairs brings. One run has one seed: a difference says little before it is seen over "
+    "several."
 )
 
 
@@ -91,7 +93,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         "topk": student.get("topk"),
         "models": models,
         "weights": {name: _weights(folder) for name, _, folder in _models_of(job, run_dir)},
-        "gains": _gains(models),
+        "gains": _gains(models, measured),
         "domains": _domains(measured),
         "minimal_pairs": _benchmarks(measured),
         "last_logged_step": last_logged,
@@ -193,6 +195,9 @@ def _model(role: str, training: Mapping[str, Any], evaluation: Mapping[str, Any]
         "perplexity": dev.get("perplexity"),
         "bits_per_byte": dev.get("bits_per_byte"),
         "minimal_pairs": {name: scores["accuracy"] for name, scores in benchmarks.items()},
+        "minimal_pairs_standard_error": {
+            name: accuracy_error(scores) for name, scores in benchmarks.items()
+        },
     }
 
 
@@ -203,25 +208,37 @@ def _weights(folder: Path) -> dict[str, str]:
     return {name: facts.sha256 for name, facts in named if name.endswith(".safetensors")}
 
 
-def _gains(models: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    student = models["student"]
+def _gains(
+    models: Mapping[str, Mapping[str, Any]], evaluations: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     others = {name: model for name, model in models.items() if model["role"] != "student"}
     # The control first: it is the comparison that tells what distillation gave.
     order = sorted(others, key=lambda name: others[name]["role"] != "control")
     return {
         "note": GAINS_NOTE,
-        "student_minus": {name: _difference(student, others[name]) for name in order},
+        "student_minus": {
+            name: _difference(models["student"], others[name])
+            | _difference_of_pairs(evaluations["student"], evaluations[name])
+            for name in order
+        },
     }
 
 
 def _difference(student: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     both_measured = student["dev_ce"] is not None and other["dev_ce"] is not None
+    return {"dev_ce": student["dev_ce"] - other["dev_ce"] if both_measured else None}
+
+
+def _difference_of_pairs(student: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    one, two = (evaluation.get("minimal_pairs") or {} for evaluation in (student, other))
+    both = [name for name in one if name in two]
+    errors = {name: difference_error(one[name], two[name]) for name in both}
     return {
-        "dev_ce": student["dev_ce"] - other["dev_ce"] if both_measured else None,
         "minimal_pairs_points": {
-            name: 100 * (accuracy - other["minimal_pairs"][name])
-            for name, accuracy in student["minimal_pairs"].items()
-            if name in other["minimal_pairs"]
+            name: 100 * (one[name]["accuracy"] - two[name]["accuracy"]) for name in both
+        },
+        "minimal_pairs_points_standard_error": {
+            name: None if error is None else 100 * error for name, error in errors.items()
         },
     }
 

@@ -38,6 +38,12 @@ def percent(share: float | None) -> str:
     return number(None if share is None else 100 * share, 2)
 
 
+def points(difference: float | None, error: float | None) -> str:
+    """A difference in percentage points and its standard error, where that is known."""
+    around = "" if difference is None or error is None else f" ± {error:.2f}"
+    return number(difference, 2, sign=True) + around
+
+
 def count(value: float | None) -> str:
     """A count to three digits with its multiple: 58.3 M."""
     if value is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from babyllama_ds.report.formatting import MISSING, count, duration, number, percent, table
+from babyllama_ds.report.uncertainty import accuracy_error
 
 
 def render_measured(result: Mapping[str, Any]) -> str:
@@ -49,6 +50,8 @@ def _benchmark(name: str, benchmark: Mapping[str, Any]) -> list[str]:
         if benchmark["prefix"] is None
         else f"behind {benchmark['prefix']}"
     )
+    error = accuracy_error(benchmark)
+    around = "" if error is None else f" ± {percent(error)}"
     whole = [
         ["mean over tasks", "", number(pairs, 0), percent(benchmark["accuracy"])],
         ["share of all pairs", "", number(pairs, 0), percent(benchmark["pooled_accuracy"])],
@@ -62,8 +65,8 @@ def _benchmark(name: str, benchmark: Mapping[str, Any]) -> list[str]:
         for task, score in tasks.items()
     ]
     return [
-        f"{name}: {percent(benchmark['accuracy'])} % (mean over {len(tasks)} tasks; {space}; "
-        f"{scored}; ties: {ties}, which count as wrong)",
+        f"{name}: {percent(benchmark['accuracy'])}{around} % (mean over {len(tasks)} tasks; "
+        f"{space}; {scored}; ties: {ties}, which count as wrong)",
         *([table(["term", "tasks", "pairs", "accuracy (%)"], by_term)] if terms else []),
         table(["task", "term", "pairs", "accuracy (%)"], [*by_task, *whole], left=2),
     ]

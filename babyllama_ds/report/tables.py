@@ -9,7 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from babyllama_ds.report.formatting import MISSING, count, duration, flat, number, percent
+from babyllama_ds.report.formatting import (
+    MISSING,
+    count,
+    duration,
+    flat,
+    number,
+    percent,
+    points,
+)
 from babyllama_ds.report.loss import in_words, name_of_divergence, weights_in_words
 
 Report = Mapping[str, Any]
@@ -50,14 +58,17 @@ class _Quality:
     """`min` or `max`."""
 
 
-def models(report: Report, *, mfu: bool = False) -> Table:
-    """Models side by side; the best of each measure is known where several have it."""
+def models(report: Report) -> Table:
+    """Models side by side; the best of each measure is known where several have it.
+
+    What they reach stands before what they cost: a narrow page cuts off the last columns.
+    """
     qualities = _qualities(report)
-    costs = ["parameters", "tokens seen", "training time", "tokens/s", *(["mfu"] if mfu else [])]
+    costs = ["tokens seen", "training time", "tokens/s"]
     best = [_best(quality, report["models"].values()) for quality in qualities]
     return Table(
         caption="The models of this run. A star marks the best of a measure.",
-        header=["model", "role", *costs, *(quality.title for quality in qualities)],
+        header=["model", "role", "parameters", *(each.title for each in qualities), *costs],
         rows=[
             Row(
                 role=model["role"],
@@ -65,14 +76,13 @@ def models(report: Report, *, mfu: bool = False) -> Table:
                     name,
                     model["role"],
                     count(model["params"]),
+                    *(quality.shown(quality.of(model)) for quality in qualities),
                     count(model["train_tokens"]),
                     duration(model["seconds"]),
                     number(model["tokens_per_s"], 0),
-                    *([number(model["mfu"], 3)] if mfu else []),
-                    *(quality.shown(quality.of(model)) for quality in qualities),
                 ],
                 best=frozenset(
-                    2 + len(costs) + place
+                    3 + place
                     for place, quality in enumerate(qualities)
                     if best[place] is not None and quality.of(model) == best[place]
                 ),
@@ -124,7 +134,10 @@ def gains(report: Report) -> Table:
                     name,
                     number(gain["dev_ce"], 4, sign=True),
                     *(
-                        number(gain["minimal_pairs_points"].get(benchmark), 2, sign=True)
+                        points(
+                            gain["minimal_pairs_points"].get(benchmark),
+                            gain["minimal_pairs_points_standard_error"].get(benchmark),
+                        )
                         for benchmark in benchmarks
                     ),
                 ],

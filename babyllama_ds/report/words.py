@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from babyllama_ds.report.formatting import MISSING, count, flat, number, percent
+from babyllama_ds.report.formatting import MISSING, count, flat, number, percent, points
 
 CAVEAT = (
     "One run, one seed: a difference between two of its models says little before it is seen over "
@@ -45,8 +45,9 @@ def result(report: Mapping[str, Any]) -> list[str]:
             f"nats/token{_compared(report)}."
         )
     for benchmark, accuracy in student["minimal_pairs"].items():
-        points = _points_over_control(report, benchmark)
-        sentences.append(f"It is right on {100 * accuracy:.2f} % of {benchmark}{points}.")
+        against = _points_over_control(report, benchmark)
+        compared = f" ({against})" if against else ""
+        sentences.append(f"It is right on {100 * accuracy:.2f} % of {benchmark}{compared}.")
     return sentences
 
 
@@ -63,8 +64,7 @@ def key_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         against = "" if difference is None else f"{_than(difference)} the control"
         numbers.append((f"{student['dev_ce']:.4f}", "dev cross-entropy, nats/token", against))
     for benchmark, accuracy in student["minimal_pairs"].items():
-        points = gain.get("minimal_pairs_points", {}).get(benchmark)
-        against = "" if points is None else f"{points:+.2f} points against the control"
+        against = _points_over_control(report, benchmark)
         numbers.append((f"{100 * accuracy:.2f} %", f"right on {benchmark}", against))
     return numbers
 
@@ -93,11 +93,11 @@ def _than(difference: float) -> str:
 
 
 def _points_over_control(report: Mapping[str, Any], benchmark: str) -> str:
-    gain = report["gains"]["student_minus"].get("control", {})
-    points = gain.get("minimal_pairs_points", {}).get(benchmark)
-    if points is None:
+    gain = report["gains"]["student_minus"].get("control")
+    if gain is None or benchmark not in gain["minimal_pairs_points"]:
         return ""
-    return f" ({points:+.2f} points against the control)"
+    error = gain["minimal_pairs_points_standard_error"][benchmark]
+    return f"{points(gain['minimal_pairs_points'][benchmark], error)} points against the control"
 
 
 def trainings(report: Mapping[str, Any]) -> list[str]:

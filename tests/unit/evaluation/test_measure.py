@@ -462,7 +462,7 @@ def test_the_command_prints_a_table_or_json(
     tales = next(line for line in out.splitlines() if line.startswith("| tales "))
     assert tales.split("|")[2].strip() == f"{result['dev']['domains']['tales']['tokens']:,}"
     assert f"{result['dev']['ce']:.4f}" in out
-    assert f"order: {100 * result['minimal_pairs']['order']['accuracy']:.2f} %" in out
+    assert f"order: {100 * result['minimal_pairs']['order']['accuracy']:.2f} ± " in out
 
 
 @pytest.mark.usefixtures("process_as_it_was")

@@ -104,10 +104,10 @@ def test_the_likelier_sentence_wins() -> None:
     ]
     scores = evaluate(model, tokenizer, tasks)
     # In the last pair they differ only in the first token, which is not scored: a tie.
-    assert [(t.name, t.correct, t.ties) for t in scores.tasks] == [
-        ("right", 1, 0),
-        ("wrong", 0, 0),
-        ("both", 1, 1),
+    assert [(t.name, t.outcomes) for t in scores.tasks] == [
+        ("right", "1"),
+        ("wrong", "0"),
+        ("both", "10="),
     ]
     assert scores.tasks[0].term == "agreement"
     assert scores.accuracy == pytest.approx((1 + 0 + 1 / 3) / 3)
@@ -126,10 +126,11 @@ def test_a_sentence_without_a_scored_token_makes_a_tie() -> None:
 
 def test_accuracies_by_hand() -> None:
     tasks = (
-        TaskScore(name="a", correct=3, ties=0, pairs=4),
-        TaskScore(name="b", correct=10, ties=5, pairs=40),
+        TaskScore(name="a", outcomes="1011"),
+        TaskScore(name="b", outcomes="1" * 10 + "=" * 5 + "0" * 25),
     )
     scores = PairScores(tasks=tasks, leading_space=False)
+    assert [(t.correct, t.ties, t.pairs) for t in tasks] == [(3, 0, 4), (10, 5, 40)]
     assert [t.accuracy for t in tasks] == [0.75, 0.25]
     assert scores.accuracy == 0.5
     assert scores.pooled_accuracy == 13 / 44
@@ -207,10 +208,10 @@ def test_the_prefix_token_takes_a_position() -> None:
 
 def test_a_term_is_the_mean_of_its_tasks() -> None:
     tasks = (
-        TaskScore(name="a", correct=3, ties=0, pairs=4, term="islands"),
-        TaskScore(name="b", correct=9, ties=0, pairs=10, term="binding"),
-        TaskScore(name="c", correct=10, ties=0, pairs=100, term="islands"),
-        TaskScore(name="d", correct=1, ties=0, pairs=2),
+        TaskScore(name="a", outcomes="1110", term="islands"),
+        TaskScore(name="b", outcomes="1" * 9 + "0", term="binding"),
+        TaskScore(name="c", outcomes="1" * 10 + "0" * 90, term="islands"),
+        TaskScore(name="d", outcomes="01"),
     )
     terms = PairScores(tasks=tasks, leading_space=True).terms
     assert {term: (one.accuracy, len(one.tasks), one.pairs) for term, one in terms.items()} == {
@@ -221,5 +222,5 @@ def test_a_term_is_the_mean_of_its_tasks() -> None:
 
 
 def test_a_benchmark_without_terms_has_none() -> None:
-    tasks = (TaskScore(name="a", correct=3, ties=0, pairs=4),)
+    tasks = (TaskScore(name="a", outcomes="1110"),)
     assert PairScores(tasks=tasks, leading_space=True).terms == {}

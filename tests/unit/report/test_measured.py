@@ -85,3 +85,16 @@ def test_a_benchmark_behind_a_prefix_token() -> None:
     text = render_measured({**RESULT, "minimal_pairs": {"blimp": {**blimp, "terms": {}}}})
     assert "; no leading space; behind <s>; ties: 3" in text
     assert ["term", "tasks", "pairs", "accuracy (%)"] not in rows(text)
+
+
+def test_an_accuracy_stands_with_its_standard_error() -> None:
+    tasks = {"one": "1110", "two": "10=1"}
+    kept = {
+        name: {**RESULT["minimal_pairs"]["blimp"]["tasks"]["odd"], "outcomes": outcomes}
+        for name, outcomes in tasks.items()
+    }
+    blimp = {**RESULT["minimal_pairs"]["blimp"], "tasks": kept}
+    # Sample variances of four pairs each: 1/4 and 1/3.
+    assert "blimp: 62.50 ± 19.09 % (mean" in render_measured(
+        {**RESULT, "minimal_pairs": {"blimp": blimp}}
+    )

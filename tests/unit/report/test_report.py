@@ -75,6 +75,9 @@ def evaluation(name: str, ce: float, accuracies: list[float], num_ties: int = 0)
             "pairs": 100 * (index + 1),
             "ties": num_ties,
             "term": "agreement" if index == 0 else None,
+            # Right on the first pairs: the better of two is right wherever the other is.
+            "outcomes": "1" * round(100 * (index + 1) * accuracy)
+            + "0" * round(100 * (index + 1) * (1 - accuracy)),
         }
         for index, accuracy in enumerate(accuracies)
     }
@@ -201,6 +204,9 @@ def test_models_side_by_side(run_dir: Path) -> None:
         "perplexity": math.exp(4.642),
         "bits_per_byte": 4.642 / 3,
         "minimal_pairs": {"blimp": pytest.approx(0.58)},
+        "minimal_pairs_standard_error": {
+            "blimp": pytest.approx(0.5 * math.sqrt(0.63 * 0.37 / 99 + 0.53 * 0.47 / 199))
+        },
     }
     assert report["name"] == "demo-11"
     assert report["job"] == make_job()
@@ -216,6 +222,22 @@ def test_gains_are_student_minus_the_other(run_dir: Path) -> None:
         gain = gains["student_minus"][name]
         assert gain["dev_ce"] == pytest.approx(dev_ce)
         assert gain["minimal_pairs_points"] == {"blimp": pytest.approx(points)}
+    # They differ on 2 of 100 pairs and on 4 of 200.
+    error = 100 * 0.5 * math.sqrt(0.02 * 0.98 / 99 + 0.02 * 0.98 / 199)
+    over_control = gains["student_minus"]["control"]["minimal_pairs_points_standard_error"]
+    assert over_control == {"blimp": pytest.approx(error)}
+
+
+def test_evaluations_without_outcomes_have_no_standard_errors(run_dir: Path) -> None:
+    measured = evaluation("control", 4.654, [0.61, 0.51])
+    for task in measured["minimal_pairs"]["blimp"]["tasks"].values():
+        del task["outcomes"]
+    write(run_dir / "evaluation" / "control.json", measured)
+    report = collect_report(run_dir)
+    assert report["models"]["control"]["minimal_pairs_standard_error"] == {"blimp": None}
+    gain = report["gains"]["student_minus"]["control"]
+    assert gain["minimal_pairs_points_standard_error"] == {"blimp": None}
+    assert "(+2.00 points against the control)" in render_markdown(report)
 
 
 @pytest.mark.parametrize(
@@ -446,6 +468,7 @@ def test_a_run_with_nothing_but_its_job(tmp_path: Path) -> None:
     assert report["gains"]["student_minus"]["control"] == {
         "dev_ce": None,
         "minimal_pairs_points": {},
+        "minimal_pairs_points_standard_error": {},
     }
     page = (tmp_path / "report" / "report.md").read_text()
     assert "The student has not been evaluated." in page
@@ -459,7 +482,7 @@ def test_one_model_not_evaluated_yet(run_dir: Path) -> None:
     assert report["gains"]["student_minus"]["control"]["dev_ce"] is None
     page = render_markdown(report)
     row = next(row for row in find_table(page, "model") if row[0] == "control")
-    assert row[6:] == ["–", "–", "–", "–"]
+    assert row[3:7] == ["–", "–", "–", "–"]
     assert "undistilled control" not in page.split("## Models")[0]
 
 
@@ -677,7 +700,7 @@ def test_headline(run_dir: Path) -> None:
         "**The student (1.29 M parameters) reaches a dev cross-entropy of 4.6420 nats/token, "
         "0.0120 better (lower) than its undistilled control and 0.0210 better (lower) than the "
         "best of its teachers (deep).** "
-        "It is right on 58.00 % of blimp (+2.00 points against the control)."
+        "It is right on 58.00 % of blimp (+2.00 ± 0.86 points against the control)."
     )
 
 
@@ -686,7 +709,7 @@ def test_headline_of_a_student_that_lost(run_dir: Path) -> None:
     text = render_markdown(collect_report(run_dir)).split("\n\n")[1]
     assert "0.0090 worse (higher) than its undistilled control" in text
     assert "level with the best of its teachers (deep)" in text
-    assert "(-6.00 points against the control)" in text
+    assert "(-6.00 ± 1.61 points against the control)" in text
 
 
 def test_models_and_gains_tables(run_dir: Path) -> None:
@@ -696,31 +719,31 @@ def test_models_and_gains_tables(run_dir: Path) -> None:
         "model",
         "role",
         "parameters",
-        "tokens seen",
-        "training time",
-        "tokens/s",
         "dev CE (nats/token)",
         "perplexity",
         "bits/byte",
         "blimp (%)",
+        "tokens seen",
+        "training time",
+        "tokens/s",
     ]
     assert models[-1] == [
         "student",
         "student",
         "1.29 M",
-        "2.00 M",
-        "2 min 40 s",
-        "12,500",
         "4.6420",
         f"{math.exp(4.642):.2f}",
         "1.5473",
         "58.00",
+        "2.00 M",
+        "2 min 40 s",
+        "12,500",
     ]
     gains = find_table(page, "student minus")
     assert gains[2:] == [
-        ["control", "-0.0120", "+2.00"],
-        ["wide", "-0.0410", "+3.00"],
-        ["deep", "-0.0210", "-9.00"],
+        ["control", "-0.0120", "+2.00 ± 0.86"],
+        ["wide", "-0.0410", "+3.00 ± 1.05"],
+        ["deep", "-0.0210", "-9.00 ± 1.42"],
     ]
     assert "negative is better" in page
 
@@ -782,7 +805,7 @@ def test_card_of_the_student(run_dir: Path) -> None:
     assert "alpha 0.5, T 2, the mean of the teachers' logits, `soft_reduction: sequence`" in card
     assert "weighs 512 times" in card
     rows = find_table(card, "model")
-    assert {row[0]: row[6] for row in rows[2:]} == {
+    assert {row[0]: row[3] for row in rows[2:]} == {
         "wide": "4.6830",
         "deep": "4.6630",
         "control": "4.6540",
