@@ -122,7 +122,9 @@ class Pipeline:
 
     def _teacher_key(self, spec: TeacherSpec, corpus: Corpus) -> str:
         if spec.training is None:
-            return loaded_teacher_fingerprint(spec, corpus.entries.tokenizer_key)
+            return loaded_teacher_fingerprint(
+                spec, corpus.entries.tokenizer_key, precision=self.parts.precision
+            )
         return self._trained_key(f"teachers/{spec.name}", spec.model, spec.training, corpus)
 
     def _teacher_in_store(self, spec: TeacherSpec, corpus: Corpus, stage: str, key: str) -> Path:
