@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -76,8 +76,7 @@ class Pipeline:
         models = {**teachers, "student": student}
         if self.job.control is not None:
             models["control"] = self.control(corpus)
-        for name, path in models.items():
-            self.evaluate(name, path, corpus)
+        self.evaluate(models, corpus)
         self.storages.on_each(self.tidy)
         ranks.on_rank_zero(self.report)
 
@@ -222,22 +221,45 @@ class Pipeline:
 
     # -- after training ---------------------------------------------------------------------------
 
-    def evaluate(self, name: str, path: Path, corpus: Corpus) -> None:
-        """Measure a finished model, unless the same measurement stands here or in the store."""
-        result_path = self.run_dir / "evaluation" / f"{name}.json"
+    def evaluate(self, models: Mapping[str, Path], corpus: Corpus) -> None:
+        """Measure finished models by name, but for what stands here or in the store.
+
+        What earlier starts measured in another way goes before anything is measured: a report of
+        a run that ends in between would set it beside the new.
+        """
+        fingerprints = {
+            name: self._evaluation_fingerprint(path, corpus) for name, path in models.items()
+        }
+        ranks.on_rank_zero(lambda: self._forget_other_evaluations(fingerprints))
+        for name, path in models.items():
+            self._evaluate(name, path, corpus, fingerprints[name])
+
+    def _evaluation_fingerprint(self, path: Path, corpus: Corpus) -> str:
         of_each = self.storages.on_each(
             lambda: evaluation_fingerprint(
                 path, self.job, corpus.entries.tokens_key, corpus.entries.pairs_dir
             )
         )
         check_same_benchmarks(self.storages, of_each)
-        fingerprint = of_each[0]
+        return of_each[0]
+
+    def _forget_other_evaluations(self, fingerprints: Mapping[str, str]) -> None:
+        for name, fingerprint in fingerprints.items():
+            path = self._result_path(name)
+            if path.exists() and not _stands(path, fingerprint):
+                path.unlink()
+
+    def _evaluate(self, name: str, path: Path, corpus: Corpus, fingerprint: str) -> None:
+        result_path = self._result_path(name)
         if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
             log.info("evaluation of %s: done before", name)
             return
         result = self.measurer.measure(name, path, corpus, fingerprint)
         result |= {"fingerprint": fingerprint}
         ranks.on_rank_zero(lambda: files.write_json(result_path, result))
+
+    def _result_path(self, name: str) -> Path:
+        return self.run_dir / "evaluation" / f"{name}.json"
 
     def tidy(self) -> None:
         """Remove what only an unfinished run needs."""

@@ -1,0 +1,98 @@
+"""The stages of a run that ends between two of its measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from babyllama_ds.corpus.prepare import Corpus, CorpusEntries
+from babyllama_ds.errors import Stopped
+from babyllama_ds.pipeline.measuring import Measurer
+from babyllama_ds.pipeline.stages import Pipeline
+from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.shipped import find_job
+from babyllama_ds.stopping import StopRequest
+from babyllama_ds.storages import Storages
+from babyllama_ds.store import Store
+
+
+def pipeline(folder: Path, *overrides: str) -> Pipeline:
+    return Pipeline(
+        load_job(find_job("nursery"), overrides),
+        RunDirectory(folder / "run"),
+        Store(folder / "store"),
+        Storages(),
+        torch.device("cpu"),
+        StopRequest(),
+    )
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, Path]:
+    """Their directories; weights and configuration are all that a measurement is known by."""
+    found = {name: tmp_path / name for name in ("big", "student", "control")}
+    for name, folder in found.items():
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(name)
+        (folder / "config.json").write_text("{}")
+    return found
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    entries = CorpusEntries(
+        tokenizer_dir=tmp_path,
+        tokenizer_key="t",
+        tokens_dir=tmp_path,
+        tokens_key="t",
+        pairs_dir=None,
+    )
+    return Corpus(
+        entries=entries,
+        tokenizer=cast(Any, None),
+        shards=cast(Any, None),
+        byte_lengths=cast(Any, None),
+    )
+
+
+class Measuring:
+    """In the place of `Measurer.measure`; stops the run when it comes to a model."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.measured: list[str] = []
+        self.stop_at: str | None = None
+        monkeypatch.setattr(Measurer, "measure", lambda _self, name, *_: self.measure(name))
+
+    def measure(self, name: str) -> dict[str, Any]:
+        if name == self.stop_at:
+            raise Stopped("SIGTERM")
+        self.measured.append(name)
+        return {"model": name}
+
+
+def results(folder: Path) -> list[str]:
+    return sorted(path.stem for path in (folder / "run" / "evaluation").glob("*.json"))
+
+
+def test_nothing_of_another_evaluation_stands_beside_the_new(
+    tmp_path: Path, models: dict[str, Path], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A difference of two models is one of two measurements on the same text."""
+    measuring = Measuring(monkeypatch)
+    pipeline(tmp_path).evaluate(models, corpus)
+    assert results(tmp_path) == sorted(models)
+    measuring.stop_at = "student"
+    again = pipeline(tmp_path, "evaluation.dev_windows=3")
+    with pytest.raises(Stopped):
+        again.evaluate(models, corpus)
+    assert results(tmp_path) == ["big"]
+    measuring.stop_at, measuring.measured = None, []
+    again.evaluate(models, corpus)
+    assert measuring.measured == ["student", "control"]  # what was measured anew still stands
+    found = [json.loads((tmp_path / "run/evaluation" / f"{m}.json").read_text()) for m in models]
+    assert [each["model"] for each in found] == list(models)
