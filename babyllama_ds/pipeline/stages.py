@@ -39,6 +39,7 @@ from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
+from babyllama_ds.training.metrics import forget_cut_short
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,8 @@ class Pipeline:
                 entry = self._teacher_in_store(spec, corpus, stage, key)
             else:
                 log.info("%s: done before", stage)
+                done = entry
+                ranks.on_rank_zero(lambda: self._forget_cut_short(stage, done))
         found = entry
         self.storages.on_each(lambda: link_entry(found, self.run_dir / "teachers" / spec.name))
         return found
@@ -138,6 +141,10 @@ class Pipeline:
 
         ranks.on_rank_zero(publish)
         return self._finished(lambda: self.store.find("teachers", key), checkpoints)
+
+    def _forget_cut_short(self, stage: str, entry: Path) -> None:
+        steps: int = files.read_json(entry / "training.json")["steps"]
+        forget_cut_short(self.run_dir, stage, steps)
 
     def student(self, corpus: Corpus, teachers: dict[str, Path]) -> Path:
         """The distilled model."""

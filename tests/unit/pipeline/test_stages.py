@@ -1,4 +1,4 @@
-"""The stages of a run that ends between two of its measurements."""
+"""The stages of a run that shares its store, or ends between two of its measurements."""
 
 from __future__ import annotations
 
@@ -96,3 +96,27 @@ def test_nothing_of_another_evaluation_stands_beside_the_new(
     assert measuring.measured == ["student", "control"]  # what was measured anew still stands
     found = [json.loads((tmp_path / "run/evaluation" / f"{m}.json").read_text()) for m in models]
     assert [each["model"] for each in found] == list(models)
+
+
+def test_a_teacher_that_another_run_finished_has_no_beginning_here(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at step 9 while another run waited for it, which then trained it to its end."""
+    killed = pipeline(tmp_path)
+    (teacher,) = killed.job.teachers[:1]
+    stage = f"teachers/{teacher.name}"
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    lines = [{"stage": stage, "step": 9}, {"stage": "teachers/own", "step": 24}]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def make(directory: Path) -> None:
+        (directory / "training.json").write_text(json.dumps({"steps": 24}))
+
+    monkeypatch.setattr(Pipeline, "_teacher_key", lambda *_: "key")
+    entry = killed.store.build("teachers", "key", make)
+    assert killed.teacher(teacher, corpus) == entry
+    assert [json.loads(line)["stage"] for line in metrics.read_text().splitlines()] == [
+        "teachers/own"
+    ]
+    assert (tmp_path / "run" / stage / "training.json").exists()
