@@ -220,6 +220,7 @@ def unfinished(report: Mapping[str, Any]) -> list[str]:
     state = {
         "failed": f"The run failed: {why}.",
         "stopped": f"The run was stopped: {why}. The same command goes on from there.",
-        "running": "The run was going on when this was written.",
+        # A run that is killed cannot say so.
+        "running": "The run was going on when this was written, or had been killed before.",
     }.get(facts["status"], "The run is not complete.")
     return [state, *(f"Missing: {missing}." for missing in facts["missing"])]
