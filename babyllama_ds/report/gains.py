@@ -6,6 +6,7 @@ One run has one seed, and a difference of one run says little; this is what is q
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from typing import Any
 from babyllama_ds import files
 from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.report.formatting import number, percent
+from babyllama_ds.rundir import differing_keys
+
+_SEEDS = re.compile(r"name|(.*\.)?seed")
+"""Keys in which the runs of one experiment may differ."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Gain:
 
 
 def render_gains(run_dirs: Sequence[Path]) -> str:
-    """Two Markdown tables: every run's models, and the student's mean gains.
+    """Two Markdown tables: every run's models, and the student's mean gains; and what the runs
+    differ in beside their seeds, where they do.
 
     Raises:
         DataError: a run directory without a report, or of a run with models that are not measured;
@@ -48,7 +54,8 @@ def render_gains(run_dirs: Sequence[Path]) -> str:
     reports = [_read(run_dir) for run_dir in run_dirs]
     _check_measured(run_dirs, reports)
     _check_independent(run_dirs, reports)
-    return "\n".join([*_runs_table(reports), "", *_gains_table(collect_gains(reports)), ""])
+    tables = [*_runs_table(reports), "", *_gains_table(collect_gains(reports))]
+    return "\n".join([*tables, *_other_jobs(reports), ""])
 
 
 def collect_gains(reports: Sequence[dict[str, Any]]) -> list[Gain]:
@@ -87,9 +94,8 @@ def _runs_table(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     benchmarks = list(
         dict.fromkeys(name for one in reports for name in one["models"]["student"]["minimal_pairs"])
     )
-    yield (
-        "| run | model | dev CE (nats/token) | " + " | ".join(f"{b} (%)" for b in benchmarks) + " |"
-    )
+    header = ["run", "model", "dev CE (nats/token)", *(f"{name} (%)" for name in benchmarks)]
+    yield "| " + " | ".join(header) + " |"
     yield "|---|---|" + "---:|" * (1 + len(benchmarks))
     for report in reports:
         for name, model in report["models"].items():
@@ -108,6 +114,15 @@ def _gains_table(gains: Sequence[Gain]) -> Iterator[str]:
             f"| {gain.other} | {gain.measure} | {gain.mean:+.4f} | {error} "
             f"| {low:+.4f} | {high:+.4f} | {len(gain.values)} |"
         )
+
+
+def _other_jobs(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What the runs differ in beside their seeds, as far as it changes a model."""
+    first, *others = (report.get("job") or {} for report in reports)
+    found = {key for other in others for key, _, _ in differing_keys(first, other)}
+    if keys := sorted(key for key in found if not _SEEDS.fullmatch(key)):
+        yield ""
+        yield f"These runs differ in more than their seeds: {', '.join(keys)}."
 
 
 def _read(run_dir: Path) -> dict[str, Any]:

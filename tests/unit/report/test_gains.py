@@ -84,3 +84,30 @@ def test_a_benchmark_that_a_run_lacks_is_a_dash_and_no_gain(tmp_path: Path) -> N
         assert "| b | student | 2.0000 | 50.00 | 75.00 |" in table
         assert "ewok (points)" not in table
         assert "| control | blimp (points) |" in table
+
+
+def test_a_table_without_benchmarks_has_no_column_of_them(tmp_path: Path) -> None:
+    plain = {"dev_ce": 2.0, "minimal_pairs": {}}
+    alone = changed(run(tmp_path, "a", 2.0, 2.1), models={"student": plain, "control": plain})
+    assert render_gains([alone]).splitlines()[:3] == [
+        "| run | model | dev CE (nats/token) |",
+        "|---|---|---:|",
+        "| a | student | 2.0000 |",
+    ]
+
+
+def test_runs_of_different_jobs_are_told(tmp_path: Path) -> None:
+    def job(name: str, seed: int, **changes: object) -> Path:
+        made = {
+            "name": name,
+            "seed": seed,
+            "student": {"seed": seed, "training": {"epochs": 2.0, "micro_batch": seed}},
+            **changes,
+        }
+        return changed(run(tmp_path, name, 2.0, 2.1), job=made)
+
+    seeds = [job("a", 1), job("b", 2)]
+    assert "differ" not in render_gains(seeds)
+    other = job("c", 3, windows={"length": 64}, distillation={"alpha": 0.1})
+    told = "These runs differ in more than their seeds: distillation.alpha, windows.length."
+    assert told in render_gains([*seeds, other])
