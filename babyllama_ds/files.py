@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from babyllama_ds.errors import RunError, UserError
+from babyllama_ds.errors import DataError, RunError, UserError
 
 MANIFEST_NAME = "manifest.json"
 TEMPORARY_PREFIX = ".tmp-"
@@ -91,6 +91,19 @@ def read_json(path: Path) -> Any:
             got=f"text that is not JSON ({error})",
             expected="a JSON file",
             hint="delete it and start again: it was damaged after it was written",
+        ) from error
+
+
+def check_name(path: Path) -> None:
+    """A user's file whose name will stand in our JSON has one that can. Raises `DataError`."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError as error:
+        raise DataError.of(
+            os.fsencode(path).decode(errors="backslashreplace"),
+            got="a file name that is not UTF-8",
+            expected="one that is: it is called by it in what is written of it",
+            hint="rename it",
         ) from error
 
 

@@ -102,10 +102,16 @@ def _loss(spec: DistillationSpec) -> dict[str, Any]:
     return plain | ({"top_k": spec.cache_top_k} if spec.cache == "topk" else {})
 
 
-def loaded_teacher_fingerprint(spec: TeacherSpec, tokenizer_key: str) -> str:
-    """Of a teacher taken in as it is."""
+def loaded_teacher_fingerprint(spec: TeacherSpec, tokenizer_key: str, *, precision: str) -> str:
+    """Of a teacher taken in as it is, its weights rounded to the job's precision."""
     return files.hash_json(
-        {"method": METHOD, "model": _model(spec.model), "tokenizer": tokenizer_key}
+        {
+            "method": METHOD,
+            "model": _model(spec.model),
+            "tokenizer": tokenizer_key,
+            # Where it is bf16, as fingerprints were before the precision counted.
+            **({} if precision == "bf16" else {"precision": precision}),
+        }
     )
 
 

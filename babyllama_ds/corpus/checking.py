@@ -24,6 +24,7 @@ from babyllama_ds.corpus.finding import Form, Packing, domain_of, form_of, packi
 from babyllama_ds.corpus.rows import read_rows
 from babyllama_ds.corpus.streams import Split
 from babyllama_ds.errors import DataError
+from babyllama_ds.files import check_name
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -80,9 +81,10 @@ def read_file(
 ) -> TextFile:
     """Read a file whole, block by block; `check` is called between them and may raise to stop.
 
-    Raises `DataError`: it cannot be read or unpacked, is not UTF-8, or is a table without text in
-    `column` in every row.
+    Raises `DataError`: it cannot be read or unpacked, is not UTF-8, or is not called so, or is a
+    table without text in `column` in every row.
     """
+    check_name(path)
     form = form_of(path) or "text"
     content = _Content(path, is_text=form != "parquet")
     try:

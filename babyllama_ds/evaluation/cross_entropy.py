@@ -148,9 +148,12 @@ def evaluate_cross_entropy(
     )
 
 
-def perplexity(nll_nats: float, num_tokens: int) -> float:
-    """exp(nats per token)."""
-    return math.exp(nll_nats / num_tokens)
+def perplexity(nll_nats: float, num_tokens: int) -> float | None:
+    """exp(nats per token); none: more than a float holds, which is beyond 709 nats."""
+    try:
+        return math.exp(nll_nats / num_tokens)
+    except OverflowError:
+        return None
 
 
 def bits_per_byte(nll_nats: float, num_bytes: int) -> float:

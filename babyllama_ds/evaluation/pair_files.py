@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from babyllama_ds.errors import DataError
+from babyllama_ds.files import check_name
 
 GOOD, BAD = "sentence_good", "sentence_bad"
 PATH_KEY = "evaluation.minimal_pairs[].path"
@@ -50,8 +51,9 @@ def load_tasks(directory: Path, *, max_pairs: int | None, where: str = PATH_KEY)
     `where` is what named the directory.
 
     Raises:
-        DataError: no such directory, no task in it, or (with file:line) a line that is not a
-            UTF-8 JSON object with both sentences.
+        DataError: no such directory, no task in it, a file that is not called in UTF-8, or (with
+            file:line) a line that is not a UTF-8 JSON object with both sentences, in whole
+            characters.
     """
     paths = sorted(directory.glob("*.jsonl")) if directory.is_dir() else []
     if not paths:
@@ -65,6 +67,7 @@ def load_tasks(directory: Path, *, max_pairs: int | None, where: str = PATH_KEY)
 
 
 def _load_task(path: Path, max_pairs: int | None) -> Task:
+    check_name(path)
     records = list(islice(_records(path), max_pairs))
     if not records:
         raise DataError.of(path, got="an empty file", expected="at least one pair of sentences")
@@ -121,4 +124,14 @@ def _checked_record(line: bytes, source: str) -> dict[str, Any]:
         if not isinstance(record.get(key), str):
             got = f"a {type(record[key]).__name__}" if key in record else "nothing"
             raise DataError.of(key, got=got, expected="a sentence (a JSON string)", source=source)
+        _check_unicode(record[key], key, source)
     return record
+
+
+def _check_unicode(sentence: str, key: str, source: str) -> None:
+    """JSON may hold half of a character, which no tokenizer takes."""
+    try:
+        sentence.encode()
+    except UnicodeEncodeError as error:
+        got = f"half of a character (\\u{ord(sentence[error.start]):04x})"
+        raise DataError.of(key, got=got, expected="text that is Unicode", source=source) from error

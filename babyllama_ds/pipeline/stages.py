@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -39,6 +39,7 @@ from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
+from babyllama_ds.training.metrics import forget_cut_short
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,7 @@ class Pipeline:
         models = {**teachers, "student": student}
         if self.job.control is not None:
             models["control"] = self.control(corpus)
-        for name, path in models.items():
-            self.evaluate(name, path, corpus)
+        self.evaluate(models, corpus)
         self.storages.on_each(self.tidy)
         ranks.on_rank_zero(self.report)
 
@@ -116,13 +116,17 @@ class Pipeline:
                 entry = self._teacher_in_store(spec, corpus, stage, key)
             else:
                 log.info("%s: done before", stage)
+                done = entry
+                ranks.on_rank_zero(lambda: self._forget_cut_short(stage, done))
         found = entry
         self.storages.on_each(lambda: link_entry(found, self.run_dir / "teachers" / spec.name))
         return found
 
     def _teacher_key(self, spec: TeacherSpec, corpus: Corpus) -> str:
         if spec.training is None:
-            return loaded_teacher_fingerprint(spec, corpus.entries.tokenizer_key)
+            return loaded_teacher_fingerprint(
+                spec, corpus.entries.tokenizer_key, precision=self.parts.precision
+            )
         return self._trained_key(f"teachers/{spec.name}", spec.model, spec.training, corpus)
 
     def _teacher_in_store(self, spec: TeacherSpec, corpus: Corpus, stage: str, key: str) -> Path:
@@ -137,6 +141,10 @@ class Pipeline:
 
         ranks.on_rank_zero(publish)
         return self._finished(lambda: self.store.find("teachers", key), checkpoints)
+
+    def _forget_cut_short(self, stage: str, entry: Path) -> None:
+        steps: int = files.read_json(entry / "training.json")["steps"]
+        forget_cut_short(self.run_dir, stage, steps)
 
     def student(self, corpus: Corpus, teachers: dict[str, Path]) -> Path:
         """The distilled model."""
@@ -220,22 +228,45 @@ class Pipeline:
 
     # -- after training ---------------------------------------------------------------------------
 
-    def evaluate(self, name: str, path: Path, corpus: Corpus) -> None:
-        """Measure a finished model, unless the same measurement stands here or in the store."""
-        result_path = self.run_dir / "evaluation" / f"{name}.json"
+    def evaluate(self, models: Mapping[str, Path], corpus: Corpus) -> None:
+        """Measure finished models by name, but for what stands here or in the store.
+
+        What earlier starts measured in another way goes before anything is measured: a report of
+        a run that ends in between would set it beside the new.
+        """
+        fingerprints = {
+            name: self._evaluation_fingerprint(path, corpus) for name, path in models.items()
+        }
+        ranks.on_rank_zero(lambda: self._forget_other_evaluations(fingerprints))
+        for name, path in models.items():
+            self._evaluate(name, path, corpus, fingerprints[name])
+
+    def _evaluation_fingerprint(self, path: Path, corpus: Corpus) -> str:
         of_each = self.storages.on_each(
             lambda: evaluation_fingerprint(
                 path, self.job, corpus.entries.tokens_key, corpus.entries.pairs_dir
             )
         )
         check_same_benchmarks(self.storages, of_each)
-        fingerprint = of_each[0]
+        return of_each[0]
+
+    def _forget_other_evaluations(self, fingerprints: Mapping[str, str]) -> None:
+        for name, fingerprint in fingerprints.items():
+            path = self._result_path(name)
+            if path.exists() and not _stands(path, fingerprint):
+                path.unlink()
+
+    def _evaluate(self, name: str, path: Path, corpus: Corpus, fingerprint: str) -> None:
+        result_path = self._result_path(name)
         if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
             log.info("evaluation of %s: done before", name)
             return
         result = self.measurer.measure(name, path, corpus, fingerprint)
         result |= {"fingerprint": fingerprint}
         ranks.on_rank_zero(lambda: files.write_json(result_path, result))
+
+    def _result_path(self, name: str) -> Path:
+        return self.run_dir / "evaluation" / f"{name}.json"
 
     def tidy(self) -> None:
         """Remove what only an unfinished run needs."""

@@ -243,6 +243,8 @@ def _optimisation(report: Mapping[str, Any], model_name: str) -> list[str]:
     if model["seconds"] and model["steps"]:
         where = [report["environment"].get(key) for key in ("ranks", "device")]
         on = f" on {where[0]} {where[1]} rank{'s' * (where[0] > 1)}" if all(where) else ""
+        if words.trained_elsewhere(report, model_name):
+            on = ", in another run, which shares it through the store"
         lines.append(f"{model['steps']:,} steps in {duration(model['seconds'])}{on}.")
     return lines
 

@@ -6,6 +6,7 @@ One run has one seed, and a difference of one run says little; this is what is q
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from babyllama_ds import files
-from babyllama_ds.errors import DataError
+from babyllama_ds.errors import DataError, Problem
+from babyllama_ds.report.formatting import number, percent
+from babyllama_ds.rundir import differing_keys
+
+_SEEDS = re.compile(r"name|(.*\.)?seed")
+"""Keys in which the runs of one experiment may differ."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +44,22 @@ class Gain:
 
 
 def render_gains(run_dirs: Sequence[Path]) -> str:
-    """Two Markdown tables: every run's models, and the student's mean gains.
+    """Two Markdown tables: every run's models, and the student's mean gains; and what the runs
+    differ in beside their seeds, where they do.
 
     Raises:
-        DataError: a run directory without a report.
+        DataError: a run directory without a report, or of a run with models that are not measured;
+            two runs with the same student.
     """
     reports = [_read(run_dir) for run_dir in run_dirs]
-    return "\n".join([*_runs_table(reports), "", *_gains_table(collect_gains(reports)), ""])
+    _check_measured(run_dirs, reports)
+    _check_independent(run_dirs, reports)
+    tables = [*_runs_table(reports), "", *_gains_table(collect_gains(reports))]
+    return "\n".join([*tables, *_other_jobs(reports), ""])
 
 
 def collect_gains(reports: Sequence[dict[str, Any]]) -> list[Gain]:
-    """The student's gains over each model that all reports hold, measure by measure."""
+    """The student's gains over each model that all reports hold, by each measure that all hold."""
     shared = [set(report["models"]) for report in reports]
     others = [name for name in reports[0]["models"] if all(name in names for names in shared)]
     return [
@@ -66,6 +77,8 @@ def _gains_over(other: str, models: Sequence[dict[str, Any]]) -> Iterator[Gain]:
         tuple(each["student"]["dev_ce"] - each[other]["dev_ce"] for each in models),
     )
     for benchmark in models[0]["student"]["minimal_pairs"]:
+        if any(benchmark not in each["student"]["minimal_pairs"] for each in models):
+            continue
         yield Gain(
             other,
             f"{benchmark} (points)",
@@ -78,15 +91,15 @@ def _gains_over(other: str, models: Sequence[dict[str, Any]]) -> Iterator[Gain]:
 
 
 def _runs_table(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
-    first = reports[0]["models"]
-    benchmarks = list(first["student"]["minimal_pairs"])
-    yield (
-        "| run | model | dev CE (nats/token) | " + " | ".join(f"{b} (%)" for b in benchmarks) + " |"
+    benchmarks = list(
+        dict.fromkeys(name for one in reports for name in one["models"]["student"]["minimal_pairs"])
     )
+    header = ["run", "model", "dev CE (nats/token)", *(f"{name} (%)" for name in benchmarks)]
+    yield "| " + " | ".join(header) + " |"
     yield "|---|---|" + "---:|" * (1 + len(benchmarks))
     for report in reports:
         for name, model in report["models"].items():
-            scores = [f"{100 * model['minimal_pairs'][b]:.2f}" for b in benchmarks]
+            scores = [percent(model["minimal_pairs"].get(name)) for name in benchmarks]
             row = [report["name"], name, f"{model['dev_ce']:.4f}", *scores]
             yield "| " + " | ".join(row) + " |"
 
@@ -95,12 +108,21 @@ def _gains_table(gains: Sequence[Gain]) -> Iterator[str]:
     yield "| student minus | measure | mean | standard error | min | max | runs |"
     yield "|---|---|---:|---:|---:|---:|---:|"
     for gain in gains:
-        error = "–" if gain.standard_error is None else f"{gain.standard_error:.4f}"
+        error = number(gain.standard_error, 4)
         low, high = min(gain.values), max(gain.values)
         yield (
             f"| {gain.other} | {gain.measure} | {gain.mean:+.4f} | {error} "
             f"| {low:+.4f} | {high:+.4f} | {len(gain.values)} |"
         )
+
+
+def _other_jobs(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What the runs differ in beside their seeds, as far as it changes a model."""
+    first, *others = (report.get("job") or {} for report in reports)
+    found = {key for other in others for key, _, _ in differing_keys(first, other)}
+    if keys := sorted(key for key in found if not _SEEDS.fullmatch(key)):
+        yield ""
+        yield f"These runs differ in more than their seeds: {', '.join(keys)}."
 
 
 def _read(run_dir: Path) -> dict[str, Any]:
@@ -114,3 +136,38 @@ def _read(run_dir: Path) -> dict[str, Any]:
         )
     report: dict[str, Any] = files.read_json(path)
     return report
+
+
+def _check_measured(run_dirs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> None:
+    problems = [
+        Problem(
+            where=str(run_dir),
+            got=f"a report without a measurement of {', '.join(lacking)}",
+            expected="the report of a finished run",
+            hint="start the run again: it goes on from where it was",
+        )
+        for run_dir, report in zip(run_dirs, reports, strict=True)
+        if (lacking := [name for name, one in report["models"].items() if one["dev_ce"] is None])
+    ]
+    if problems:
+        raise DataError.all_of(problems)
+
+
+def _check_independent(run_dirs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> None:
+    """The standard error is of runs that have nothing of chance in common: no run counts twice."""
+    first: dict[str, int] = {}
+    problems = []
+    for place, (run_dir, report) in enumerate(zip(run_dirs, reports, strict=True)):
+        weights = (report.get("weights") or {}).get("student")
+        student = files.hash_json(weights) if weights else str(run_dir.resolve())
+        if (other := first.setdefault(student, place)) != place:
+            problems.append(
+                Problem(
+                    where=str(run_dir),
+                    got=f"the same student as {run_dirs[other]}",
+                    expected="runs of different seeds",
+                    hint="leave one out: counted twice, it makes the standard error too small",
+                )
+            )
+    if problems:
+        raise DataError.all_of(problems)

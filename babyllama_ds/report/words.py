@@ -101,7 +101,8 @@ def _points_over_control(report: Mapping[str, Any], benchmark: str) -> str:
 
 
 def trainings(report: Mapping[str, Any]) -> list[str]:
-    """What the tables do not show: trainings that ended early, weights that are an average."""
+    """What the tables do not show: trainings that ended early, weights that are an average, times
+    of another run's machine."""
     models = report["models"].items()
     sentences = [
         f"The training of {name} ended after {model['steps']:,} of {model['planned_steps']:,} "
@@ -114,7 +115,23 @@ def trainings(report: Mapping[str, Any]) -> list[str]:
         for name, model in models
         if model["averaged"] is not None
     ]
+    sentences += [
+        f"{name} was trained in another run, which shares it through the store: its training time "
+        "and tokens/s are of that run's machine."
+        for name in report["models"]
+        if trained_elsewhere(report, name)
+    ]
     return [" ".join(sentences)] if sentences else []
+
+
+def trained_elsewhere(report: Mapping[str, Any], name: str) -> bool:
+    """Whether a teacher came trained out of the store: nothing of its training is logged here.
+
+    False where nothing at all is logged: the metrics are missing, which says nothing.
+    """
+    model, logged = report["models"][name], report["last_logged_step"]
+    trained = model["role"] == "teacher" and bool(model["steps"])
+    return trained and bool(logged) and f"teachers/{name}" not in logged
 
 
 # -- what it belongs to ---------------------------------------------------------------------------
@@ -203,6 +220,7 @@ def unfinished(report: Mapping[str, Any]) -> list[str]:
     state = {
         "failed": f"The run failed: {why}.",
         "stopped": f"The run was stopped: {why}. The same command goes on from there.",
-        "running": "The run was going on when this was written.",
+        # A run that is killed cannot say so.
+        "running": "The run was going on when this was written, or had been killed before.",
     }.get(facts["status"], "The run is not complete.")
     return [state, *(f"Missing: {missing}." for missing in facts["missing"])]

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from babyllama_ds.spec.base import Mismatch, Name, Seed, Spec, consistent, repeated_names
-from babyllama_ds.spec.corpus import CorpusSpec, TokenizerSpec, WindowsSpec
+from babyllama_ds.spec.corpus import CorpusSpec, NurseryCorpus, TokenizerSpec, WindowsSpec
 from babyllama_ds.spec.distillation import (
     DistillationSpec,
     HiddenMatching,
@@ -247,6 +247,22 @@ class JobSpec(Spec):
         expected = f"student, none or auto, since {split} is split over ranks"
         hint = "its layers wait for other ranks, which torch.compile does not follow"
         return consistent(deepspeed, [Mismatch(("compile",), "all", expected, hint)])
+
+    @field_validator("evaluation")
+    @classmethod
+    def _benchmarks_are_told_apart(
+        cls, evaluation: EvaluationSpec, info: ValidationInfo
+    ) -> EvaluationSpec:
+        corpus: CorpusSpec | None = info.data.get("corpus")
+        if not isinstance(corpus, NurseryCorpus):
+            return evaluation
+        hint = "it is taken by the pairs that the nursery corpus adds"
+        taken = [
+            Mismatch(("minimal_pairs", i, "name"), repr(one.name), "another name", hint)
+            for i, one in enumerate(evaluation.minimal_pairs)
+            if one.name == corpus.kind
+        ]
+        return consistent(evaluation, taken)
 
     @field_validator("name")
     @classmethod

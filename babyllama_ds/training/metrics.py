@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -141,13 +142,32 @@ def forget_later_steps(path: Path, stage: str, last_step: int) -> None:
     """Drop the lines of `stage` after `last_step`, and a last line cut short by a kill."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            entry = json.loads(line)
-            if entry["stage"] != stage or entry["step"] <= last_step:
-                kept.append(line)
+    kept = [
+        line
+        for line, entry in _whole_lines(path)
+        if entry["stage"] != stage or entry["step"] <= last_step
+    ]
     files.write_atomic(path, "".join(line + "\n" for line in kept))
+
+
+def forget_cut_short(run_dir: Path, stage: str, last_step: int) -> None:
+    """Drop what is logged of a stage, unless it reaches `last_step`, which is logged of every one.
+
+    It is of a training that was begun here, and done by another run that shares the store.
+    """
+    path = run_dir / METRICS_NAME
+    steps = [entry["step"] for _, entry in _whole_lines(path) if entry["stage"] == stage]
+    if steps and max(steps) < last_step:
+        forget_later_steps(path, stage, 0)
+        shutil.rmtree(run_dir / "tensorboard" / stage, ignore_errors=True)
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines that no kill cut short, and what they say."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    for line in text.splitlines():
+        with suppress(json.JSONDecodeError):
+            yield line, json.loads(line)
 
 
 def restore_boards(path: Path, boards: Path) -> None:

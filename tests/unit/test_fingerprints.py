@@ -193,9 +193,9 @@ def test_a_change_of_the_method_changes_every_fingerprint(
     teacher = TeacherSpec(
         name="a", model=PretrainedModel(kind="pretrained", path=str(saved_model(tmp_path / "a")))
     )
-    before = fingerprint(), loaded_teacher_fingerprint(teacher, "t")
+    before = fingerprint(), loaded_teacher_fingerprint(teacher, "t", precision="bf16")
     monkeypatch.setattr(fingerprints, "METHOD", 1000)
-    after = fingerprint(), loaded_teacher_fingerprint(teacher, "t")
+    after = fingerprint(), loaded_teacher_fingerprint(teacher, "t", precision="bf16")
     assert before[0] != after[0]
     assert before[1] != after[1]
 
@@ -227,9 +227,16 @@ def saved_model(directory: Path, *, fill: float = 0.0, config: str = "{}") -> Pa
     return directory
 
 
-def loaded(path: Path | str, *, attention: str = "auto", tokenizer_key: str = "t") -> str:
+def loaded(
+    path: Path | str,
+    *,
+    attention: str = "auto",
+    tokenizer_key: str = "t",
+    precision: str = "bf16",
+) -> str:
     model = PretrainedModel(kind="pretrained", path=str(path), attention=attention)
-    return loaded_teacher_fingerprint(TeacherSpec(name="a", model=model), tokenizer_key)
+    spec = TeacherSpec(name="a", model=model)
+    return loaded_teacher_fingerprint(spec, tokenizer_key, precision=precision)
 
 
 def test_a_loaded_model_is_known_by_its_content(tmp_path: Path) -> None:
@@ -243,6 +250,14 @@ def test_a_loaded_model_is_known_by_its_content(tmp_path: Path) -> None:
     assert loaded(saved_model(tmp_path / "config", config='{"a": 1}')) != loaded(here)
     assert loaded(here, tokenizer_key="u") != loaded(here)
     assert loaded("someone/model") != loaded("someone/other")
+
+
+def test_a_loaded_model_is_another_in_another_precision() -> None:
+    """The store keeps its weights rounded: those of bf16 are not what an fp32 job asks for."""
+    assert loaded("someone/model", precision="fp32") != loaded("someone/model")
+    assert loaded("someone/model") == files.hash_json(  # as it was before the precision counted
+        {"method": 3, "model": HUB.model_dump(include={"kind", "path"}), "tokenizer": "t"}
+    )
 
 
 def test_a_student_warm_started_from_other_weights_is_another(tmp_path: Path) -> None:
@@ -352,7 +367,10 @@ def test_over_how_many_ranks_a_teacher_is_split_changes_nothing(
     model = PretrainedModel(kind="pretrained", path=str(saved_model(tmp_path / "here")))
     whole = TeacherSpec(name="a", model=model)
     split = changed(whole, tensor_parallel=2)
-    assert loaded_teacher_fingerprint(split, "t") == loaded_teacher_fingerprint(whole, "t")
+    split_up, undivided = (
+        loaded_teacher_fingerprint(spec, "t", precision="bf16") for spec in (split, whole)
+    )
+    assert split_up == undivided
     job, other = job_of(), job_of("teachers.a.tensor_parallel=2")
     assert other != job
     assert student_fingerprint("alone", other, teachers) == student_fingerprint(

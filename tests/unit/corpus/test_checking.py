@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import lzma
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -55,6 +56,15 @@ def test_a_packed_file_is_what_is_in_it(tmp_path: Path, packing: str, parts: int
     assert (other.bytes, other.lines) == (one.bytes, one.lines) == (len(TEXT) * parts, 9000 * parts)
     assert other.domain == one.domain == "a"
     assert other.form == one.form == "text"
+
+
+def test_a_name_that_is_not_unicode(tmp_path: Path) -> None:
+    """It would be a domain's, in the index of the shards and in every report."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_bytes(TEXT)
+    with pytest.raises(DataError, match=r"caf\\xe9\.txt: got a file name that is not") as told:
+        read(path)
+    str(told.value).encode()  # it stands in `state.json`
 
 
 @packings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from babyllama_ds.corpus.prepare import CorpusEntries, open_corpus, prepare_corpus
 from babyllama_ds.corpus.sources import read_sources
+from babyllama_ds.corpus.tokenizer import load_tokenizer, tokenizer_fingerprint
 from babyllama_ds.errors import DataError
 from babyllama_ds.files import hash_json
 from babyllama_ds.spec.corpus import FilesCorpus
@@ -107,6 +109,30 @@ def test_rows_of_a_mix_are_documents_beside_the_lines_of_a_text(
     of_text = (tmp_path / "job" / "town.train").read_text().splitlines(keepends=True)
     assert documents[1:] == [f" {line}" for line in of_text[: len(documents) - 1]]
     assert len(documents) > 5
+
+
+def test_a_loaded_tokenizer_keeps_its_own_ends_of_texts(prepare: Prepare, tmp_path: Path) -> None:
+    """One `tokenizer.json`, and models that end a text with different tokens."""
+    own = prepare().tokenizer_dir
+    ends = {"usual": "</s>", "other": "<pad>"}
+    found = {}
+    for name, token in ends.items():
+        folder = tmp_path / name
+        shutil.copytree(own, folder)
+        settings = json.loads((own / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": token}))
+        found[name] = prepare(
+            f"tokenizer={{kind: pretrained, path: {folder}, document_tokens: end}}",
+            "corpus.documents=lines",
+        )
+    for name, entries in found.items():
+        corpus = open_corpus(entries)
+        assert corpus.tokenizer.eos_token == ends[name]
+        last = corpus.shards.read("train", corpus.shards.num_tokens("train") - 1, 1)
+        assert corpus.tokenizer.convert_ids_to_tokens(last.tolist()) == [ends[name]]
+    loaded = load_tokenizer(str(own))  # its ends are the usual ones: found by earlier keys
+    assert found["usual"].tokenizer_key == tokenizer_fingerprint(loaded)
+    assert found["usual"].tokens_key != found["other"].tokens_key
 
 
 def test_boundaries_that_are_nowhere_are_refused_before_work_begins(

@@ -247,6 +247,12 @@ def test_perplexity_and_bits_per_byte_by_hand() -> None:
     assert bits_per_byte(6 * math.log(8), 9) == pytest.approx(2)
 
 
+def test_a_perplexity_beyond_all_floats_is_none() -> None:
+    """A model that diverged is measured all the same: its cross-entropy is finite."""
+    assert perplexity(709.0 * 3, 3) == pytest.approx(math.exp(709))
+    assert perplexity(710.0 * 3, 3) is None
+
+
 # -- by domain ----------------------------------------------------------------------------------
 
 DOMAINS = ("speech", "books", "never")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,10 @@ def test_missing_directory_and_directory_without_tasks(tmp_path: Path) -> None:
         (b'{"sentence_good": "x"}', "sentence_bad: got nothing, expected a sentence"),
         (b'{"sentence_good": 3, "sentence_bad": "x"}', "sentence_good: got a int, expected a"),
         (b'{"sentence_good": "caf\xe9", "sentence_bad": "x"}', "byte 0xe9 at offset 22"),
+        (
+            b'{"sentence_good": "x", "sentence_bad": "a \\ud83d b"}',
+            "sentence_bad: got half of a character (\\ud83d), expected text that is Unicode",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, complaint: str) -> None:
@@ -71,6 +76,14 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, complaint: str) -> Non
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", "", "")
     with pytest.raises(DataError, match=r"a\.jsonl: got an empty file, expected at least one"):
+        load_tasks(tmp_path, max_pairs=None)
+
+
+def test_a_name_that_is_not_unicode_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    """It would be the task's in the measurement's file, which could not be written."""
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jsonl"))
+    write_lines(path, json.dumps(record()))
+    with pytest.raises(DataError, match=r"caf\\xe9\.jsonl: got a file name that is not UTF-8"):
         load_tasks(tmp_path, max_pairs=None)
 
 

@@ -45,3 +45,69 @@ def test_a_single_run_has_no_standard_error(tmp_path: Path) -> None:
 def test_a_run_without_a_report_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"{tmp_path}: got no report"):
         render_gains([tmp_path])
+
+
+def changed(run_dir: Path, **changes: object) -> Path:
+    path = run_dir / "report" / "report.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return run_dir
+
+
+def test_a_run_with_models_that_are_not_measured_is_named(tmp_path: Path) -> None:
+    """`report` writes one of an unfinished run, too."""
+    whole, unfinished = run(tmp_path, "a", 2.0, 2.1), run(tmp_path, "b", 2.0, 2.3)
+    nothing = {"dev_ce": None, "minimal_pairs": {}}
+    changed(unfinished, models={"student": nothing, "control": model(2.3, 0.5)})
+    with pytest.raises(DataError, match=f"{unfinished}: got a report without .* of student,"):
+        render_gains([whole, unfinished])
+
+
+def test_a_run_that_is_given_twice_is_no_second_seed(tmp_path: Path) -> None:
+    one = run(tmp_path, "a", 2.0, 2.1)
+    with pytest.raises(DataError, match=f"got the same student as {one}, expected runs of diff"):
+        render_gains([one, tmp_path / "a" / ".." / "a"])
+    weights = {"student": {"model.safetensors": "5" * 64}}
+    runs = [changed(run(tmp_path, name, 2.0, 2.1), weights=weights) for name in ("b", "c")]
+    with pytest.raises(DataError, match=f"{runs[1]}: got the same student as {runs[0]}"):
+        render_gains([one, *runs])
+    changed(runs[1], weights={"student": {"model.safetensors": "6" * 64}})
+    assert "| 3 |" in render_gains([one, *runs])
+
+
+def test_a_benchmark_that_a_run_lacks_is_a_dash_and_no_gain(tmp_path: Path) -> None:
+    runs = [run(tmp_path, "a", 2.0, 2.1), run(tmp_path, "b", 2.0, 2.3)]
+    more = {"dev_ce": 2.0, "minimal_pairs": {"blimp": 0.5, "ewok": 0.75}}
+    changed(runs[1], models={"student": more, "control": more})
+    for order in (runs, runs[::-1]):
+        table = render_gains(order)
+        assert "| a | student | 2.0000 | 60.00 | – |" in table
+        assert "| b | student | 2.0000 | 50.00 | 75.00 |" in table
+        assert "ewok (points)" not in table
+        assert "| control | blimp (points) |" in table
+
+
+def test_a_table_without_benchmarks_has_no_column_of_them(tmp_path: Path) -> None:
+    plain = {"dev_ce": 2.0, "minimal_pairs": {}}
+    alone = changed(run(tmp_path, "a", 2.0, 2.1), models={"student": plain, "control": plain})
+    assert render_gains([alone]).splitlines()[:3] == [
+        "| run | model | dev CE (nats/token) |",
+        "|---|---|---:|",
+        "| a | student | 2.0000 |",
+    ]
+
+
+def test_runs_of_different_jobs_are_told(tmp_path: Path) -> None:
+    def job(name: str, seed: int, **changes: object) -> Path:
+        made = {
+            "name": name,
+            "seed": seed,
+            "student": {"seed": seed, "training": {"epochs": 2.0, "micro_batch": seed}},
+            **changes,
+        }
+        return changed(run(tmp_path, name, 2.0, 2.1), job=made)
+
+    seeds = [job("a", 1), job("b", 2)]
+    assert "differ" not in render_gains(seeds)
+    other = job("c", 3, windows={"length": 64}, distillation={"alpha": 0.1})
+    told = "These runs differ in more than their seeds: distillation.alpha, windows.length."
+    assert told in render_gains([*seeds, other])

@@ -342,6 +342,21 @@ def test_the_divergence_that_is_trained_is_in_the_last_logged_step(run_dir: Path
     assert "0.1250" in page
 
 
+def test_the_times_of_a_teacher_of_another_run_are_not_this_machines(run_dir: Path) -> None:
+    """`deep` has seconds of its own, and not a line in this run's metrics."""
+    told = "deep was trained in another run, which shares it through the store"
+    report = collect_report(run_dir)
+    page = render_markdown(report)
+    assert told in page
+    assert "wide was trained in another run" not in page
+    assert "on 2 cpu ranks" in render_model_card(report, "wide")
+    card = render_model_card(report, "deep")
+    assert "on 2 cpu ranks" not in card
+    assert "488 steps in 2 min 5 s, in another run" in card
+    (run_dir / "metrics.jsonl").unlink()  # which is told as missing
+    assert told not in render_markdown(collect_report(run_dir))
+
+
 def test_the_error_of_top_k_targets_is_told(run_dir: Path) -> None:
     report = collect_report(run_dir)
     assert report["topk"] is None

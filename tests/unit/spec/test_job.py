@@ -45,6 +45,18 @@ def test_seeds_are_the_same_everywhere() -> None:
     assert derive_seed(1, "student") == 0x32B65B83B45FB5B7 >> 1
 
 
+def test_the_nurserys_pairs_keep_their_name() -> None:
+    """Others of that name would be left out in silence: the report has one benchmark of a name."""
+    evaluation = {
+        "minimal_pairs": [{"name": "blimp", "path": "x"}, {"name": "nursery", "path": "y"}]
+    }
+    with pytest.raises(ValidationError, match=r"minimal_pairs\.1\.name: got 'nursery'"):
+        job(evaluation=evaluation)
+    split = {"kind": "tail"}
+    files = {"kind": "files", "train": ["a.txt"], "split": split}
+    assert len(job(evaluation=evaluation, corpus=files).evaluation.minimal_pairs) == 2
+
+
 def test_a_job_is_frozen() -> None:
     with pytest.raises(ValidationError):
         job().seed = 3  # type: ignore[misc]

@@ -16,7 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import RunError
-from babyllama_ds.training.metrics import MetricsLog, duration, forget_later_steps
+from babyllama_ds.training.metrics import (
+    MetricsLog,
+    duration,
+    forget_cut_short,
+    forget_later_steps,
+)
 
 
 class Terminal(io.StringIO):
@@ -128,6 +133,24 @@ def test_forgetting_leaves_other_stages_and_drops_a_line_cut_short(tmp_path: Pat
     assert [line["stage"] for line in lines_of(path)] == ["teachers/a", "control"]
     forget_later_steps(tmp_path / "none.jsonl", "student", 4)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_what_another_run_has_finished_is_forgotten_unless_it_was_finished_here(
+    tmp_path: Path,
+) -> None:
+    for stage, steps in (("teachers/gpt2", 3), ("teachers/llama", 2)):
+        with open_log(tmp_path, stage=stage) as metrics:
+            for step in range(1, steps + 1):
+                metrics.write(step, {"loss": 9.0})
+    path = tmp_path / "metrics.jsonl"
+    before = path.read_bytes()
+    forget_cut_short(tmp_path, "teachers/gpt2", 3)
+    forget_cut_short(tmp_path, "teachers/loaded", 0)
+    assert path.read_bytes() == before
+    forget_cut_short(tmp_path, "teachers/llama", 3)
+    assert {line["stage"] for line in lines_of(path)} == {"teachers/gpt2"}
+    assert [each.name for each in (tmp_path / "tensorboard" / "teachers").iterdir()] == ["gpt2"]
+    forget_cut_short(tmp_path / "none", "student", 3)  # no run yet
 
 
 # -- what people see -------------------------------------------------------------------------------
