@@ -19,7 +19,7 @@ from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import LlamaModel, ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
 
-METHOD = 3
+METHOD = 4
 """Raised when a change of the code changes what the same job gives."""
 
 MEASUREMENT = 2
@@ -109,8 +109,7 @@ def loaded_teacher_fingerprint(spec: TeacherSpec, tokenizer_key: str, *, precisi
             "method": METHOD,
             "model": _model(spec.model),
             "tokenizer": tokenizer_key,
-            # Where it is bf16, as fingerprints were before the precision counted.
-            **({} if precision == "bf16" else {"precision": precision}),
+            "precision": precision,
         }
     )
 

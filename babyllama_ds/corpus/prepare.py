@@ -32,9 +32,9 @@ from babyllama_ds.corpus.streams import Sources, only_lines
 from babyllama_ds.corpus.text import nursery_files
 from babyllama_ds.corpus.tokenizer import (
     load_tokenizer,
-    loaded_tokenizer_key,
     save_tokenizer,
     token_bytes,
+    tokenizer_fingerprint,
     train_tokenizer,
     vocabulary_size,
 )
@@ -157,7 +157,7 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
     if isinstance(spec, LoadedTokenizer):
         loaded = load_tokenizer(spec.path)
         _check_without_gaps(loaded, spec.path)
-        key = loaded_tokenizer_key(loaded)
+        key = tokenizer_fingerprint(loaded)
         return key, store.build("tokenizers", key, lambda folder: save_tokenizer(loaded, folder))
     vocabulary = spec.model_dump(mode="json", exclude={"document_tokens"})
     key = hash_json({"version": PREPARATION, "text": sources.fingerprint(), **vocabulary})

@@ -263,36 +263,22 @@ def _example(one: Sequence[int], other: Sequence[int], meanings: Sequence[bytes]
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """SHA-256 of all that decides the ids of a text: vocabulary, merges, normalizer and so on."""
+    """SHA-256 of all that decides the ids of a text: vocabulary, merges, normalizer and so on, and
+    which tokens fill it up and stand at its ends.
+
+    These the backend does not know: a family may have one `tokenizer.json` for models that end a
+    text with different tokens.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    return hash_json({key: backend[key] for key in sorted(backend) if key not in _TRANSIENT})
+    return hash_json(
+        {
+            **{key: backend[key] for key in sorted(backend) if key not in _TRANSIENT},
+            "ends": [tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
+        }
+    )
 
 
 _TRANSIENT = ("truncation", "padding")  # settings of the last call, not of the tokenizer
-
-
-def loaded_tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
-    """What a loaded tokenizer is known by: its fingerprint, and its tokens for padding and for the
-    ends of texts.
-
-    A family may have one `tokenizer.json` for models that end a text with different tokens. Where
-    they are the usual ones the key is the fingerprint, as it was before they counted.
-    """
-    fingerprint, vocabulary = tokenizer_fingerprint(tokenizer), tokenizer.get_vocab()
-    ids = {role: getattr(tokenizer, f"{role}_id") for role in _USUAL}
-    usual = {
-        role: next((vocabulary[token] for token in tokens if token in vocabulary), None)
-        for role, tokens in _USUAL.items()
-    }
-    return fingerprint if ids == usual else hash_json({"tokenizer": fingerprint, "ids": ids})
-
-
-_USUAL = {
-    "pad_token": ("<pad>",),
-    "bos_token": ("<s>", "<|endoftext|>"),
-    "eos_token": ("</s>", "<|endoftext|>"),
-}
-"""Ours, or else those of GPT-2 and its heirs."""
 
 
 # -- training and loading ------------------------------------------------------------------------

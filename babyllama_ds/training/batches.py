@@ -243,7 +243,9 @@ def steps_per_epoch(training: TrainingSpec, num_windows: int) -> int:
 
 def total_steps(training: TrainingSpec, num_windows: int, length: int) -> int:
     """Optimizer steps until the first of the job's limits; at least one."""
-    limits = [math.ceil(training.epochs * steps_per_epoch(training, num_windows))]
+    # Without the product's last bits: 1.1 epochs of 50 steps are 55, and not one more.
+    steps = round(training.epochs * steps_per_epoch(training, num_windows), 6)
+    limits = [math.ceil(steps)]
     if training.max_steps is not None:
         limits.append(training.max_steps)
     if training.max_tokens is not None:

@@ -257,6 +257,15 @@ def test_training_ends_at_the_first_limit(
     assert total_steps(training, num_windows=10, length=6) == expected
 
 
+@pytest.mark.parametrize("tenths", range(1, 60))
+def test_a_decimal_number_of_epochs_has_no_step_of_its_rounding(
+    tenths: int, training_spec: Callable[..., Any]
+) -> None:
+    training = training_spec(batch_windows=4, epochs=tenths / 10)
+    for steps in (10, 50, 90, 1000):
+        assert total_steps(training, num_windows=4 * steps, length=6) == tenths * steps // 10
+
+
 def test_a_warm_up_longer_than_the_training_is_refused(training_spec: Callable[..., Any]) -> None:
     options = {"batch_windows": 4, "epochs": 2.0}  # 10 windows: three steps an epoch
     check_warmup(training_spec(warmup_steps=5, **options), 10, 6, where="student.training")
