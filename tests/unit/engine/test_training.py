@@ -479,6 +479,9 @@ def test_destroyed_it_keeps_no_memory_beside_the_module(
     engine.destroy()
     assert [key for key, tensor in held.items() if tensor() is not None] == []
     assert module(batches_of(1)[0]).isfinite()
+    weight = weakref.ref(module.model.lm_head.weight)
+    del engine, module
+    assert weight() is None
 
 
 def held_tensors(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:
