@@ -88,6 +88,6 @@ def likelihood_of(model: nn.Module, *, vocab_size: int) -> Iterator[Likelihood]:
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     """On the device, without waiting for it: from pinned memory a copy only queues."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
+    if torch.device(device).type == "cuda":  # a column of a matrix would go by way of another copy
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
