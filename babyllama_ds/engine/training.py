@@ -6,6 +6,7 @@ it uses, and `engine.distributed.start` decides that from the job.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -204,8 +205,17 @@ class TrainingEngine:
 
     def destroy(self) -> None:
         """Free the engine, its buffers and hooks; the module stays."""
-        self._engine.destroy()
-        del self._engine
+        engine = self._engine
+        engine.destroy()
+        # DeepSpeed leaves these, which hold the engine for as long as there is the module.
+        engine.module_forward_pre_hook.remove()
+        engine.module_forward_post_hook.remove()
+        for parameter in self.module.parameters():
+            _without_own_methods(parameter)
+        del engine, self._engine, self._average, self._states_of
+        # It lies in reference cycles. Until Python looks for these by itself, the next stage would
+        # find a card that still holds this one's masters and moments.
+        gc.collect()
 
 
 def adamw(module: nn.Module, training: TrainingSpec) -> torch.optim.AdamW:
@@ -232,6 +242,13 @@ def adamw(module: nn.Module, training: TrainingSpec) -> torch.optim.AdamW:
         eps=training.epsilon,
         fused=True,
     )
+
+
+def _without_own_methods(parameter: nn.Parameter) -> None:
+    """Let go of what DeepSpeed binds to each parameter, by which it holds itself."""
+    for name, value in list(vars(parameter).items()):
+        if getattr(value, "__self__", None) is parameter:
+            delattr(parameter, name)
 
 
 def _of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

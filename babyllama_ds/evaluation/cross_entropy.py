@@ -25,7 +25,7 @@ from torch import nn
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
-from babyllama_ds.evaluation.forward import OnBatch, Share, likelihood_of
+from babyllama_ds.evaluation.forward import OnBatch, Share, likelihood_of, sent
 from babyllama_ds.models.documents import Pieces
 
 WindowsOf = Callable[[Sequence[int]], NDArray[Any]]
@@ -189,11 +189,9 @@ def _sum_batches(
             if begins_of is not None:
                 begins_BS = begins_of(batch)
                 counted_BT = ~begins_BS[:, 1:]
-                pieces = Pieces.of(begins_BS, lambda tensor: tensor.to(device))
+                pieces = Pieces.of(begins_BS, lambda tensor: sent(tensor, device))
             nll_N = likelihood(
-                torch.from_numpy(windows_BS).to(device),
-                torch.from_numpy(counted_BT).to(device),
-                pieces,
+                sent(torch.from_numpy(windows_BS), device), torch.from_numpy(counted_BT), pieces
             ).double()
             if domains is None:
                 domain_N = np.zeros(int(counted_BT.sum()), dtype=np.int64)
@@ -201,7 +199,7 @@ def _sum_batches(
             else:
                 domain_BT = np.asarray(domains.numbers_of(batch))[:, 1:]
                 domain_N = domain_BT[counted_BT].astype(np.int64)
-                nll_D.index_add_(0, torch.from_numpy(domain_N).to(device), nll_N)
+                nll_D.index_add_(0, sent(torch.from_numpy(domain_N), device), nll_N)
             counts_D2 += _counts(domain_N, labels_BT[counted_BT], num_domains, byte_lengths)
             if on_batch is not None:
                 on_batch(done, len(batches))

@@ -41,7 +41,8 @@ class Share:
 
 
 class Likelihood(Protocol):
-    """Token ids [B, S] and which next tokens count [B, S-1] to their NLL in nats, fp32 [N]."""
+    """Token ids [B, S] and, on the CPU, which next tokens count [B, S-1] to their NLL in nats, fp32
+    [N]. Nothing waits for the device."""
 
     def __call__(
         self, tokens_BS: Tensor, counted_BT: Tensor, pieces: Pieces | None = None, /
@@ -62,11 +63,17 @@ def likelihood_of(model: nn.Module, *, vocab_size: int) -> Iterator[Likelihood]:
     def likelihood(
         tokens_BS: Tensor, counted_BT: Tensor, pieces: Pieces | None = None, /
     ) -> Tensor:
-        # Only positions that count reach the head, so that padding costs no logits.
-        hidden_ND = backbone(tokens_BS, pieces)[:, :-1][counted_BT]
-        labels_N = tokens_BS[:, 1:][counted_BT]
+        # Only positions that count reach the head, so that padding costs no logits. Their numbers
+        # are made here: how many there are, the device would have to be waited for to tell.
+        row_N, column_N = counted_BT.nonzero(as_tuple=True)
+        at_N = sent(row_N * tokens_BS.shape[1] + column_N, tokens_BS.device)
         nll_N: Tensor = cross_entropy_sum(
-            hidden_ND, head, labels_N, vocab_size=vocab_size, chunk_tokens=None, per_token=True
+            backbone(tokens_BS, pieces).flatten(0, 1).index_select(0, at_N),
+            head,
+            tokens_BS.flatten().index_select(0, at_N + 1),
+            vocab_size=vocab_size,
+            chunk_tokens=None,
+            per_token=True,
         )
         return nll_N
 
@@ -77,3 +84,10 @@ def likelihood_of(model: nn.Module, *, vocab_size: int) -> Iterator[Likelihood]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On the device, without waiting for it: from pinned memory a copy only queues."""
+    if torch.device(device).type == "cuda":  # a column of a matrix would go by way of another copy
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

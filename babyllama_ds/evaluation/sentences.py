@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
-from babyllama_ds.evaluation.forward import Likelihood, OnBatch, Share, likelihood_of
+from babyllama_ds.evaluation.forward import Likelihood, OnBatch, Share, likelihood_of, sent
 from babyllama_ds.models.families import positions_of
 from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.evaluation import Prefix
@@ -185,8 +185,8 @@ def _score_batch(
     for row, ids in enumerate(sentences):
         tokens_BS[row, : len(ids)] = torch.tensor(ids)
     counted_BT = torch.arange(1, tokens_BS.shape[1]) < lengths_B[:, None]
-    row_N = counted_BT.nonzero()[:, 0].to(device)
-    nll_N = likelihood(tokens_BS.to(device), counted_BT.to(device))
+    row_N = sent(counted_BT.nonzero()[:, 0], device)
+    nll_N = likelihood(sent(tokens_BS, device), counted_BT)
     score_B = torch.zeros(len(sentences), dtype=torch.float64, device=device)
     return score_B.index_add_(0, row_N, nll_N.double(), alpha=-1)
 

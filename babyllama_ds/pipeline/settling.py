@@ -64,7 +64,7 @@ class Settling:
         asked = self.parts.job.deepspeed.compile
         products_s = self.speed.products_s(stage, training, corpus)
         shapes_vary = ranks.on_every_rank(self.parts.shapes_vary)
-        compiled, why = ranks.on_every_rank(
+        chosen = ranks.on_every_rank(
             lambda: choose_compiled(
                 asked if asked != "auto" else known.get("compile", asked),
                 device=self.parts.device_kind,
@@ -72,11 +72,13 @@ class Settling:
                 shapes_vary=shapes_vary,
             )
         )
+        # Of `auto`, each rank measures rates and looks for a compiler, anew at every start: what
+        # one of them goes without, all do, and for good.
+        of_ranks = ranks.gather_objects(chosen)
+        compiled, why = next((one for one in of_ranks if one[0] == "none"), of_ranks[0])
         if asked == "auto":
             if "compile" in known:
                 why = "as at the first start"
-            # Rates are measured anew by every start: what rank 0 chooses is for all, and for good.
-            compiled = ranks.broadcast_object(compiled)
             known = {**known, "compile": compiled}
         log.info("%s: torch.compile %s: %s", stage, compiled, why)
         self.storages.on_each(lambda: self._keep(where, known))

@@ -43,7 +43,7 @@ REFUSED: Mapping[str, str] = {
     "gradient_allreduce_op": "the loss relies on the mean over ranks",
     "prescale_gradients": _NO_NEED,
     "gradient_predivide_factor": _NO_NEED,
-    "zero_allow_untested_optimizer": "the optimizer here is one that DeepSpeed has tested",
+    "zero_allow_untested_optimizer": "the engine sets it, where `training.muon` asks for it",
     "zero_force_ds_cpu_optimizer": "the optimizer is torch's AdamW, also where it is offloaded",
     "aio": _OFFLOAD,
     "activation_checkpointing": "models here do not use DeepSpeed's checkpointed layers",
@@ -103,7 +103,7 @@ REFUSED: Mapping[str, str] = {
     "zero_optimization.compute_grad_norm": "the step needs the gradient's norm",
     "zero_optimization.load_from_fp32_weights": _OWN_CHECKPOINTS,
     "zero_optimization.elastic_checkpoint": _OWN_CHECKPOINTS,
-    "zero_optimization.save_muon_momentum_buffer_in_memory": "the optimizer here is AdamW",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "only DeepSpeed's own Muon reads it",
     "zero_optimization.zenflow": _OFFLOAD,
     **{
         f"zero_optimization.{key}": _OFFLOAD

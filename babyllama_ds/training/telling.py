@@ -1,7 +1,7 @@
 """What is told of a training: the sums of a step enter; its line of metrics and warnings leave.
 
-A logged step is the only one that waits for the device. What it finds that is not finite ends the
-training.
+A logged step waits for the device once more, for its sums. What it finds that is not finite ends
+the training.
 """
 
 from __future__ import annotations

@@ -99,6 +99,8 @@ def choose_tier(asked: Literal["auto", "device", "host", "disk"], need: Need, ro
 def measure_room(directory: Path, device: torch.device, storages: Storages) -> Room:
     """What is free, the same on every rank; of several disks on the fullest. A collective."""
     on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.empty_cache()  # what earlier stages freed is torch's, and not free to the card
     free, total = torch.cuda.mem_get_info(device) if on_cuda else (0, 0)
     of_ranks = ranks.gather_objects((free, available_host_bytes() // ranks_of_this_machine()))
     of_disks = storages.on_each(lambda: shutil.disk_usage(directory).free)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -456,6 +457,39 @@ def test_a_broken_weight_is_an_overflow(
     engine = make_engine(NextTokenLoss(model), training, precision=precision)
     train(engine, batches_of(3)[:1], [1e-2])
     assert engine.overflowed
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_destroyed_it_keeps_no_memory_beside_the_module(
+    precision: str,
+    alone: torch.device,
+    tiny_model: Callable[..., Any],
+    engine_config: Callable[..., dict[str, Any]],
+) -> None:
+    """Whoever measures what is free, or makes the next engine, comes right after."""
+    training = TrainingSpec(
+        batch_windows=BATCH, epochs=1.0, learning_rate=1e-2, muon=MUON, ema=MovingAverage()
+    )
+    module = NextTokenLoss(tiny_model("llama"))
+    config = engine_config(training, precision=precision)
+    engine = TrainingEngine(module, training=training, config=config, device=alone)
+    train(engine, batches_of(1), RATES)
+    held = {key: weakref.ref(tensor) for key, tensor in held_tensors(engine)}
+    assert {"master", "momentum_buffer", "exp_avg", "exp_avg_sq", "ema"} <= held.keys()
+    engine.destroy()
+    assert [key for key, tensor in held.items() if tensor() is not None] == []
+    assert module(batches_of(1)[0]).isfinite()
+    weight = weakref.ref(module.model.lm_head.weight)
+    del engine, module
+    assert weight() is None
+
+
+def held_tensors(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:
+    """What the engine has of a rank's weights: masters, moments, average."""
+    for state in engine._engine.optimizer.optimizer.state.values():
+        yield from state.items()
+    for master in engine._engine.optimizer.single_partition_of_fp32_groups:
+        yield "master", master
 
 
 # -- buffers that stay fp32 ------------------------------------------------------------------------

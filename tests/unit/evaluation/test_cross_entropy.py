@@ -333,3 +333,20 @@ def test_ranks_share_the_domains_exactly(world, monkeypatch) -> None:
         assert part.nll_nats == pytest.approx(whole.domains[name].nll_nats, rel=1e-6)
         assert part.num_tokens == whole.domains[name].num_tokens
         assert part.num_bytes == whole.domains[name].num_bytes
+
+
+@pytest.mark.usefixtures("alone")  # where ranks have started, transformers looks at no windows
+def test_every_batch_is_on_its_way_before_a_value_is_waited_for() -> None:
+    """On `meta`, where a tensor has a shape and no values, whatever looks at them fails."""
+    done = []
+    with pytest.raises(RuntimeError, match="meta"):
+        evaluate_cross_entropy(
+            tiny_llama().to("meta"),
+            windows_of,
+            len(WINDOWS),
+            device="meta",
+            batch_windows=2,
+            vocab_size=V,
+            on_batch=lambda number, _: done.append(number),
+        )
+    assert done == [1, 2, 3, 4]

@@ -143,6 +143,22 @@ def test_ranks_share_the_batches(world, monkeypatch) -> None:
     assert all(len(share) > 5 for share in shares)
 
 
+@pytest.mark.usefixtures("alone")  # where ranks have started, transformers looks at no windows
+def test_every_batch_is_on_its_way_before_a_score_is_waited_for() -> None:
+    """On `meta`, where a tensor has a shape and no values, whatever looks at them fails."""
+    done = []
+    with pytest.raises(RuntimeError, match="meta"):
+        score_sentences(
+            tiny_llama().to("meta"),
+            [[1, 2, 3], [4, 5], [6, 7, 8]],
+            device="meta",
+            batch_tokens=4,
+            vocab_size=V,
+            on_batch=lambda number, _: done.append(number),
+        )
+    assert done == [1, 2, 3]
+
+
 def test_longer_than_the_models_positions_is_an_error() -> None:
     for build in (tiny_llama, tiny_gpt2):
         with pytest.raises(DataError, match="sentence 2: got 25 tokens, expected at most 24"):

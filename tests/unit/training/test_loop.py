@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -480,14 +481,17 @@ def test_the_engine_is_freed_also_after_an_error(
 ) -> None:
     destroyed = []
     original = TrainingEngine.destroy
-    monkeypatch.setattr(
-        TrainingEngine, "destroy", lambda engine: destroyed.append(1) or original(engine)
-    )
+
+    def destroy(engine: TrainingEngine) -> None:
+        destroyed.append(weakref.ref(engine._engine.optimizer))
+        original(engine)
+
+    monkeypatch.setattr(TrainingEngine, "destroy", destroy)
     run = new_run()
     with pytest.raises(Stopped):
         run.train(stop_after=1)
     run.train()
-    assert len(destroyed) == 2
+    assert [optimizer() for optimizer in destroyed] == [None, None]
 
 
 # -- two ranks -------------------------------------------------------------------------------------

@@ -131,3 +131,14 @@ def test_room_is_measured_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found.disk > 0
     # Four ranks share the machine; other processes come and go in the meantime.
     assert found.host == pytest.approx(available_host_bytes() / 4, rel=0.2)
+
+
+def test_what_torch_keeps_of_earlier_stages_counts_as_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher was trained on the card before, whose memory torch has not given back."""
+    kept = [60 * GB]
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * GB - sum(kept), 80 * GB))
+    found = measure_room(tmp_path, torch.device("cuda", 0), Storages())
+    assert (found.device, found.device_total) == (70 * GB, 80 * GB)
