@@ -168,6 +168,23 @@ def test_no_part_is_begun_without_time(tmp_path: Path, capsys: pytest.CaptureFix
     assert "not begun" in (tmp_path / "table.md").read_text()
 
 
+def test_a_part_that_the_sitting_cuts_off_begins_anew(tmp_path: Path) -> None:
+    """Its own time was not over: the next sitting gives it the rest."""
+    came = tmp_path / "came"
+    script = (
+        f"import pathlib, time\ncame = pathlib.Path({str(came)!r})\n"
+        "if not came.exists():\n    came.touch()\n    time.sleep(60)\n" + says(told("a", 1.0))
+    )
+    parts, record = [part("one", script, budget_s=50)], Record(tmp_path / "out", FACTS)
+    assert prove(parts, record, device="cpu", seconds=proof.LEAST_S + 0.5) == 0
+    assert came.exists()
+    assert record.ended("one") is None
+    assert record.cut_off("one").startswith("ended after")
+    assert " cut off " in (record.folder / "table.md").read_text()
+    assert prove(parts, record, device="cpu") == 0
+    assert record.ended("one") == "passed"
+
+
 # -- several at once -------------------------------------------------------------------------------
 
 
