@@ -53,7 +53,7 @@ class TrainingEngine:
 
         # A model loaded by transformers comes in eval mode, which would leave its dropout off.
         module.train().to(device)
-        self.module = module
+        self.module, self._device = module, device
         optimizer = (
             adamw(module, training) if training.muon is None else AdamWWithMuon(module, training)
         )
@@ -216,6 +216,10 @@ class TrainingEngine:
         # It lies in reference cycles. Until Python looks for these by itself, the next stage would
         # find a card that still holds this one's masters and moments.
         gc.collect()
+        # What torch keeps of them goes back to the card. Else the next stage's first tensors would
+        # lie in parts of it, and the rest count as taken for whoever asks what is free.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def adamw(module: nn.Module, training: TrainingSpec) -> torch.optim.AdamW:

@@ -19,9 +19,15 @@ from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
+from babyllama_ds.teachers.cache.layout import padded_bytes
 from babyllama_ds.teachers.cache.opening import Surroundings
 from babyllama_ds.teachers.cache.remembered import Teacher, TeacherInput, remembered_ensemble
-from babyllama_ds.teachers.cache.tiers import TRAINED_BYTES_A_PARAMETER
+from babyllama_ds.teachers.cache.tiers import (
+    TRAINED_BYTES_A_PARAMETER,
+    Room,
+    held_where_computed,
+)
+from babyllama_ds.teachers.cache.topk import record_bytes
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 
 
@@ -89,6 +95,34 @@ def cached_ensemble(
             student_bytes=TRAINED_BYTES_A_PARAMETER * count_parameters(student),
         ),
     )
+
+
+def cache_to_come(
+    parts: Parts, student: nn.Module, corpus: Corpus, live: Ensemble, room: Room
+) -> int:
+    """Bytes that the cache will take where the student is trained, beyond these live teachers',
+    which are gone by then; 0 without a cache. `room`: before they were loaded.
+
+    Raises:
+        MachineError: a tier that was asked for by name does not fit.
+    """
+    loss, length = parts.job.distillation, parts.job.windows.length
+    if loss.cache == "none":
+        return 0
+    windows = parts.windows(corpus, seed=0).num_distinct
+    assert windows is not None, "the spec refuses a cache of random windows"
+    if loss.cache == "topk":
+        records = [record_bytes(loss.cache_top_k, length, len(corpus.tokenizer))]
+    else:
+        widths = [member.head.weight_PD.shape[1] for member in live.members]
+        records = [padded_bytes(length * width * parts.dtype.itemsize) for width in widths]
+    cached = held_where_computed(
+        loss.cache_tier,
+        [windows * each for each in records],
+        room,
+        student_bytes=TRAINED_BYTES_A_PARAMETER * count_parameters(student),
+    )
+    return max(0, cached - live.weight_bytes())
 
 
 def matched_layers(loss: DistillationSpec, teacher: str) -> list[int]:

@@ -15,12 +15,13 @@ from torch import nn
 from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.compiling import Compiled, choose_compiled
-from babyllama_ds.pipeline.ensembles import live_ensemble
+from babyllama_ds.pipeline.ensembles import cache_to_come, live_ensemble
 from babyllama_ds.pipeline.parts import Parts, training_key
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.storages import Storages
+from babyllama_ds.teachers.cache.tiers import measure_room
 from babyllama_ds.training.micro_batch import find_micro_batch
 from babyllama_ds.training.objective import objective_of
 
@@ -92,9 +93,14 @@ class Settling:
         corpus: Corpus,
         teachers: dict[str, Path] | None,
     ) -> int:
-        """By trying out, with live teachers: those of a cache run once in the same shape."""
+        """By trying out, with live teachers: those of a cache run once in the same shape.
+
+        What the cache will take beside the student is not there yet, and spared.
+        """
         parts = self.parts
         distillation = parts.job.distillation if teachers else None
+        cached = distillation is not None and distillation.cache != "none"
+        room = measure_room(self.directory.path, parts.device, self.storages) if cached else None
         ensemble = live_ensemble(parts, teachers, compiled=False) if teachers else None
         objective = objective_of(
             model,
@@ -105,6 +111,9 @@ class Settling:
             seed=parts.job.stage_seed(stage),
         )
         try:
+            to_come = 0
+            if ensemble is not None and room is not None:
+                to_come = cache_to_come(parts, model, corpus, ensemble, room)
             return find_micro_batch(
                 objective,
                 ensemble,
@@ -115,6 +124,7 @@ class Settling:
                 device=parts.device,
                 where=training_key(stage),
                 within_documents=parts.within_documents,
+                cache_bytes=to_come,
             )
         finally:
             objective.release()

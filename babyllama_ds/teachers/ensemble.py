@@ -114,6 +114,11 @@ class Ensemble:
         assert len(live) == len(self.members), "remembered teachers have no layers"
         return {member.name: member.model.width for member in live}
 
+    def weight_bytes(self) -> int:
+        """Of live teachers' parameters, as this rank holds them."""
+        live = [member for member in self.members if isinstance(member, Member)]
+        return sum(weight.nbytes for member in live for weight in member.model.module.parameters())
+
     def closing_facts(self, student: nn.Module) -> dict[str, Any]:  # noqa: ARG002
         """What the student's summary should say of its targets: nothing, for they are exact."""
         return {}

@@ -64,11 +64,13 @@ def find_micro_batch(
     device: torch.device,
     where: str,
     within_documents: bool = False,
+    cache_bytes: int = 0,
 ) -> int:
     """The most windows of `length` tokens, a divisor of `share`, that fit on every rank.
 
     A collective. `deepspeed` is the configuration of the stage with one accumulation step;
-    `within_documents`: attention stays in documents, which may cost a mask.
+    `within_documents`: attention stays in documents, which may cost a mask; `cache_bytes`: what a
+    teacher cache will take of the same memory, which is not there yet.
 
     Raises:
         MachineError: not even one window fits.
@@ -89,17 +91,21 @@ def find_micro_batch(
         )
         # What is free is read when every rank of the machine has taken what it holds.
         ranks.barrier()
-        room: Room = CardRoom(device) if device.type == "cuda" else HostRoom()
+        room: Room = (
+            CardRoom(device, cache_bytes) if device.type == "cuda" else HostRoom(cache_bytes)
+        )
         found = largest_fitting(share, lambda windows: room.fits(windows, trial))
         del gradients
     finally:
         engine.destroy()
     if found is None:
+        beside = f", beside {cache_bytes:,} bytes of the teacher cache" if cache_bytes else ""
+        elsewhere = "set distillation.cache_tier=disk, " if cache_bytes else ""
         raise MachineError.of(
             f"{where}.micro_batch",
             got=f"no room for a forward and backward pass of one window of {length} tokens",
-            expected=f"memory for it, with {SPARED:.0%} of all to spare",
-            hint="take a larger machine or card, shorten windows.length, or set "
+            expected=f"memory for it, with {SPARED:.0%} of all to spare{beside}",
+            hint=f"{elsewhere}take a larger machine or card, shorten windows.length, or set "
             "distillation.chunk_tokens; `babyllama-ds plan` says what takes the memory",
         )
     return found
@@ -116,10 +122,10 @@ def largest_fitting(share: int, fits: Callable[[int], bool]) -> int | None:
 
 
 class CardRoom:
-    """The memory of a CUDA device, by trying."""
+    """The memory of a CUDA device, by trying; so many bytes of it are still to be taken."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, taken_bytes: int = 0) -> None:
+        self._device, self._taken_bytes = device, taken_bytes
 
     def fits(self, windows: int, trial: Trial, /) -> bool:
         """Whether the trial ends, and enough is free beside what it took."""
@@ -128,7 +134,7 @@ class CardRoom:
             trial(windows)
             # What the trial took is still reserved: free is what nobody needed.
             free, total = torch.cuda.mem_get_info(self._device)
-            return free >= SPARED * total
+            return free - self._taken_bytes >= SPARED * total
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
                 return False
@@ -138,10 +144,12 @@ class CardRoom:
 
 
 class HostRoom:
-    """A rank's part of the host's free memory, by the peaks of the trials so far."""
+    """A rank's part of the host's free memory, by the peaks of the trials so far; so many bytes of
+    it are still to be taken."""
 
-    def __init__(self) -> None:
-        self._free_bytes = (1 - SPARED) * available_host_bytes() / ranks_of_this_machine()
+    def __init__(self, taken_bytes: int = 0) -> None:
+        free_bytes = (1 - SPARED) * available_host_bytes() / ranks_of_this_machine()
+        self._free_bytes = free_bytes - taken_bytes
         self._peaks: list[tuple[int, int]] = []
 
     def fits(self, windows: int, trial: Trial, /) -> bool:

@@ -7,8 +7,8 @@ with it takes no other part along. With `--jobs` several share the card, those a
 are rates: most of a part's time is starting and compiling. A measure is written as soon as it is
 there, a part's end before the next one begins; `DIR/table.md` is whole after every part. Started
 again with the same folder, parts that have ended are passed over, failed ones too (`--only PART`
-runs one again); one that was cut off, or interrupted (SIGINT, SIGTERM), begins anew, and the
-experiment goes on where it was.
+runs one again); one that was cut off, by `--seconds` say, or interrupted (SIGINT, SIGTERM), begins
+anew, and the experiment goes on where it was.
 
     DIR/results.jsonl   a line for the machine, and one for each beginning, measure and end
     DIR/table.md        the same, for people
@@ -293,7 +293,9 @@ def run_part(part: Part, record: Record, *, device: str, budget_s: float, live: 
         return
     wrong = [measure for measure in record.measures(part.name) if not measure["passed"]]
     seconds = round(time.monotonic() - started, 1)
-    if part.goes_on and (over_time or last.unfinished):
+    # With time of its own left it would have come further: nothing is known of its end.
+    by_us = over_time and budget_s < part.budget_s
+    if by_us or (part.goes_on and (over_time or last.unfinished)):
         why = last.unfinished or f"ended after {budget_s:.0f} s"
         record.add({"part": part.name, "cut_off": why, "seconds": seconds})
         print(f"== {part.name}: cut off ({why}); start again to go on", flush=True)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
-from gpu import proof
+from gpu import proof, test_syncs
 from gpu.measures import at_most, holds, told
 from gpu.parts import environment, experiment
 from gpu.proof import Part, Record, prove
@@ -166,6 +166,23 @@ def test_no_part_is_begun_without_time(tmp_path: Path, capsys: pytest.CaptureFix
     assert record.ended("one") is None
     assert "one: no time left; start again to go on" in capsys.readouterr().out
     assert "not begun" in (tmp_path / "table.md").read_text()
+
+
+def test_a_part_that_the_sitting_cuts_off_begins_anew(tmp_path: Path) -> None:
+    """Its own time was not over: the next sitting gives it the rest."""
+    came = tmp_path / "came"
+    script = (
+        f"import pathlib, time\ncame = pathlib.Path({str(came)!r})\n"
+        "if not came.exists():\n    came.touch()\n    time.sleep(60)\n" + says(told("a", 1.0))
+    )
+    parts, record = [part("one", script, budget_s=50)], Record(tmp_path / "out", FACTS)
+    assert prove(parts, record, device="cpu", seconds=proof.LEAST_S + 0.5) == 0
+    assert came.exists()
+    assert record.ended("one") is None
+    assert record.cut_off("one").startswith("ended after")
+    assert " cut off " in (record.folder / "table.md").read_text()
+    assert prove(parts, record, device="cpu") == 0
+    assert record.ended("one") == "passed"
 
 
 # -- several at once -------------------------------------------------------------------------------
@@ -420,6 +437,29 @@ def test_every_part_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     for each in proof.PARTS:
         measure: Callable[..., Any] = importlib.import_module(f"gpu.parts.{each.name}").measure
         assert callable(measure)
+
+
+SAID = "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations"  # noqa: E501 - torch's words
+
+
+@pytest.mark.parametrize(
+    ("said", "status"), [(SAID, 0), ("called a synchronizing CUDA operation", 1)]
+)
+def test_what_torch_says_of_counting_waits_is_no_wait(said: str, status: int) -> None:
+    """The step of tests/gpu/test_syncs.py on the CPU, with a stand-in for what torch says."""
+    stand_in = f"""
+import warnings
+import torch
+torch.cuda.set_sync_debug_mode = lambda mode: mode == "warn" and warnings.warn({said!r})
+"""
+    script = stand_in + test_syncs.STEP.replace('"cuda"', '"cpu"')
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE")
+    env = {key: value for key, value in os.environ.items() if key not in own}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    assert done.stdout.count("\n") == status
 
 
 def test_no_part_at_a_time_is_refused(tmp_path: Path) -> None:

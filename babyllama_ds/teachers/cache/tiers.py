@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -94,6 +95,39 @@ def choose_tier(asked: Literal["auto", "device", "host", "disk"], need: Need, ro
     elif need.memory_bytes > free[tier]:
         raise _too_large(need, room, f"in the {tier}'s memory", {tier: free[tier]})
     return Choice(tier, kept)
+
+
+def held_where_computed(
+    asked: Literal["auto", "device", "host", "disk"],
+    sizes_bytes: Sequence[int],
+    room: Room,
+    *,
+    student_bytes: int,
+) -> int:
+    """Of caches of these sizes, what will lie in the memory that a training itself takes.
+
+    They are opened one after another, each in the room that those before it left.
+
+    Raises:
+        MachineError: a tier that was asked for by name does not fit.
+    """
+    computes: Tier = "host" if room.device is None else "device"
+    held: dict[Tier, int] = {"device": 0, "host": 0, "disk": 0}
+    for size_bytes in sizes_bytes:
+        left = replace(
+            room,
+            device=None if room.device is None else room.device - held["device"],
+            host=room.host - held["host"],
+        )
+        # Room on the disk decides only where no memory has any.
+        need = Need(
+            name="teacher cache",
+            memory_bytes=size_bytes,
+            disk_bytes=0,
+            student_bytes=student_bytes,
+        )
+        held[choose_tier(asked, need, left).tier] += size_bytes
+    return held[computes]
 
 
 def measure_room(directory: Path, device: torch.device, storages: Storages) -> Room:

@@ -484,6 +484,28 @@ def test_destroyed_it_keeps_no_memory_beside_the_module(
     assert weight() is None
 
 
+def test_destroyed_on_a_card_it_leaves_nothing_with_torch(
+    alone: torch.device,
+    tiny_model: Callable[..., Any],
+    engine_config: Callable[..., dict[str, Any]],
+    training_spec: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a block that the next stage takes a part of, torch could not give back the rest."""
+    training = training_spec(batch_windows=BATCH)
+    module, config = NextTokenLoss(tiny_model("llama")), engine_config(training)
+    engine = TrainingEngine(module, training=training, config=config, device=alone)
+    train(engine, batches_of(1)[:1], RATES[:1])
+    held = [weakref.ref(tensor) for _, tensor in held_tensors(engine)]
+    left: list[int] = []
+    monkeypatch.setattr(
+        torch.cuda, "empty_cache", lambda: left.append(sum(one() is not None for one in held))
+    )
+    engine._device = torch.device("cuda")
+    engine.destroy()
+    assert left == [0], "given back once, when nothing of the engine is there"
+
+
 def held_tensors(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:
     """What the engine has of a rank's weights: masters, moments, average."""
     for state in engine._engine.optimizer.optimizer.state.values():

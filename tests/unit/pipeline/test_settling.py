@@ -8,14 +8,19 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 from torch import nn
 
 from babyllama_ds import ranks
+from babyllama_ds.losses.heads import Head
 from babyllama_ds.pipeline import settling
 from babyllama_ds.pipeline.settling import Settling
 from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.storages import Storages
+from babyllama_ds.teachers.cache.tiers import Room
+from babyllama_ds.teachers.ensemble import Ensemble, Member
 
 TRAINING = TrainingSpec(batch_windows=8, micro_batch=2, epochs=1.0, learning_rate=1e-3)
 WITHOUT = ("none", "no C++ compiler here")
@@ -57,3 +62,67 @@ def test_a_rank_without_a_compiler_leaves_all_of_them_without(
 
 def test_where_all_have_one_all_compile(settled: Any) -> None:
     assert settled(WITH, WITH, own=1)[0] == "student"
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("cache", "host_free", "expected"),
+    [
+        # 40 windows of 12 tokens: states 8 and 16 wide in fp32, less two teachers' weights
+        ("hidden", GIB, 40 * 12 * (8 + 16) * 4 - 61 * (8 + 16) * 4),
+        ("hidden", 0, 0),  # read from files
+        ("topk", GIB, 40 * 12 * 64 * (4 + 2) - 61 * (8 + 16) * 4),
+        ("none", GIB, 0),
+    ],
+)
+def test_a_trial_spares_what_the_cache_will_take(
+    cache: Any, host_free: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is filled after the trial, from the same memory, in the shape that the trial finds."""
+    loss = DistillationSpec(cache=cache)
+    parts = SimpleNamespace(
+        job=SimpleNamespace(
+            distillation=loss,
+            windows=SimpleNamespace(length=12),
+            stage_seed=lambda _: 1,
+        ),
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        within_documents=False,
+        windows=lambda *_, **__: SimpleNamespace(num_distinct=40),
+        deepspeed_config=lambda *_: {},
+        micro_batch=lambda *_: 8,
+    )
+    happened: list[str] = []
+
+    def live_ensemble(*_: Any, **__: Any) -> Ensemble:
+        happened.append("teachers are loaded")
+        return Ensemble([Member(name, frozen(width), 1.0) for name, width in (("a", 8), ("b", 16))])
+
+    def frozen(width: int) -> Any:
+        module = nn.Linear(width, 61, bias=False)
+        head = Head(module.weight)
+        return SimpleNamespace(module=module, head=head, destroy=lambda: None)
+
+    def measure_room(*_: Any) -> Room:
+        happened.append("room is measured")
+        return Room(device=None, device_total=0, host=host_free, disk=0)
+
+    def find_micro_batch(*_: Any, cache_bytes: int, **__: Any) -> int:
+        assert cache_bytes == expected
+        return 4
+
+    monkeypatch.setattr(settling, "live_ensemble", live_ensemble)
+    monkeypatch.setattr(settling, "measure_room", measure_room)
+    monkeypatch.setattr(settling, "find_micro_batch", find_micro_batch)
+    monkeypatch.setattr(
+        settling, "objective_of", lambda *_, **__: SimpleNamespace(release=lambda: None)
+    )
+    one = Settling(cast(Any, parts), RunDirectory(tmp_path), Storages(), cast(Any, None))
+    corpus = SimpleNamespace(tokenizer=range(61))
+    teachers = {"a": tmp_path, "b": tmp_path}
+    found = one._find_micro_batch("student", nn.Linear(1, 1), TRAINING, cast(Any, corpus), teachers)
+    assert found == 4
+    assert happened == ["room is measured", "teachers are loaded"][cache == "none" :]

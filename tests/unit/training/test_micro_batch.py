@@ -125,6 +125,22 @@ def test_a_card_is_tried_out(
     assert emptied[-1] == last, "what the last trial reserved was not given back"
 
 
+@pytest.mark.parametrize(("taken", "expected"), [(0, 4), (499, 2), (701, None)])
+def test_a_card_spares_what_the_cache_will_take(
+    taken: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = 0
+
+    def trial(windows: int) -> None:
+        nonlocal last
+        last = windows
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000 - 200 * last, 1000))
+    card = room.CardRoom(torch.device("cuda"), taken)
+    assert room.largest_fitting(16, lambda windows: card.fits(windows, trial)) == expected
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -215,6 +231,8 @@ def test_less_memory_gives_smaller_micro_batches(
     assert peaks[4] > 1.5 * peaks[3] > 2 * peaks[2]
     pretend_free(monkeypatch, 1.1 * peaks[3] / (1 - room.SPARED))
     assert search() == 8
+    pretend_free(monkeypatch, (1.1 * peaks[3] + 100 * MIB) / (1 - room.SPARED))
+    assert search(cache_bytes=100 * MIB) == 8, "a cache that is not there yet"
 
 
 def test_documents_are_tried_with_their_mask(
@@ -270,6 +288,11 @@ def test_no_room_at_all_is_an_error(
     assert problem.got == "no room for a forward and backward pass of one window of 120 tokens"
     assert problem.expected == "memory for it, with 10% of all to spare"
     assert "windows.length" in (problem.hint or "")
+    with pytest.raises(MachineError) as caught:
+        search(cache_bytes=5_000)
+    (problem,) = caught.value.problems
+    assert problem.expected.endswith("10% of all to spare, beside 5,000 bytes of the teacher cache")
+    assert (problem.hint or "").startswith("set distillation.cache_tier=disk, take")
 
 
 def test_training_afterwards_is_as_if_nothing_had_been_tried(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,19 @@ def test_records_come_back_by_number(
     found.zero_()  # a copy: what is kept stays
     assert torch.equal(records.read(windows_B), CONTENT[numbers])
     records.close()
+
+
+def test_closing_gives_the_cards_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a card, of which torch would keep what the control's first tensors do not take."""
+    records = in_memory(tmp_path)
+    assert isinstance(records, MemoryRecords)
+    words, given_back = weakref.ref(records._words_MW), list[bool]()
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(words() is None))
+    records._place = torch.device("cuda")
+    records.close()
+    assert given_back == [True]
 
 
 def test_closing_unmaps_the_files(tmp_path: Path) -> None:

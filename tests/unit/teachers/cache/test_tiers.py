@@ -17,6 +17,7 @@ from babyllama_ds.teachers.cache.tiers import (
     Need,
     Room,
     choose_tier,
+    held_where_computed,
     measure_room,
 )
 
@@ -50,6 +51,31 @@ def room(**changes: int | None) -> Room:
 )
 def test_auto_takes_the_first_that_fits(given: Room, expected: Choice) -> None:
     assert choose_tier("auto", NEED, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "given", "sizes", "expected"),
+    [
+        ("auto", CARD, [50, 40], 90),
+        ("auto", CARD, [80, 40], 80),  # the second finds 59 free, and a fifth of 141 and 1 spared
+        ("auto", CARD, [40, 80], 40),
+        ("auto", room(host=10 * GB), [120], 0),
+        ("host", CARD, [20], 0),
+        ("disk", CARD, [20], 0),
+        ("device", CARD, [138], 138),
+        ("device", room(device=None), [30], 30),
+        ("auto", room(device=None), [30, 25], 30),
+        ("auto", CARD, [], 0),
+    ],
+)
+def test_what_caches_will_take_where_a_student_is_trained(
+    asked: Literal["auto", "device", "host", "disk"],
+    given: Room,
+    sizes: list[int],
+    expected: int,
+) -> None:
+    held = held_where_computed(asked, [size * GB for size in sizes], given, student_bytes=GB)
+    assert held == expected * GB
 
 
 def test_what_is_written_already_asks_for_no_disk() -> None:
