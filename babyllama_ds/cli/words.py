@@ -304,49 +304,66 @@ def _named_folder(word: str) -> tuple[str, Path]:
     """NAME=DIR, as argparse wants it."""
     name, _, folder = word.partition("=")
     if not name or not folder:
-        raise ValueError(word)
+        raise _unlike(word, "NAME=DIR, for instance blimp=eval/blimp_filtered")
     return name, Path(folder).expanduser()
 
 
 def _window(word: str) -> int:
     """Tokens in a window, at least one of them with one before it, as argparse wants it."""
-    number = int(word)
-    if number < 2:
-        raise ValueError(word)
-    return number
+    return _whole(word, least=2)
 
 
 def _not_negative(word: str) -> float:
     """A number from 0 on, as argparse wants it."""
-    number = float(word)
+    number = _number(word)
     if not 0 <= number < math.inf:
-        raise ValueError(word)
+        raise _unlike(word, "a number, 0 or more")
     return number
 
 
 def _above_zero(word: str) -> float:
     """A number above 0, as argparse wants it."""
-    number = float(word)
+    number = _number(word)
     if not 0 < number < math.inf:
-        raise ValueError(word)
+        raise _unlike(word, "a number above 0")
     return number
 
 
 def _share(word: str) -> float:
     """A number above 0 and up to 1, as argparse wants it."""
-    number = float(word)
+    number = _number(word)
     if not 0 < number <= 1:
-        raise ValueError(word)
+        raise _unlike(word, "a number above 0, at most 1")
     return number
 
 
 def _positive(word: str) -> int:
-    """A whole number above 0, as argparse wants it: a `ValueError` is told as a usage error."""
-    number = int(word)
-    if number < 1:
-        raise ValueError(word)
-    return number
+    """A whole number above 0, as argparse wants it."""
+    return _whole(word, least=1)
 
 
 def _positive_numbers(words: str) -> tuple[int, ...]:
     return tuple(sorted({_positive(word) for word in words.split(",")}))
+
+
+def _whole(word: str, *, least: int) -> int:
+    try:
+        number = int(word)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise _unlike(word, f"a whole number, {least} or more")
+    return number
+
+
+def _number(word: str) -> float:
+    """The number; nan, which no limit lets through, where there is none."""
+    try:
+        return float(word)
+    except ValueError:
+        return math.nan
+
+
+def _unlike(word: str, expected: str) -> argparse.ArgumentTypeError:
+    """What argparse tells beside the option; of a `ValueError` it would name our function."""
+    return argparse.ArgumentTypeError(f"got {word!r}, expected {expected}")

@@ -355,16 +355,22 @@ def _is_local(path_or_id: str) -> bool:
 def _reason(path: Path, error: Exception) -> str:
     if path.is_dir() and not (path / "tokenizer.json").exists():
         return "no tokenizer.json, and nothing else that a fast tokenizer can be made of"
-    return str(error).strip() or type(error).__name__
+    reason = str(error).strip() or type(error).__name__
+    if path.exists():
+        return reason
+    return f"no such directory here; as a hub id: {reason.splitlines()[0]}"
 
 
 def _cannot_load(where: str, path_or_id: str, got: str) -> DataError:
+    there = Path(path_or_id).expanduser().exists()
     return DataError.of(
         where,
         got=f"{path_or_id}: {got}",
         expected="a fast tokenizer: a Hugging Face directory, a tokenizer.json, or a hub id",
         hint="a fast tokenizer's directory has a tokenizer.json; "
-        "`tokenizer.save_pretrained(directory)` writes it, beside a model too",
+        "`tokenizer.save_pretrained(directory)` writes it, beside a model too"
+        if there or _is_local(path_or_id)
+        else "is the path right? On the hub, a private or gated one needs `hf auth login`",
     )
 
 

@@ -70,6 +70,7 @@ class Parts:
             MachineError: one asked for by name is not usable.
             ModelError: a model to be loaded is of a family without it, or cannot be read.
         """
+        where = where.replace("/", ".", 1)  # a stage's name (teachers/NAME) as the job writes it
         return resolve_attention(
             model.attention,
             device=self.device_kind,

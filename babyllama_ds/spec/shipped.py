@@ -29,9 +29,8 @@ def shipped_path(room: Room, name: str) -> Path:
     if path.parent != _folder(room) or not path.is_file():
         hint = did_you_mean(name.removesuffix(SUFFIX[room]), shipped_names(room))
         kind = "job" if room == "jobs" else "DeepSpeed configuration"
-        raise JobError.of(
-            name, got="no such file", expected=f"a path or a shipped {kind}", hint=hint
-        )
+        got = "a directory" if name.strip(".") and Path(name).is_dir() else "no such file"
+        raise JobError.of(name, got=got, expected=f"a file's path or a shipped {kind}", hint=hint)
     return path
 
 

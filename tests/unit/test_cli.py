@@ -233,6 +233,29 @@ def test_what_is_misspelt_is_told_with_what_was_meant(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("generate m p --tokens 0", "--tokens: got '0', expected a whole number, 1 or more"),
+        ("generate m p --number two", "--number: got 'two', expected a whole number, 1 or more"),
+        ("generate m p --top-p 2", "--top-p: got '2', expected a number above 0, at most 1"),
+        ("generate m p --temperature=-1", "got '-1', expected a number, 0 or more"),
+        ("generate m p --temperature hot", "got 'hot', expected a number, 0 or more"),
+        ("evaluate m --length 1", "--length: got '1', expected a whole number, 2 or more"),
+        ("evaluate m --pairs blimp", "--pairs: got 'blimp', expected NAME=DIR, for instance"),
+        ("plan nursery --ranks 2,x", "--ranks: got 'x', expected a whole number, 1 or more"),
+        ("plan nursery --within inf", "--within: got 'inf', expected a number above 0"),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_told_with_those_it_can(
+    words: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words.split())
+    assert caught.value.code == 2
+    assert told in capsys.readouterr().err
+
+
 def test_the_launchers_script_suggests_too(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

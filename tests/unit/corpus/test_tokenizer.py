@@ -141,7 +141,7 @@ SPECIAL_LOOKING = st.sampled_from(["<s>", "</s>", "<pad>", "Ġ", "\x00", "\r\n",
 ANY_TEXT = st.lists(st.one_of(st.text(max_size=8), SPECIAL_LOOKING), max_size=6).map("".join)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(text=ANY_TEXT)
 def test_no_text_is_lost(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     normal = unicodedata.normalize("NFKC", text)
@@ -285,6 +285,20 @@ def test_a_missing_path_is_not_asked_of_the_hub(path: str) -> None:
     with pytest.raises(DataError) as caught:
         load_tokenizer(path)
     assert caught.value.problems[0].got == f"{path}: no such file or directory"
+
+
+def test_what_may_be_a_hub_id_is_told_to_be_no_directory_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer("runs/nursery-1", where="MODEL")
+    problem = caught.value.problems[0]
+    assert problem.got.startswith("runs/nursery-1: no such directory here; as a hub id: ")
+    assert "\n" not in problem.got
+    assert problem.hint is not None
+    assert problem.hint.startswith("is the path right?")
 
 
 def test_a_directory_without_a_tokenizer_and_a_damaged_file(tmp_path: Path) -> None:

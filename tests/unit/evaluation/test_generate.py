@@ -122,7 +122,7 @@ def test_numbers_out_of_range_are_usage_errors(
     with pytest.raises(SystemExit) as caught:
         cli.main(["generate", "MODEL", "the", f"{option}={value}"])
     assert caught.value.code == 2
-    assert f"argument {option}: invalid" in capsys.readouterr().err
+    assert f"argument {option}: got '{value}', expected a number" in capsys.readouterr().err
 
 
 def test_what_is_no_model_is_told_apart(tmp_path: Path) -> None:

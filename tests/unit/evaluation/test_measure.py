@@ -477,13 +477,18 @@ def test_the_command_ends_with_2_and_one_error(
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("--pairs", "folder"), ("--pairs", "=folder"), ("--length", "1"), ("--prefix", "eos")],
+    ("option", "value", "told"),
+    [
+        ("--pairs", "folder", "got 'folder', expected NAME=DIR"),
+        ("--pairs", "=folder", "got '=folder', expected NAME=DIR"),
+        ("--length", "1", "got '1', expected a whole number, 2 or more"),
+        ("--prefix", "eos", "invalid choice: 'eos'"),
+    ],
 )
 def test_words_out_of_range_are_usage_errors(
-    option: str, value: str, capsys: pytest.CaptureFixture[str]
+    option: str, value: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["evaluate", "MODEL", f"{option}={value}"])
     assert caught.value.code == 2
-    assert f"argument {option}: invalid" in capsys.readouterr().err
+    assert f"argument {option}: {told}" in capsys.readouterr().err

@@ -51,6 +51,15 @@ def test_an_unknown_name_is_refused(name: str) -> None:
 
 def test_an_unknown_job_is_refused() -> None:
     with pytest.raises(
-        JobError, match="no-such-job: got no such file, expected a path or a shipped job"
+        JobError, match="no-such-job: got no such file, expected a file's path or a shipped job"
     ):
         find_job("no-such-job")
+
+
+def test_a_directory_is_not_said_to_be_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs").mkdir()
+    with pytest.raises(JobError, match="jobs: got a directory, expected a file's path"):
+        find_job("jobs")
