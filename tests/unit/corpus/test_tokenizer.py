@@ -141,7 +141,7 @@ SPECIAL_LOOKING = st.sampled_from(["<s>", "</s>", "<pad>", "Ġ", "\x00", "\r\n",
 ANY_TEXT = st.lists(st.one_of(st.text(max_size=8), SPECIAL_LOOKING), max_size=6).map("".join)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(text=ANY_TEXT)
 def test_no_text_is_lost(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     normal = unicodedata.normalize("NFKC", text)
@@ -234,6 +234,14 @@ def test_the_fingerprint_covers_more_than_the_vocabulary(
     other = load_tokenizer(str(path))
     assert vocabulary_hash(other) == vocabulary_hash(tokenizer)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
+
+    seen = {tokenizer_fingerprint(tokenizer)}
+    for role in ("pad_token", "bos_token", "eos_token"):  # of which the backend knows nothing
+        other = load_tokenizer(str(directory))
+        setattr(other, role, "a")
+        assert other.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+        seen.add(tokenizer_fingerprint(other))
+    assert len(seen) == 4
 
     used = load_tokenizer(str(directory))
     used(["The otter", "no"], padding=True, truncation=True, max_length=3)
