@@ -422,6 +422,7 @@ def test_at_their_neutral_values_later_options_are_not_there() -> None:
     """What was made before they came still stands: the JSON that is hashed is the same."""
     plain = fingerprints._plain(TRAINING) | fingerprints._loss(DistillationSpec())
     assert {"z_loss", "unlabelled_tokens", "divergence", "hidden_matching"}.isdisjoint(plain)
+    assert fingerprints._plain(HUB, exclude={"attention"}).keys() == {"kind", "path"}
     assert plain["alpha"] == 0.5
     assert plain["temperature"] == 2.0
 

@@ -50,8 +50,10 @@ SPACES_CLEANED = "CHI: where is it?\nMOT: there, look!\n two. \n"
         ("childes", SPACES, SPACES_CLEANED),
         ("aochildes", SPACES, SPACES_CLEANED),
         ("childes", "a\n\nb\n", "a\n\nb\n"),
+        ("childes", "a\u00a0b\tc\u00a0\n", "a b c \n"),  # single ones too
         ("cbt", "the fox 's den , and the dog ’s\n", "the fox's den, and the dog’s\n"),
         ("cbt", "he said 'no' . 'Why ?'\n", "he said'no'. 'Why?'\n"),
+        ("cbt", "the dogs ' bowls ’ rims\n", "the dogs ' bowls ’ rims\n"),  # no word behind
         ("open_subtitles", "Hello.\nSubtitles by us\nSUBTITLED 1\nBye.\n", "Hello.\nBye.\n"),
         ("open_subtitles", "Hello.\nsubtitle", "Hello.\n"),
         ("children_stories", "a  b .\n\nc", "a  b .\n\nc\n"),

@@ -235,6 +235,14 @@ def test_the_fingerprint_covers_more_than_the_vocabulary(
     assert vocabulary_hash(other) == vocabulary_hash(tokenizer)
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
 
+    seen = {tokenizer_fingerprint(tokenizer)}
+    for role in ("pad_token", "bos_token", "eos_token"):  # of which the backend knows nothing
+        other = load_tokenizer(str(directory))
+        setattr(other, role, "a")
+        assert other.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+        seen.add(tokenizer_fingerprint(other))
+    assert len(seen) == 4
+
     used = load_tokenizer(str(directory))
     used(["The otter", "no"], padding=True, truncation=True, max_length=3)
     assert tokenizer_fingerprint(used) == tokenizer_fingerprint(tokenizer)

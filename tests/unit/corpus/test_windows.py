@@ -185,7 +185,8 @@ def test_phases_are_the_same_for_every_seed_but_their_order_is_not() -> None:
     assert not np.array_equal(one.order(4), two.order(4))
 
 
-@pytest.mark.parametrize("offsets", ["fixed", Phases(phases=2), Phases(phases=4)])
+# Of three phases, length does not divide, and offsets are 0, 1 and 3.
+@pytest.mark.parametrize("offsets", ["fixed", *(Phases(phases=k) for k in (2, 3, 4))])
 def test_a_number_is_a_windows_tokens(offsets: Offsets) -> None:
     windows = train(offsets=offsets)
     everything = np.arange(windows.num_windows)

@@ -322,6 +322,8 @@ def test_the_store_remembers(
     assert again(cleaning="babylm")
     assert again(texts=wanted.texts[:1])
     assert again(benchmarks={"another": wanted.benchmarks["order"]})
+    assert again(texts=())
+    assert not again(texts=(), length=LENGTH // 2)  # windows of no text
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
     assert again(moved)
@@ -410,6 +412,18 @@ def test_wrong_texts_are_told(model_dir: Path, wanted: Wanted, tmp_path: Path) -
     assert "--length: got windows of 65 tokens, expected at most 64" in text(
         *wanted.texts, length=65
     )
+
+
+def test_a_window_may_take_all_positions_and_a_text_be_one_window(
+    model_dir: Path, wanted: Wanted, tmp_path: Path
+) -> None:
+    whole = measure(str(model_dir), replace(wanted, length=64, benchmarks={}), device=CPU)
+    assert whole["dev"]["tokens"] % 63 == 0
+    short = tmp_path / "short.txt"
+    short.write_text("the little dog\n")
+    tokens = len(load_tokenizer(str(model_dir))("the little dog\n", add_special_tokens=False)[0])
+    asked = replace(wanted, texts=(short,), length=tokens, benchmarks={})
+    assert measure(str(model_dir), asked, device=CPU)["dev"]["tokens"] == tokens - 1
 
 
 def test_a_prefix_that_the_tokenizer_has_not_is_told(

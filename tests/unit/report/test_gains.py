@@ -86,6 +86,17 @@ def test_a_benchmark_that_a_run_lacks_is_a_dash_and_no_gain(tmp_path: Path) -> N
         assert "| control | blimp (points) |" in table
 
 
+def test_a_model_that_a_run_lacks_is_in_no_gain(tmp_path: Path) -> None:
+    runs = [run(tmp_path, "a", 2.0, 2.1), run(tmp_path, "b", 2.0, 2.3)]
+    one = {"dev_ce": 2.25, "minimal_pairs": {"blimp": 0.5}}
+    changed(runs[0], models={"deep": one, "student": one, "control": one})
+    for order in (runs, runs[::-1]):
+        table = render_gains(order)
+        assert "| a | deep | 2.2500 |" in table
+        assert "| deep | dev CE" not in table
+        assert "| control | dev CE" in table
+
+
 def test_a_table_without_benchmarks_has_no_column_of_them(tmp_path: Path) -> None:
     plain = {"dev_ce": 2.0, "minimal_pairs": {}}
     alone = changed(run(tmp_path, "a", 2.0, 2.1), models={"student": plain, "control": plain})

@@ -553,6 +553,25 @@ def test_domains_by_model(run_dir: Path) -> None:
     ]
 
 
+def test_the_text_by_split_and_domains_over_all_their_files(run_dir: Path) -> None:
+    def span(domain: str, start: int, stop: int) -> dict:
+        return {"domain": domain, "start": start, "stop": stop}
+
+    spans = [span("speech", 0, 70), span("books", 70, 95), span("speech", 95, 300)]
+    train = {"tokens": 300, "words": 210, "bytes": 1200, "domains": spans, "files": []}
+    dev = {"tokens": 13, "words": 9, "bytes": 50, "domains": [span("books", 0, 13)], "files": []}
+    write(run_dir / "tokens" / "shards.json", {"splits": {"train": train, "dev": dev}})
+    assert collect_report(run_dir)["data"] == {
+        "train": {
+            "tokens": 300,
+            "words": 210,
+            "bytes": 1200,
+            "domains": {"speech": 275, "books": 25},
+        },
+        "dev": {"tokens": 13, "words": 9, "bytes": 50, "domains": {"books": 13}},
+    }
+
+
 def test_a_model_that_lacks_a_domain_has_a_dash_there(run_dir: Path) -> None:
     say_more(run_dir, "deep", {"speech": (4.0, 1000)}, {})
     say_more(run_dir, "student", {"speech": (4.25, 1000), "books": (4.5, 270)}, {})

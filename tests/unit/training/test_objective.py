@@ -16,11 +16,19 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy, kl_div, log_softmax, softmax
 
 from babyllama_ds.engine.inference import FrozenModel
+from babyllama_ds.losses.distillation import IGNORED_LABEL, TeacherStates, distillation_loss
+from babyllama_ds.losses.heads import Head
 from babyllama_ds.models.compiled import forget_compiled
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import Batch, micro_batch
-from babyllama_ds.training.objective import Balance, Counts, Objective, engine_scale
+from babyllama_ds.training.objective import (
+    Balance,
+    Counts,
+    Objective,
+    divergence_of,
+    engine_scale,
+)
 from babyllama_ds.training.step import train_step
 
 BATCH, LENGTH, VOCAB = 8, 9, 59  # models have 61 rows: two are padding
@@ -165,6 +173,73 @@ def test_a_batch_with_nothing_to_count_has_loss_zero_and_a_graph(
     assert parts.loss.item() == 0
     assert objective.value(0.0, 0.0, counts) == 0
     assert not any(parameter.grad.any() for parameter in objective.parameters())
+
+
+@pytest.mark.parametrize("num_windows", [8, 5])
+def test_without_teachers_the_z_loss_is_there_too(
+    num_windows: int, tiny_model: Callable[..., Any]
+) -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    objective = Objective(model, vocab_size=VOCAB, distillation=None, z_loss=0.07)
+    batch = batch_of(num_windows, 1)
+    counts = objective.counts(batch, num_ranks=1, accumulation_steps=1)
+    parts = objective(batch.micro_batches[0], [], counts)
+    parts.loss.backward()
+
+    tokens_BS = real_tokens(batch)
+    logits_NV = plain(input_ids=tokens_BS).logits[:, :-1, :VOCAB].flatten(0, 1)
+    squares_N = logits_NV.logsumexp(-1).square()
+    loss = cross_entropy(logits_NV, tokens_BS[:, 1:].flatten()) + 0.07 * squares_N.mean()
+    loss.backward()
+    assert parts.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert parts.z_sum is not None
+    assert parts.z_sum.item() == pytest.approx(squares_N.sum().item(), rel=1e-5)
+    logged = objective.value(parts.ce_sum.item(), 0.0, counts, z_sum=parts.z_sum.item())
+    assert logged == pytest.approx(loss.item(), rel=1e-5)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (one.grad - other.grad).abs().max() <= 2e-5 * max(other.grad.abs().max(), 1e-3)
+
+
+# As their papers name the weights: GKD (equation 1), DistiLLM (section 3.1).
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "forward_kl": lambda p, q: divergence(p, q),
+    "reverse_kl": lambda p, q: divergence(q, p),
+    "jensen_shannon beta": lambda p, q: (
+        0.2 * divergence(p, 0.2 * p + 0.8 * q) + 0.8 * divergence(q, 0.2 * p + 0.8 * q)
+    ),
+    "skewed_forward_kl skew": lambda p, q: divergence(p, 0.2 * p + 0.8 * q),
+    "skewed_reverse_kl skew": lambda p, q: divergence(q, 0.8 * p + 0.2 * q),
+}
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    return (p * (p / q).log()).sum()
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_a_jobs_divergence_has_the_share_that_its_paper_means(name: str) -> None:
+    kind, *weight = name.split()
+    spec = DistillationSpec.model_validate(
+        {"divergence": {"kind": kind, **dict.fromkeys(weight, 0.2)}}
+    )
+    student_NV, teacher_NV = torch.randn(2, 7, 11, generator=torch.Generator().manual_seed(3))
+    identity = Head.identity(11, torch.float32, torch.device("cpu"))
+    sums = distillation_loss(
+        student_NV,
+        identity,
+        torch.full((7,), IGNORED_LABEL),
+        torch.ones(7, dtype=torch.bool),
+        [TeacherStates(teacher_NV, identity)],
+        alpha=0.5,
+        temperature=1.0,
+        mean_of="logits",
+        ce_count=1,
+        kl_count=1,
+        vocab_size=11,
+        divergence=divergence_of(spec.divergence),
+    )
+    p, q = softmax(teacher_NV.double(), -1), softmax(student_NV.double(), -1)
+    assert sums.kl_sum.item() == pytest.approx(DIVERGENCES[name](p, q).item(), rel=1e-5)
 
 
 def test_the_engines_division_is_undone() -> None:
