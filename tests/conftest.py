@@ -25,10 +25,15 @@ from typing import Any
 import pytest
 import yaml
 from filelock import FileLock
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LAUNCH_LIMIT_S = 180.0
+
+# How long an example takes is a matter of who else has the machine.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 STEPS = 24
 TRAINING: dict[str, Any] = {

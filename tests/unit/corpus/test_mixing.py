@@ -124,9 +124,7 @@ def test_rows_stay_documents(tmp_path: Path, write: Any) -> None:
     assert found == [("rows", ["a 0\n", "b 0\n", "", "a 1\n", "b 1\n", "", "a 2\n", ""])]
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(
     lines=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=6), min_size=1, max_size=3),
     budget=st.integers(1, 40),

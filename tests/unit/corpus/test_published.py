@@ -74,7 +74,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(domain=st.sampled_from(sorted(RULES)), pieces=st.lists(st.sampled_from(PIECES), max_size=14))
 def test_equal_to_the_whole_file_rule(domain: str, pieces: list[str]) -> None:
     text = "".join(pieces)

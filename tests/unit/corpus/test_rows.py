@@ -71,9 +71,7 @@ def test_no_text_is_changed(tmp_path: Path, form: str) -> None:
 
 
 @forms
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(
     texts=st.lists(
         st.text(st.characters(exclude_characters="\r\x00", exclude_categories=["Cs"])), max_size=6

@@ -138,9 +138,7 @@ TEXT = st.builds(
 )
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @pytest.mark.parametrize("style", list(STYLES))
 @given(files=st.lists(TEXT, max_size=3), block_chars=st.integers(1, 40))
 def test_blocks_do_not_show(

@@ -91,9 +91,7 @@ TRAPS = st.sampled_from(["<s> the moon </s>\n", "</s>", "  \n", "a\u0301\n", "½
 WORDS = st.sampled_from(["the kettle sang.\n", "Her aunt\tisn't here!\n", "ladder ", "'s red"])
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     files=st.lists(
         st.lists(st.lists(TRAPS | WORDS | st.text(min_size=1, max_size=9), min_size=1, max_size=9)),

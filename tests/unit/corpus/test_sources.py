@@ -128,9 +128,7 @@ def test_bytes_that_are_not_utf8_are_named_by_file_and_offset(tmp_path: Path) ->
     assert "iconv" in (problem.hint or "")
 
 
-@settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150, deadline=None
-)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
 @given(
     parts=st.lists(
         st.one_of(st.text(max_size=3).map(str.encode), st.binary(max_size=3), st.just(b"\r\n")),

@@ -141,7 +141,7 @@ SPECIAL_LOOKING = st.sampled_from(["<s>", "</s>", "<pad>", "Ġ", "\x00", "\r\n",
 ANY_TEXT = st.lists(st.one_of(st.text(max_size=8), SPECIAL_LOOKING), max_size=6).map("".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ANY_TEXT)
 def test_no_text_is_lost(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     normal = unicodedata.normalize("NFKC", text)

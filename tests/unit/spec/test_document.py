@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from babyllama_ds.errors import JobError
@@ -153,7 +153,6 @@ def test_an_alias_inside_its_own_anchor_is_refused() -> None:
 
 
 @given(text=st.text(alphabet="ab:-{}[],&*!#|>'\"$\\%@ \n\t0.", max_size=25) | st.text(max_size=20))
-@settings(deadline=None)
 def test_any_text_is_read_or_refused(text: str) -> None:
     try:
         places = read_document(text, "f").places

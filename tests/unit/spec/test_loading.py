@@ -610,9 +610,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), value=VALUES)
 def test_whatever_stands_anywhere_there_is_a_job_or_a_job_error(
     job_file: Path, data: st.DataObject, value: object

@@ -82,9 +82,7 @@ def jobs(draw: st.DrawFn) -> JobSpec:
     return JobSpec.model_validate_json(json.dumps(data))
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(job=jobs())
 def test_a_job_survives_the_round_trip(job: JobSpec, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
@@ -107,9 +105,7 @@ def test_a_job_survives_the_round_trip(job: JobSpec, tmp_path: Path) -> None:
 @example(text="\x85")
 @example(text=" spaces \n lines \t")
 @example(text="\x85\u2028\ufeff")
-@settings(
-    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_survives(text: str, tmp_path: Path) -> None:
     job = small_job(deepspeed={"config": text})
     path = tmp_path / "job.yaml"
