@@ -44,7 +44,8 @@ class FinishedRun:
             RunError: the run has no such model, or it is not there any more.
         """
         if model not in self.models:
-            near = closest(model, self.models)
+            named_so = (one for one in self.models if one.endswith(f"/{model}"))
+            near = next(named_so, None) or closest(model, self.models)
             raise RunError.of(
                 "--model",
                 got=repr(model),

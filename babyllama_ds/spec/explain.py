@@ -223,6 +223,7 @@ def _wrong_value(document: Document, at: Located, details: ErrorDetails) -> None
         expected += ", or null"
     near = closest(value, words) if isinstance(value, str) else None
     hint = f"did you mean `{near}`?" if near else _hint(kind, value, context)
+    hint = hint or _as_a_kind(value, _models_in(at.annotation))
     hint = hint or (field.description if field else None)
     document.complain(at.path, got=got, expected=expected, hint=hint)
 
@@ -254,7 +255,7 @@ def _expected(kind: str, context: Mapping[str, Any], message: str) -> str:
     if kind in ("too_short", "too_long"):
         least, most = context.get("min_length"), context.get("max_length")
         bound = f"at least {least}" if least is not None else f"at most {most}"
-        return f"a list of {bound} (it has {context['actual_length']})"
+        return f"a list of {bound}"
     if kind == "string_pattern_mismatch":
         return "letters, digits, '.', '_', '-', a letter or digit first, at most 64 characters"
     return message[:1].lower() + message[1:]
@@ -279,6 +280,13 @@ def _hint(kind: str, value: object, context: Mapping[str, Any]) -> str | None:
     if kind == "string_type" and isinstance(value, (bool, int, float)):
         return "quote it"
     return None
+
+
+def _as_a_kind(value: object, models: list[type[BaseModel]]) -> str | None:
+    """How a word is written that is, or nearly is, one of a union's kinds."""
+    kinds = [_kind(model) for model in models if "kind" in model.model_fields]
+    near = closest(value, kinds) if isinstance(value, str) else None
+    return f"write {{kind: {near}}}" if near else None
 
 
 def _is_number(text: str) -> bool:

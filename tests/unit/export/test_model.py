@@ -241,9 +241,10 @@ def refused(run_dir: Path, model: str, target: Path) -> Any:
     return caught.value.problems[0]
 
 
-def test_an_unknown_model(run_dir: Path, tmp_path: Path) -> None:
-    problem = refused(run_dir, "teachers/gtp2", tmp_path / "out")
-    assert (problem.where, problem.got) == ("--model", "'teachers/gtp2'")
+@pytest.mark.parametrize("name", ["teachers/gtp2", "gpt2"])
+def test_an_unknown_model(name: str, run_dir: Path, tmp_path: Path) -> None:
+    problem = refused(run_dir, name, tmp_path / "out")
+    assert (problem.where, problem.got) == ("--model", repr(name))
     assert problem.expected == "one of student, control, teachers/gpt2, teachers/llama"
     assert problem.hint == "did you mean `teachers/gpt2`?"
 

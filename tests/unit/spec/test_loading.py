@@ -320,7 +320,8 @@ def test_duplicate_keys(job_file: Path) -> None:
     [
         ("divergence={kind: reverse}", "divergence.kind", "'reverse'", "one of 'forward_kl'",
          "did you mean `reverse_kl`?"),
-        ("divergence=reverse_kl", "divergence", "'reverse_kl'", "a mapping", ""),
+        ("divergence=reverse-kl", "divergence", "'reverse-kl'", "a mapping",
+         "write {kind: reverse_kl}"),
         ("divergence={kind: jensen_shannon, beta: 0}", "divergence.beta", "0", "a number > 0", ""),
         ("divergence={kind: jensen_shannon, beta: 1}", "divergence.beta", "1", "a number < 1", ""),
         ("divergence={kind: jensen_shannon, skew: 0.1}", "divergence.skew", "an unknown key",
