@@ -43,6 +43,8 @@ class UserError(Exception):
 
     shared = True
     """Whether all ranks raise it together, so that rank 0 speaks for them."""
+    alone = False
+    """Whether a rank raises it by itself, at any place, and has to speak for itself."""
 
     def __init__(self, *problems: Problem) -> None:
         assert problems, "an error without a problem says nothing"
@@ -88,6 +90,13 @@ class ModelError(UserError):
 
 class MachineError(UserError):
     """The machine lacks what the job asks for by name."""
+
+
+class NoRoomError(MachineError):
+    """Memory ran out in the middle of the work, on this rank at least."""
+
+    shared = False
+    alone = True
 
 
 class MeetingError(MachineError):

@@ -35,7 +35,7 @@ def exit_code_of(work: Callable[[], None]) -> int:
     try:
         work()
     except UserError as error:
-        if is_lead() or (not error.shared and is_first_of_node()):
+        if is_lead() or error.alone or (not error.shared and is_first_of_node()):
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
     except Stopped as stop:

@@ -153,10 +153,11 @@ def failures_told() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, Stopped, ranks.RemoteError):
+    except (Stopped, ranks.RemoteError):
         raise  # all ranks do
     except BaseException as error:
-        if _watch is not None:
+        by_all = isinstance(error, UserError) and not error.alone
+        if _watch is not None and not by_all:
             _watch.failed(error)
         raise
 

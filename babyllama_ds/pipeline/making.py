@@ -18,7 +18,7 @@ from babyllama_ds.engine.checkpoint import CheckpointFolder
 from babyllama_ds.engine.compiling import Compiled
 from babyllama_ds.models.build import build_model
 from babyllama_ds.pipeline.ensembles import cached_ensemble, live_ensemble
-from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.parts import Parts, training_key
 from babyllama_ds.pipeline.settling import Settling
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
@@ -29,9 +29,15 @@ from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.loop import train
+from babyllama_ds.training.out_of_memory import memory_needed
 from babyllama_ds.training.stage import Stage, Surroundings
 
 log = logging.getLogger(__name__)
+
+LESS_MEMORY = (
+    "fewer windows (`auto` finds the most that fit), gradient_checkpointing=true, or what else "
+    "docs/low-memory.md lists; the same command then goes on from the last checkpoint"
+)
 
 
 class Maker:
@@ -76,6 +82,18 @@ class Maker:
             model = self._build(stage, spec, corpus, everywhere=False)
             return model, {"params": None, "steps": 0, "train_tokens": 0, "seconds": 0.0}
         model = self._build(stage, spec, corpus)
+        with memory_needed(f"{training_key(stage)}.micro_batch", hint=LESS_MEMORY):
+            return model, self._trained(stage, model, training, corpus, checkpoints, teachers)
+
+    def _trained(
+        self,
+        stage: str,
+        model: nn.Module,
+        training: TrainingSpec,
+        corpus: Corpus,
+        checkpoints: CheckpointFolder,
+        teachers: dict[str, Path] | None,
+    ) -> dict[str, Any]:
         training, compiled = self.settling.settle(stage, model, training, corpus, teachers)
         ensemble = self._ensemble(model, training, compiled, corpus, teachers) if teachers else None
         seed = self.parts.job.stage_seed(stage)
@@ -91,7 +109,7 @@ class Maker:
         if ensemble is not None:
             summary |= ensemble.closing_facts(model)
             ensemble.destroy()
-        return model, summary
+        return summary
 
     def _build(
         self, stage: str, spec: ModelSpec, corpus: Corpus, *, everywhere: bool = True

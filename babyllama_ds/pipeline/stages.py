@@ -40,6 +40,7 @@ from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
 from babyllama_ds.training.metrics import forget_cut_short
+from babyllama_ds.training.out_of_memory import memory_needed
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +262,8 @@ class Pipeline:
         if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
             log.info("evaluation of %s: done before", name)
             return
-        result = self.measurer.measure(name, path, corpus, fingerprint)
+        with memory_needed("evaluation.batch_tokens", hint="fewer tokens in a pass"):
+            result = self.measurer.measure(name, path, corpus, fingerprint)
         result |= {"fingerprint": fingerprint}
         ranks.on_rank_zero(lambda: files.write_json(result_path, result))
 

@@ -15,7 +15,6 @@ All ranks try the same sizes, and take what fits on each of them. Weights do not
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -32,15 +31,10 @@ from babyllama_ds.teachers.cache.tiers import ranks_of_this_machine
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import micro_batch
 from babyllama_ds.training.objective import Counts, Objective
+from babyllama_ds.training.out_of_memory import ran_out
 
 SPARED = 0.1
 """Part of the memory that stays free: for the update, for evaluation, for fragments."""
-
-NO_MEMORY = re.compile(
-    "CUBLAS_STATUS_ALLOC_FAILED"
-    "|CUDNN_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
-)
-"""How libraries that allocate past torch say that they could not, in a plain `RuntimeError`."""
 
 Trial = Callable[[int], None]
 """The passes of so many windows."""
@@ -136,7 +130,7 @@ class CardRoom:
             free, total = torch.cuda.mem_get_info(self._device)
             return free - self._taken_bytes >= SPARED * total
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error)):
+            if ran_out(error):
                 return False
             raise
         finally:

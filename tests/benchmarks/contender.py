@@ -47,8 +47,8 @@ from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import BatchPlan
 from babyllama_ds.training.breakdown import UNMEASURED, Breakdown, Parts
-from babyllama_ds.training.micro_batch import NO_MEMORY
 from babyllama_ds.training.objective import Objective
+from babyllama_ds.training.out_of_memory import ran_out
 from babyllama_ds.training.step import train_step
 
 REPEATED = 2**10
@@ -98,9 +98,7 @@ def _answer(side: Ours | Textbook, asked: str, named: dict[str, Any]) -> dict[st
     except Exception as error:
         traceback.print_exc()
         told = (str(error).strip() or type(error).__name__).splitlines()
-        # Libraries have words of their own for it.
-        memory = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY.search(str(error))
-        return {"error": f"{type(error).__name__}: {told[0]}", "memory": bool(memory)}
+        return {"error": f"{type(error).__name__}: {told[0]}", "memory": ran_out(error)}
     return {"found": found}
 
 

@@ -16,7 +16,15 @@ import yaml
 
 import babyllama_ds
 from babyllama_ds import cli
-from babyllama_ds.errors import DataError, JobError, MeetingError, Problem, RunError, Stopped
+from babyllama_ds.errors import (
+    DataError,
+    JobError,
+    MeetingError,
+    NoRoomError,
+    Problem,
+    RunError,
+    Stopped,
+)
 from babyllama_ds.ranks import RemoteError
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +95,17 @@ def test_ranks_that_do_not_meet_are_heard_on_every_node(
     error = MeetingError.of("port 1", got="nobody", expected="rank 0")
     assert cli.exit_code_of(raising(error)) == 2
     assert ("port 1: got nobody" in capsys.readouterr().err) == told
+
+
+def test_a_rank_that_has_no_memory_left_speaks_for_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others are at work, and know of nothing."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    error = NoRoomError.of("student.training.micro_batch", got="no memory left", expected="some")
+    assert cli.exit_code_of(raising(error)) == 2
+    assert "micro_batch: got no memory left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.joining import Joined, World
-from babyllama_ds.errors import MachineError, Stopped
+from babyllama_ds.errors import MachineError, NoRoomError, Stopped
 
 LAUNCHER_WORDS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE")
 
@@ -252,6 +252,7 @@ class Watch:
         (RuntimeError("CUDA error"), True),
         (KeyError("x"), True),
         (MachineError.of("a", got="b", expected="c"), False),
+        (NoRoomError.of("a", got="b", expected="c"), True),
         (Stopped("SIGTERM"), False),
         (ranks.RemoteError(1, "KeyError", "x"), False),
     ],
