@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Literal, Self
 
 EXIT_CODE = 2
 """Exit status of every rank after a `UserError`."""
@@ -41,10 +41,9 @@ class Problem:
 class UserError(Exception):
     """Base of the family: one or more `Problem`s, printed together."""
 
-    shared = True
-    """Whether all ranks raise it together, so that rank 0 speaks for them."""
-    alone = False
-    """Whether a rank raises it by itself, at any place, and has to speak for itself."""
+    told_by: Literal["rank 0", "each node", "each rank"] = "rank 0"
+    """Who speaks: rank 0 for all, which raise it together; one rank of each node, where rank 0 may
+    not be there; or each rank that raises it, by itself, while others are at work."""
 
     def __init__(self, *problems: Problem) -> None:
         assert problems, "an error without a problem says nothing"
@@ -95,14 +94,13 @@ class MachineError(UserError):
 class NoRoomError(MachineError):
     """Memory ran out in the middle of the work, on this rank at least."""
 
-    shared = False
-    alone = True
+    told_by = "each rank"
 
 
 class MeetingError(MachineError):
     """The ranks of several processes do not find each other, or differ in what they run."""
 
-    shared = False
+    told_by = "each node"
 
 
 class RunError(UserError):

@@ -1,4 +1,5 @@
-"""The host's memory: nothing enters, bytes leave, within the container's limit if there is one.
+"""The host's memory: how much there is, within the container's limit if there is one, and the way
+from it to a card.
 
 One place for all who ask: the loss's chunks, the teacher cache, `micro_batch: auto`, plan, doctor.
 """
@@ -8,6 +9,9 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -65,6 +69,13 @@ def total_host_bytes() -> int:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = _limit_bytes()
     return physical if limit is None else min(physical, limit)
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """On the device, without waiting for it: from pinned memory a copy only queues."""
+    if torch.device(device).type == "cuda":  # a column of a matrix would go by way of another copy
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _limit_bytes() -> int | None:

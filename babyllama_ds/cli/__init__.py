@@ -28,14 +28,15 @@ def main(words: Sequence[str] | None = None) -> int:
 def exit_code_of(work: Callable[[], None]) -> int:
     """Do `work`; an expected end is told once, by rank 0, and becomes the exit status.
 
-    0: done. 2: an error that a user can mend, the same on every rank. 128 + signal: stopped as
+    0: done. 2: an error that a user can mend, told by whom it says. 128 + signal: stopped as
     asked. 1: our own mistake, with its trace from the rank where it happened. (75, where another
     node is gone, comes from `engine.watching`, which ends the process by itself.)
     """
     try:
         work()
     except UserError as error:
-        if is_lead() or error.alone or (not error.shared and is_first_of_node()):
+        others = {"rank 0": False, "each node": is_first_of_node(), "each rank": True}
+        if is_lead() or others[error.told_by]:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
     except Stopped as stop:

@@ -156,7 +156,7 @@ def failures_told() -> Iterator[None]:
     except (Stopped, ranks.RemoteError):
         raise  # all ranks do
     except BaseException as error:
-        by_all = isinstance(error, UserError) and not error.alone
+        by_all = isinstance(error, UserError) and error.told_by == "rank 0"
         if _watch is not None and not by_all:
             _watch.failed(error)
         raise

@@ -25,7 +25,8 @@ from torch import nn
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
-from babyllama_ds.evaluation.forward import OnBatch, Share, likelihood_of, sent
+from babyllama_ds.evaluation.forward import OnBatch, Share, likelihood_of
+from babyllama_ds.memory import sent
 from babyllama_ds.models.documents import Pieces
 
 WindowsOf = Callable[[Sequence[int]], NDArray[Any]]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from babyllama_ds import ranks
 from babyllama_ds.losses.distillation import cross_entropy_sum
+from babyllama_ds.memory import sent
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import split_causal_lm
 
@@ -84,10 +85,3 @@ def likelihood_of(model: nn.Module, *, vocab_size: int) -> Iterator[Likelihood]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """On the device, without waiting for it: from pinned memory a copy only queues."""
-    if torch.device(device).type == "cuda":  # a column of a matrix would go by way of another copy
-        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

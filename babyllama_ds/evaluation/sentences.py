@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
-from babyllama_ds.evaluation.forward import Likelihood, OnBatch, Share, likelihood_of, sent
+from babyllama_ds.evaluation.forward import Likelihood, OnBatch, Share, likelihood_of
+from babyllama_ds.memory import sent
 from babyllama_ds.models.families import positions_of
 from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.evaluation import Prefix

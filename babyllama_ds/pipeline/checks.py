@@ -23,7 +23,7 @@ from babyllama_ds.models.recomputing import check_recomputable
 from babyllama_ds.models.sizes import model_sizes
 from babyllama_ds.models.splitting import check_groups, check_split
 from babyllama_ds.pipeline.ensembles import matched_layers
-from babyllama_ds.pipeline.parts import Parts, training_key
+from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
@@ -118,7 +118,9 @@ def _check_trainings(parts: Parts, corpus: Corpus) -> None:
             parts.deepspeed_config(where, training)
             parts.has_label(where, training, corpus)
             windows = parts.windows(corpus, seed=0)
-            check_warmup(training, windows.num_windows, windows.length, where=training_key(where))
+            check_warmup(
+                training, windows.num_windows, windows.length, where=parts.job.training_key(where)
+            )
 
 
 def _check_loaded(
@@ -146,7 +148,7 @@ def _check_loaded(
     if any(training is not None for training in trainings):
         check_trainable(model.config, where=where)
     if any(training and training.gradient_checkpointing for training in trainings):
-        check_recomputable(model, where=f"{training_key(stage)}.gradient_checkpointing")
+        check_recomputable(model, where=f"{parts.job.training_key(stage)}.gradient_checkpointing")
     kind = check_plain_head(model, where=where)
     if layers:
         check_layers(model, split_causal_lm(model)[0], layers, where=where)

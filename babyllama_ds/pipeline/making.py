@@ -18,7 +18,7 @@ from babyllama_ds.engine.checkpoint import CheckpointFolder
 from babyllama_ds.engine.compiling import Compiled
 from babyllama_ds.models.build import build_model
 from babyllama_ds.pipeline.ensembles import cached_ensemble, live_ensemble
-from babyllama_ds.pipeline.parts import Parts, training_key
+from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.settling import Settling
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
@@ -82,7 +82,7 @@ class Maker:
             model = self._build(stage, spec, corpus, everywhere=False)
             return model, {"params": None, "steps": 0, "train_tokens": 0, "seconds": 0.0}
         model = self._build(stage, spec, corpus)
-        with memory_needed(f"{training_key(stage)}.micro_batch", hint=LESS_MEMORY):
+        with memory_needed(f"{self.parts.job.training_key(stage)}.micro_batch", hint=LESS_MEMORY):
             return model, self._trained(stage, model, training, corpus, checkpoints, teachers)
 
     def _trained(

@@ -63,25 +63,25 @@ class Parts:
         if self.job.control is not None and self.job.control.training is not None:
             yield "control", self.job.student.model, self.job.control.training
 
-    def attention(self, where: str, model: ModelSpec, *, training: bool) -> str:
+    def attention(self, stage: str, model: ModelSpec, *, training: bool) -> str:
         """The attention kernel of a model here.
 
         Raises:
             MachineError: one asked for by name is not usable.
             ModelError: a model to be loaded is of a family without it, or cannot be read.
         """
-        where = where.replace("/", ".", 1)  # a stage's name (teachers/NAME) as the job writes it
+        key = self.job.model_key(stage)
         return resolve_attention(
             model.attention,
             device=self.device_kind,
             precision=self.precision,
             training=training,
-            where=f"{where}.model.attention",
+            where=f"{key}.attention",
             # Only cards have kernels without dropout: elsewhere no configuration need be read.
-            dropout=attention_dropout(model, where=f"{where}.model")
+            dropout=attention_dropout(model, where=key)
             if training and self.device_kind == "cuda"
             else 0.0,
-            missing=absent_kernels(model, where=f"{where}.model"),
+            missing=absent_kernels(model, where=key),
         )
 
     def shapes_vary(self) -> bool:
@@ -102,12 +102,14 @@ class Parts:
             training,
             device=self.device_kind,
             ranks=ranks.world_size(),
-            where=training_key(stage),
+            where=self.job.training_key(stage),
         )
 
     def micro_batch(self, stage: str, training: TrainingSpec) -> int:
         """Windows in one forward pass of one rank; of `auto` the most that can come out."""
-        return deepspeed.micro_batch(training, ranks.world_size(), where=training_key(stage))
+        return deepspeed.micro_batch(
+            training, ranks.world_size(), where=self.job.training_key(stage)
+        )
 
     def group(self, teacher: TeacherSpec) -> RankGroup | None:
         """The ranks that a frozen teacher is split over; none: each has it whole. A collective."""
@@ -121,7 +123,7 @@ class Parts:
         Raises:
             JobError: a token to be left unlabelled that the vocabulary does not have.
         """
-        where = f"{training_key(stage)}.unlabelled_tokens"
+        where = f"{self.job.training_key(stage)}.unlabelled_tokens"
         return label_mask(ids_of_tokens(corpus.tokenizer, training.unlabelled_tokens, where=where))
 
     def windows(self, corpus: Corpus, *, seed: int) -> TrainWindows:
@@ -157,8 +159,3 @@ class Parts:
             folders["nursery"] = corpus.entries.pairs_dir
         limit = self.job.evaluation.max_pairs_per_task
         return {name: load_tasks(path, max_pairs=limit) for name, path in folders.items()}
-
-
-def training_key(stage: str) -> str:
-    """Where the training of a stage stands in the job."""
-    return f"{stage.replace('/', '.')}.training"

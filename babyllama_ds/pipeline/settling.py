@@ -16,7 +16,7 @@ from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.compiling import Compiled, choose_compiled
 from babyllama_ds.pipeline.ensembles import cache_to_come, live_ensemble
-from babyllama_ds.pipeline.parts import Parts, training_key
+from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.training import TrainingSpec
@@ -122,7 +122,7 @@ class Settling:
                 share=parts.micro_batch(stage, training),
                 length=parts.job.windows.length,
                 device=parts.device,
-                where=training_key(stage),
+                where=parts.job.training_key(stage),
                 within_documents=parts.within_documents,
                 cache_bytes=to_come,
             )

@@ -67,12 +67,14 @@ def _changes(plan: Plan, count: RankCount, reload: Reload) -> Iterator[str]:
     if smaller is not None:
         yield f"{' '.join(smaller)}  (smaller micro-batches, more accumulation: the same result)"
     if any(stage.spec.attention == "eager" for stage in plan.work.stages):
-        overrides = [f"{_model_key(stage.name)}.attention=sdpa" for stage in plan.work.stages]
+        overrides = [
+            f"{plan.job.model_key(stage.name)}.attention=sdpa" for stage in plan.work.stages
+        ]
         if _fits_with(plan, count, reload, overrides):
             yield f"{' '.join(overrides)}  (no S × S probabilities are kept)"
     recomputed = [
         f"{key}.gradient_checkpointing=true"
-        for key in dict.fromkeys(_training_key(plan, name) for name in plan.too_large(count))
+        for key in dict.fromkeys(plan.job.training_key(name) for name in plan.too_large(count))
     ]
     if _fits_with(plan, count, reload, recomputed):
         yield f"{' '.join(recomputed)}  (layers are computed twice: the same result, slower)"
@@ -99,7 +101,7 @@ def _smaller_micro_batches(plan: Plan, count: RankCount, reload: Reload) -> list
     """The largest micro-batch that fits, for every stage that does not; none: not one does."""
     chosen: dict[str, str] = {}
     for name in plan.too_large(count):
-        key, share = _training_key(plan, name), count.micro_batches[name]
+        key, share = plan.job.training_key(name), count.micro_batches[name]
         for micro in reversed([n for n in range(1, share) if share % n == 0]):
             planned = _planned_with(plan, count, reload, [f"{key}.micro_batch={micro}"])
             if planned is not None and name not in planned.too_large(planned.counts[0]):
@@ -112,7 +114,7 @@ def _smaller_micro_batches(plan: Plan, count: RankCount, reload: Reload) -> list
 
 
 def _least_micro_batches(plan: Plan, count: RankCount) -> list[str]:
-    keys = dict.fromkeys(_training_key(plan, name) for name in plan.too_large(count))
+    keys = dict.fromkeys(plan.job.training_key(name) for name in plan.too_large(count))
     return [f"{key}.micro_batch=1" for key in keys]
 
 
@@ -191,18 +193,6 @@ def _planned_with(
 def _for_ranks(question: Question, plan: Plan, ranks: int) -> Question:
     """The same question for one rank count; the corpus is not looked for again."""
     return replace(question, ranks=(ranks,), tokens=plan.corpus.train_tokens)
-
-
-def _training_key(plan: Plan, name: str) -> str:
-    """Where a stage's training stands in the job file."""
-    own = plan.job.control is not None and plan.job.control.training is not None
-    if name == "control" and not own:
-        return "student.training"
-    return f"{name.replace('/', '.')}.training"
-
-
-def _model_key(name: str) -> str:
-    return "student.model" if name == "control" else f"{name.replace('/', '.')}.model"
 
 
 def _ranks(number: int) -> str:

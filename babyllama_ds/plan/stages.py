@@ -132,7 +132,7 @@ class _Planner:
         self, name: str, spec: ModelSpec, sizes: ModelSizes, training: TrainingSpec
     ) -> PlannedStage:
         num_windows, length = self.windows.num_windows, self.windows.length
-        key = f"{name.replace('/', '.')}.training"
+        key = self.job.training_key(name)
         check_warmup(training, num_windows, length, where=key)
         steps = total_steps(training, num_windows, length)
         tokens = steps * training.batch_windows * length

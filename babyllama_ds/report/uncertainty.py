@@ -28,7 +28,7 @@ Benchmark = Mapping[str, Any]
 def accuracy_error(benchmark: Benchmark) -> float | None:
     """Standard error of the mean accuracy over tasks, in [0, 1].
 
-    None where a task has a single pair, or where outcomes were not kept (before they were).
+    None where a task has a single pair, and of an evaluation that kept no outcomes.
     """
     tasks = [_right(task) for task in benchmark["tasks"].values()]
     return _error_of_mean(tasks)

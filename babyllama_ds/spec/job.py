@@ -284,6 +284,16 @@ class JobSpec(Spec):
         # The control is the student's twin: same initialisation, same data order.
         return derive_seed(self.seed, "student" if stage == "control" else stage)
 
+    def training_key(self, stage: str) -> str:
+        """Where the training of a stage stands in the job: the control's may be the student's."""
+        if stage == "control" and (self.control is None or self.control.training is None):
+            stage = "student"
+        return f"{stage.replace('/', '.')}.training"
+
+    def model_key(self, stage: str) -> str:
+        """Where the model of a stage stands in the job: the control has the student's."""
+        return f"{'student' if stage == 'control' else stage.replace('/', '.')}.model"
+
 
 RESERVED_NAMES = ("student", "control")
 """Models of every run, beside its teachers."""

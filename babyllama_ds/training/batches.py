@@ -21,6 +21,7 @@ from torch import Tensor
 
 from babyllama_ds.errors import JobError
 from babyllama_ds.losses.distillation import IGNORED_LABEL
+from babyllama_ds.memory import sent
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.spec.training import TrainingSpec
 
@@ -175,10 +176,7 @@ class BatchPlan:
             )
 
     def _sent(self, tensor: Tensor) -> Tensor:
-        """On the device, without waiting for it: from pinned memory a copy only queues."""
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+        return sent(tensor, self._device)
 
     def _ids(self, step: int) -> tuple[int, NDArray[np.int64]]:
         epoch, k = divmod(step, self.steps_per_epoch)

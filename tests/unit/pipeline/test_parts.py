@@ -10,13 +10,17 @@ import pytest
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.models import PretrainedModel
+from babyllama_ds.spec.shipped import find_job
 
 
 @pytest.mark.parametrize("stage", ["teachers/elder", "teachers.elder"])
 def test_a_stages_model_is_told_by_its_key_in_the_job(stage: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    parts: Any = SimpleNamespace(device_kind="cpu", precision="fp32")
+    parts: Any = SimpleNamespace(
+        job=load_job(find_job("nursery"), []), device_kind="cpu", precision="fp32"
+    )
     model = PretrainedModel(kind="pretrained", path=str(tmp_path))
     with pytest.raises(ModelError) as caught:
         Parts.attention(cast(Parts, parts), stage, model, training=False)

@@ -87,6 +87,7 @@ def test_a_trial_spares_what_the_cache_will_take(
             distillation=loss,
             windows=SimpleNamespace(length=12),
             stage_seed=lambda _: 1,
+            training_key="{}.training".format,
         ),
         device=torch.device("cpu"),
         dtype=torch.float32,
