@@ -83,6 +83,10 @@ class DataError(UserError):
     """Text, tokenizer, token shards or evaluation files are missing or unfit."""
 
 
+class HubError(UserError):
+    """A name stands for no model or tokenizer, neither here nor on the hub."""
+
+
 class ModelError(UserError):
     """A model cannot be built, loaded, or used beside the others."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from babyllama_ds import files
 from babyllama_ds.errors import ModelError
+from babyllama_ds.hub import commit_of
 from babyllama_ds.spec.base import Spec
 from babyllama_ds.spec.corpus import WindowsSpec
 from babyllama_ds.spec.distillation import DistillationSpec
@@ -46,7 +47,7 @@ NEUTRAL: dict[type[Spec], dict[str, Any]] = {
         "ema": None,
     },
     LlamaModel: {"attention_dropout": 0.0},
-    PretrainedModel: {"dropout": None, "attention_dropout": None},
+    PretrainedModel: {"revision": None, "dropout": None, "attention_dropout": None},
     WindowsSpec: {"attention": "window", "order": "seeded"},
     DistillationSpec: {"divergence": {"kind": "forward_kl"}, "hidden_matching": None},
     EvaluationSpec: {"prefix": "none", "samples": 0},
@@ -207,14 +208,15 @@ def _plain(spec: Spec, *, exclude: Set[str] = frozenset()) -> dict[str, Any]:
 def _model(spec: ModelSpec) -> dict[str, Any]:
     plain = _plain(spec, exclude={"attention"})
     if isinstance(spec, PretrainedModel):
-        plain["path"] = _pretrained_content(spec.path)
+        plain["path"] = _pretrained_content(spec.path, plain.pop("revision", None))
     return plain
 
 
-def _pretrained_content(path: str) -> dict[str, str] | str:
-    """A local directory by the content of its weights; a hub id by its name."""
-    if not Path(path).is_dir():
-        return path
+def _pretrained_content(path: str, revision: str | None) -> dict[str, str]:
+    """A local directory by the content of its weights; a hub id by its commit."""
+    commit = commit_of(path, revision, where=path, what="a model")
+    if commit is not None:
+        return {"hub": path, "commit": commit}
     if not any(Path(path).glob("*.safetensors")):
         raise ModelError.of(
             path,

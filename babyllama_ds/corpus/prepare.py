@@ -155,7 +155,7 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
     """The tokenizer's key and directory."""
     spec = job.tokenizer
     if isinstance(spec, LoadedTokenizer):
-        loaded = load_tokenizer(spec.path)
+        loaded = load_tokenizer(spec.path, spec.revision)
         _check_without_gaps(loaded, spec.path)
         key = tokenizer_fingerprint(loaded)
         return key, store.build("tokenizers", key, lambda folder: save_tokenizer(loaded, folder))

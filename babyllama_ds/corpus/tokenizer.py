@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from babyllama_ds.errors import DataError, JobError, Problem
 from babyllama_ds.files import cannot_write, hash_json, read_json, write_json
+from babyllama_ds.hub import commit_of
 from babyllama_ds.spec.corpus import TrainedTokenizer
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 """In the order of their ids, from 0. None of them is ever in the training stream."""
+
+TOKENIZER = "a fast tokenizer: a Hugging Face directory, a tokenizer.json, or a hub id"
+"""What a tokenizer's path is expected to name."""
 
 _BATCH_LINES = 4096
 
@@ -70,27 +74,31 @@ def train_tokenizer(
     save_tokenizer(_as_fast(tokenizer), directory)
 
 
-def load_tokenizer(path_or_id: str, *, where: str = "tokenizer.path") -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    path_or_id: str, revision: str | None = None, *, where: str = "tokenizer.path"
+) -> PreTrainedTokenizerFast:
     """The tokenizer at a directory, in a `tokenizer.json`, or of a hub id; no remote code runs.
 
     Where there is a `tokenizer.json`, it is that one, as it is. transformers would take a class by
     the family of the model beside it, and some (Qwen 2's, LLaMA's) put a normalizer and splitting
     of their own in the place of the file's.
 
-    `where` is the key that named it. Raises `DataError` when there is none, when it is damaged, or
-    when it is not a fast one.
+    `where` is the key that named it; `revision` a commit, tag or branch of a hub id.
+
+    Raises:
+        HubError: nothing there, neither here nor on the hub.
+        DataError: no tokenizer, a damaged one, or one that is not fast.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(path_or_id).expanduser()
-    if not path.exists() and _is_local(path_or_id):
-        raise _cannot_load(where, path_or_id, "no such file or directory")
+    commit = commit_of(path_or_id, revision, where=where, what=TOKENIZER)
     try:
         if path.is_file():
             return _load_file(path)
         name = str(path) if path.exists() else path_or_id
-        reader = PreTrainedTokenizerFast if _is_whole(name) else AutoTokenizer
-        tokenizer = reader.from_pretrained(name, trust_remote_code=False)
+        reader = PreTrainedTokenizerFast if _is_whole(name, commit) else AutoTokenizer
+        tokenizer = reader.from_pretrained(name, revision=commit, trust_remote_code=False)
     except Exception as error:  # the libraries raise a bare Exception for damaged files
         raise _cannot_load(where, path_or_id, _reason(path, error)) from error
     if not tokenizer.is_fast:
@@ -333,7 +341,7 @@ def _load_file(path: Path) -> PreTrainedTokenizerFast:
     return _as_fast(Tokenizer.from_file(str(path)))
 
 
-def _is_whole(name: str) -> bool:
+def _is_whole(name: str, commit: str | None) -> bool:
     """Whether a directory or hub id has a `tokenizer.json`, and names no code of its own."""
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
     from transformers.utils import cached_file
@@ -342,35 +350,25 @@ def _is_whole(name: str) -> bool:
         "_raise_exceptions_for_missing_entries": False,
         "_raise_exceptions_for_connection_errors": False,
     }
-    if cached_file(name, "tokenizer.json", **quietly) is None:
+    if cached_file(name, "tokenizer.json", revision=commit, **quietly) is None:
         return False
-    return "auto_map" not in get_tokenizer_config(name)
-
-
-def _is_local(path_or_id: str) -> bool:
-    """Whether it can only be a path: a hub id is `name` or `owner/name`."""
-    return path_or_id.startswith(("/", "./", "../", "~")) or path_or_id.count("/") > 1
+    return "auto_map" not in get_tokenizer_config(name, revision=commit)
 
 
 def _reason(path: Path, error: Exception) -> str:
     if path.is_dir() and not (path / "tokenizer.json").exists():
         return "no tokenizer.json, and nothing else that a fast tokenizer can be made of"
     reason = str(error).strip() or type(error).__name__
-    if path.exists():
-        return reason
-    return f"no such directory here; as a hub id: {reason.splitlines()[0]}"
+    return reason if path.exists() else reason.splitlines()[0]
 
 
 def _cannot_load(where: str, path_or_id: str, got: str) -> DataError:
-    there = Path(path_or_id).expanduser().exists()
     return DataError.of(
         where,
         got=f"{path_or_id}: {got}",
-        expected="a fast tokenizer: a Hugging Face directory, a tokenizer.json, or a hub id",
+        expected=TOKENIZER,
         hint="a fast tokenizer's directory has a tokenizer.json; "
-        "`tokenizer.save_pretrained(directory)` writes it, beside a model too"
-        if there or _is_local(path_or_id)
-        else "is the path right? On the hub, a private or gated one needs `hf auth login`",
+        "`tokenizer.save_pretrained(directory)` writes it, beside a model too",
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from babyllama_ds.errors import ModelError
+from babyllama_ds.hub import can_only_be_local
 from babyllama_ds.models.build import load_model
 from babyllama_ds.models.directories import check_weight_files
 from babyllama_ds.models.families import check_causal
@@ -55,7 +56,7 @@ def check_model_directory(path: str, *, where: str = WHERE) -> None:
     """
     directory = Path(path)
     if not directory.is_dir():
-        if directory.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        if directory.exists() or can_only_be_local(path):
             raise _no_model(path, "a file" if directory.exists() else "no such directory", where)
         return
     if not (directory / "config.json").exists():

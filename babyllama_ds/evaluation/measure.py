@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.hub import cached_file, extract_commit_hash
 
 from babyllama_ds.corpus.cleaning import Cleaning
 from babyllama_ds.corpus.prepare import PREPARATION
@@ -47,6 +46,8 @@ from babyllama_ds.evaluation.sentences import prefix_ids
 from babyllama_ds.evaluation.stored import store_key, stored_evaluation
 from babyllama_ds.files import hash_json
 from babyllama_ds.fingerprints import hashes_now, measured_fingerprint
+from babyllama_ds.hub import commit_of
+from babyllama_ds.models.directories import MODEL
 from babyllama_ds.models.families import positions_of
 from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.evaluation import Prefix
@@ -83,9 +84,10 @@ def measure(
 ) -> dict[str, Any]:
     """The object that a run writes to `evaluation/<model>.json`, of the model at `path`.
 
-    With a `store` the same measurement is made once. Of a hub id without a commit it is made anew.
+    With a `store` the same measurement is made once.
 
     Raises:
+        HubError: nothing there, neither here nor on the hub.
         ModelError: no model there, one that is not causal or that no safetensors hold, windows
             beyond its positions.
         DataError: nothing to measure; a tokenizer that cannot be used; texts or pairs that cannot
@@ -129,9 +131,9 @@ def measure(
             )
         return {**result, "seconds": time.monotonic() - started}
 
-    content = None if store is None else _content(directory)
-    if store is None or content is None:
+    if store is None:
         return make()
+    content = _content(directory)
     key = store_key(
         _fingerprint(content, tokenizer, sources, wanted), device=device.type, attention="default"
     )
@@ -225,12 +227,7 @@ def _fingerprint(
     )
 
 
-def _content(directory: str) -> dict[str, str] | None:
-    """A local model by its files, one of a hub by its commit; none: nothing is known of it."""
-    if Path(directory).is_dir():
-        return hashes_now(Path(directory))
-    try:
-        commit: str | None = extract_commit_hash(cached_file(directory, "config.json"), None)
-    except OSError:  # loading it will say what is wrong
-        return None
-    return None if commit is None else {"hub": directory, "commit": commit}
+def _content(directory: str) -> dict[str, str]:
+    """A local model by its files, one of a hub by its commit."""
+    commit = commit_of(directory, where=WHERE, what=MODEL)
+    return hashes_now(Path(directory)) if commit is None else {"hub": directory, "commit": commit}

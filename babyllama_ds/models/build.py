@@ -7,7 +7,6 @@ the device, the precision or the number of ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +21,8 @@ from transformers import (
 )
 
 from babyllama_ds.errors import ModelError
-from babyllama_ds.models.directories import check_weight_files, read_config
+from babyllama_ds.hub import commit_of
+from babyllama_ds.models.directories import MODEL, check_weight_files, read_config
 from babyllama_ds.models.families import missing_kernels, positions_of
 from babyllama_ds.models.fused import fuse
 from babyllama_ds.models.probe import embedding_rows
@@ -45,7 +45,13 @@ def build_model(
     """
     if isinstance(spec, PretrainedModel):
         dropouts = Dropouts(spec.dropout, spec.attention_dropout)
-        model = load_model(spec.path, attention=attention, where=where, dropouts=dropouts)
+        model = load_model(
+            spec.path,
+            revision=spec.revision,
+            attention=attention,
+            where=where,
+            dropouts=dropouts,
+        )
     else:
         config = model_config(spec, tokenizer)
         with torch.random.fork_rng(devices=[]):
@@ -114,20 +120,23 @@ AS_CONFIGURED = Dropouts()
 def load_model(
     path: str,
     *,
+    revision: str | None = None,
     attention: str | None,
     where: str,
     dtype: torch.dtype | str = torch.float32,
     dropouts: Dropouts = AS_CONFIGURED,
 ) -> nn.Module:
-    """A causal language model from a Hugging Face directory or hub id; safetensors only.
+    """A causal language model from a Hugging Face directory, or of a hub id at a commit, tag or
+    branch; safetensors only.
 
     No `attention`: PyTorch's fused one, or `eager` in families that have nothing else.
 
     Raises:
+        HubError: nothing there, neither here nor on the hub.
         ModelError: nothing loadable at `path`, a file without all of the model's weights, or a
             dropout that the family does not have.
     """
-    config = read_config(path, where=where)
+    config = read_config(path, revision=revision, where=where)
     check_weight_files(path, where=where)
     set_dropouts(config, dropouts, where=where)
     if "sdpa" in missing_kernels(config):  # transformers may load it all the same
@@ -141,6 +150,7 @@ def load_model(
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
+            revision=commit_of(path, revision, where=where, what=MODEL),
             config=config,
             dtype=dtype,
             attn_implementation=attention,
@@ -154,8 +164,7 @@ def load_model(
         raise ModelError.of(
             where,
             got=f"{path}: {reason}",
-            expected="a causal language model directory (config.json, model.safetensors) or hub id",
-            hint=None if Path(path).exists() else "no such directory here: is the path right?",
+            expected=MODEL,
         ) from error
     _check_whole(report, path, where=where)
     loaded: nn.Module = model

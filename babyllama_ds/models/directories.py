@@ -21,29 +21,34 @@ from transformers import (
 )
 
 from babyllama_ds.errors import ModelError
+from babyllama_ds.hub import commit_of
+
+MODEL = "a causal language model: its directory (config.json, *.safetensors), or a hub id"
+"""What a model's path is expected to name."""
 
 _OF_ONE_MODEL = {"attn_config", "ffn_config"}
 """Parts of a configuration that describe no model of their own (MPT, DBRX)."""
 
 
-def read_config(path: str, *, where: str) -> PretrainedConfig:
+def read_config(path: str, *, revision: str | None = None, where: str) -> PretrainedConfig:
     """The configuration of the causal language model in a directory, or of a hub id.
 
     Raises:
+        HubError: nothing there, neither here nor on the hub.
         ModelError: none that can be read, a family of its own code or one that transformers does
             not know, an encoder-decoder, a model of more than text, quantised weights.
     """
+    commit = commit_of(path, revision, where=where, what=MODEL)
     try:
-        found, _ = PretrainedConfig.get_config_dict(path)
+        found, _ = PretrainedConfig.get_config_dict(path, revision=commit)
         _check_found(found, path, where=where)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, revision=commit, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError.of(
             where,
             got=f"{path}: {reason}",
-            expected="a causal language model's directory with its config.json, or a hub id",
-            hint=None if Path(path).exists() else "no such directory here: is the path right?",
+            expected=MODEL,
         ) from error
     _check_config(config, path, where=where)
     return config

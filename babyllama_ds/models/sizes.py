@@ -211,7 +211,7 @@ def absent_kernels(spec: ModelSpec, *, where: str) -> frozenset[str]:
     """
     if not isinstance(spec, PretrainedModel):
         return frozenset()  # LLaMA and GPT-2 have all
-    return missing_kernels(read_config(spec.path, where=where))
+    return missing_kernels(read_config(spec.path, revision=spec.revision, where=where))
 
 
 def attention_dropout_of(config: PretrainedConfig) -> float:
@@ -252,7 +252,7 @@ def _on_meta(config: PretrainedConfig) -> nn.Module:
 
 def _config(spec: ModelSpec, vocab_size: int, *, where: str) -> PretrainedConfig:
     if isinstance(spec, PretrainedModel):
-        config = read_config(spec.path, where=where)
+        config = read_config(spec.path, revision=spec.revision, where=where)
         set_dropouts(config, Dropouts(spec.dropout, spec.attention_dropout), where=where)
         return config
     return model_config(spec, cast(PreTrainedTokenizerBase, _Vocabulary(vocab_size)))

@@ -161,7 +161,7 @@ def _check_loaded(
 
 
 def _check_vocabulary(spec: PretrainedModel, corpus: Corpus, *, where: str) -> None:
-    theirs = load_tokenizer(spec.path, where=where)
+    theirs = load_tokenizer(spec.path, spec.revision, where=where)
     different = differing_ids(corpus.tokenizer, theirs)
     if different:
         shown = [f"{i} is {b}, not {a}" for i, (a, b) in islice(different.items(), 4)]

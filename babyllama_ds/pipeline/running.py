@@ -17,6 +17,7 @@ from babyllama_ds.engine import distributed
 from babyllama_ds.engine.shared_memory import check_shared_memory
 from babyllama_ds.errors import Stopped, UserError
 from babyllama_ds.locks import RunLock
+from babyllama_ds.pipeline.pinning import pin_to_commits
 from babyllama_ds.pipeline.stages import Pipeline
 from babyllama_ds.rundir import RunDirectory, flat_job
 from babyllama_ds.spec.job import JobSpec
@@ -56,7 +57,8 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
             directory.bring_together(storages)
             with _state_kept(directory, storages):
                 store = Store(runs / "store", while_waiting=stop.check)
-                Pipeline(job, directory, store, storages, device, stop).run()
+                pinned = pin_to_commits(job, directory, storages)
+                Pipeline(pinned, directory, store, storages, device, stop).run()
     finally:
         stop.uninstall()
         distributed.stop()

@@ -285,4 +285,4 @@ def _tail_tokens(job: JobSpec, train_tokens: int) -> int | None:
 def _vocab_size(job: JobSpec) -> int:
     if isinstance(job.tokenizer, TrainedTokenizer):
         return job.tokenizer.vocab_size
-    return len(load_tokenizer(job.tokenizer.path))
+    return len(load_tokenizer(job.tokenizer.path, job.tokenizer.revision))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """A name that becomes a file or folder name."""
+
+HubName = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path, or an id of the Hugging Face hub."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What every random generator we use accepts."""

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from babyllama_ds.spec.base import Mismatch, Name, Spec, consistent, repeated_names
+from babyllama_ds.spec.base import HubName, Mismatch, Name, Spec, consistent, repeated_names
 
 
 class NurseryCorpus(Spec):
@@ -232,8 +232,10 @@ class LoadedTokenizer(Spec):
     """An existing fast tokenizer."""
 
     kind: Literal["pretrained"]
-    path: str
+    path: HubName
     """A Hugging Face tokenizer directory, a `tokenizer.json`, or a hub id."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Of a hub id: as that of a model."""
     document_tokens: DocumentTokens = "none"
     """Special tokens at the ends of every document: the tokenizer's `bos_token` where it begins,
     its `eos_token` where it ends; `none` (published): no special token is in the stream. Needs

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from babyllama_ds.spec.base import Mismatch, Spec, consistent
+from babyllama_ds.spec.base import HubName, Mismatch, Spec, consistent
 
 Attention = Literal[
     "auto", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sdpa", "eager"
@@ -98,8 +98,11 @@ class PretrainedModel(Spec):
     """Any causal language model that transformers can load (safetensors only)."""
 
     kind: Literal["pretrained"]
-    path: str
+    path: HubName
     """A Hugging Face model directory or hub id."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Of a hub id: a commit, tag or branch; none: the main branch, at the commit that the run's
+    first start finds."""
     dropout: Dropout | None = None
     """Dropout of residuals and embeddings in training, for families that have it; none: as
     config.json says."""

@@ -36,7 +36,8 @@ from babyllama_ds.spec.training import EarlyStopping, MovingAverage, Muon, Train
 
 LLAMA = LlamaModel(kind="llama", hidden_size=48, num_layers=2, num_heads=4, intermediate_size=40)
 GPT2 = Gpt2Model(kind="gpt2", hidden_size=48, num_layers=2, num_heads=4)
-HUB = PretrainedModel(kind="pretrained", path="someone/model")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB = PretrainedModel(kind="pretrained", path="someone/model", revision=COMMIT)
 TRAINING = TrainingSpec(batch_windows=8, epochs=1.0, learning_rate=1e-3)
 BEFORE = {
     "llama": "43916a516ecd9bd1bfab964017623f4e561bb6d0687592a6cea6095e1bc12622",
@@ -135,7 +136,7 @@ WINDOWS_MATTER = {
     "attention": "document",
     "order": "published",
 }
-PRETRAINED_MATTERS = {"dropout": 0.2, "attention_dropout": 0.0}
+PRETRAINED_MATTERS = {"revision": COMMIT[::-1], "dropout": 0.2, "attention_dropout": 0.0}
 
 
 def test_the_tables_name_every_field() -> None:
@@ -236,8 +237,11 @@ def loaded(
     attention: str = "auto",
     tokenizer_key: str = "t",
     precision: str = "bf16",
+    revision: str | None = None,
 ) -> str:
-    model = PretrainedModel(kind="pretrained", path=str(path), attention=attention)
+    model = PretrainedModel(
+        kind="pretrained", path=str(path), attention=attention, revision=revision
+    )
     spec = TeacherSpec(name="a", model=model)
     return loaded_teacher_fingerprint(spec, tokenizer_key, precision=precision)
 
@@ -252,12 +256,18 @@ def test_a_loaded_model_is_known_by_its_content(tmp_path: Path) -> None:
     assert loaded(saved_model(tmp_path / "weights", fill=1.0)) != loaded(here)
     assert loaded(saved_model(tmp_path / "config", config='{"a": 1}')) != loaded(here)
     assert loaded(here, tokenizer_key="u") != loaded(here)
-    assert loaded("someone/model") != loaded("someone/other")
 
 
-def test_a_loaded_model_is_another_in_another_precision() -> None:
+def test_a_model_of_the_hub_is_known_by_its_commit() -> None:
+    one = loaded("someone/model", revision=COMMIT)
+    assert loaded("someone/other", revision=COMMIT) != one
+    assert loaded("someone/model", revision=COMMIT[::-1]) != one
+
+
+def test_a_loaded_model_is_another_in_another_precision(tmp_path: Path) -> None:
     """The store keeps its weights rounded: those of bf16 are not what an fp32 job asks for."""
-    assert loaded("someone/model", precision="fp32") != loaded("someone/model")
+    here = saved_model(tmp_path / "here")
+    assert loaded(here, precision="fp32") != loaded(here)
 
 
 def test_a_student_warm_started_from_other_weights_is_another(tmp_path: Path) -> None:
@@ -422,7 +432,8 @@ def test_at_their_neutral_values_later_options_are_not_there() -> None:
     """What was made before they came still stands: the JSON that is hashed is the same."""
     plain = fingerprints._plain(TRAINING) | fingerprints._loss(DistillationSpec())
     assert {"z_loss", "unlabelled_tokens", "divergence", "hidden_matching"}.isdisjoint(plain)
-    assert fingerprints._plain(HUB, exclude={"attention"}).keys() == {"kind", "path"}
+    here = PretrainedModel(kind="pretrained", path="here")
+    assert fingerprints._plain(here, exclude={"attention"}).keys() == {"kind", "path"}
     assert plain["alpha"] == 0.5
     assert plain["temperature"] == 2.0
 

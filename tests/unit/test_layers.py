@@ -16,7 +16,7 @@ LAUNCHER = PACKAGE.parent / "launcher" / "run.py"
 
 ROWS = (
     {
-        *("errors", "files", "memory", "locks", "store"),
+        *("errors", "files", "hub", "memory", "locks", "store"),
         *("ranks", "storages", "slurm", "stopping", "console"),
     },
     {"spec"},

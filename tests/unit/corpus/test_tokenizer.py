@@ -25,7 +25,7 @@ from babyllama_ds.corpus.tokenizer import (
     vocabulary_hash,
     vocabulary_size,
 )
-from babyllama_ds.errors import DataError, JobError, Stopped
+from babyllama_ds.errors import DataError, HubError, JobError, Stopped
 from babyllama_ds.spec.corpus import TrainedTokenizer
 
 LINES = [
@@ -290,7 +290,7 @@ def test_a_file_without_our_special_tokens_gets_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["./no/such", "/no/such/tokenizer.json", "a/b/c"])
 def test_a_missing_path_is_not_asked_of_the_hub(path: str) -> None:
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(HubError) as caught:
         load_tokenizer(path)
     assert caught.value.problems[0].got == f"{path}: no such file or directory"
 
@@ -300,7 +300,7 @@ def test_what_may_be_a_hub_id_is_told_to_be_no_directory_here(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(HubError) as caught:
         load_tokenizer("runs/nursery-1", where="MODEL")
     problem = caught.value.problems[0]
     assert problem.got.startswith("runs/nursery-1: no such directory here; as a hub id: ")
