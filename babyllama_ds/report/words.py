@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from babyllama_ds.report.formatting import MISSING, count, flat, number, percent, points
+from babyllama_ds.report.formatting import MISSING, count, number, percent, points
 
 CAVEAT = (
     "One run, one seed: a difference between two of its models says little before it is seen over "
@@ -150,9 +150,13 @@ def origin(report: Mapping[str, Any]) -> str:
 
 
 def _hardware(hardware: Any) -> str:
-    if isinstance(hardware, Mapping):
-        return ", ".join(f"{key} {value}" for key, value in flat(hardware))
-    return str(hardware) if hardware else f"hardware {MISSING}"
+    """`environment.describe_environment`'s, in a line: the card, if one, and its host."""
+    if not isinstance(hardware, Mapping):
+        return str(hardware) if hardware else f"hardware {MISSING}"
+    known = {key: hardware.get(key) or MISSING for key in ("cores", "host_cpu", "memory_gib")}
+    host = "{cores} cores of {host_cpu}, {memory_gib} GiB".format_map(known)
+    card = hardware.get("cuda_device")
+    return f"{card}, beside {host}" if card else host
 
 
 # -- teachers and loss ----------------------------------------------------------------------------

@@ -805,6 +805,19 @@ def test_loss_steps_tasks_and_environment(run_dir: Path) -> None:
     assert 'AutoModelForCausalLM.from_pretrained("student")' in page
 
 
+@pytest.mark.parametrize(
+    ("card", "told"),
+    [
+        (None, "16 cores of Some CPU, 125.5 GiB"),
+        ("NVIDIA H100", "NVIDIA H100, beside 16 cores of Some CPU, 125.5 GiB"),
+    ],
+)
+def test_the_machine_is_told_in_words(run_dir: Path, card: str | None, told: str) -> None:
+    facts = {"host_cpu": "Some CPU", "cores": 16, "memory_gib": 125.5, "cuda_device": card}
+    write(run_dir / "environment.json", ENVIRONMENT | {"hardware": facts})
+    assert f"· seed 11 · {told}\n" in render_markdown(collect_report(run_dir))
+
+
 def test_ties_are_shown(run_dir: Path) -> None:
     write(run_dir / "evaluation" / "wide.json", evaluation("wide", 4.7, [0.0, 0.5], num_ties=3))
     assert "(ties: wide 6)" in render_markdown(collect_report(run_dir))
