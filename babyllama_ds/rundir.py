@@ -34,7 +34,7 @@ FREE_KEYS = re.compile(
     r"|.*\.(micro_batch|gradient_checkpointing|log_every_steps|profile_steps)"
     r"|.*\.(checkpoint_every_steps|model\.attention|tensor_parallel)"
     r"|corpus\.(sources\.\d+\.corpus\.)?(train|split\.dev|path|column)(\..*)?"
-    r"|(tokenizer|.*\.model)\.path"
+    r"|(tokenizer|.*\.model)\.(path|revision)"
 )
 
 METRICS_NAME = "metrics.jsonl"

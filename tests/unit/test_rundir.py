@@ -142,6 +142,18 @@ def test_what_changes_no_model_may_change(
     assert load_job(directory.path / "job.yaml", environ={}) == changed
 
 
+@pytest.mark.parametrize(
+    "change", ["teachers.0.model.path=/models/elder", "teachers.0.model.revision=v1"]
+)
+def test_a_loaded_model_is_compared_by_what_it_is(
+    job_of: JobOf, change: str, directory: RunDirectory
+) -> None:
+    elder = "teachers.0={name: elder, model: {kind: pretrained, path: someone/elder}}"
+    directory.open(job_of("nursery", elder))
+    (directory.path / "student").mkdir()
+    directory.open(job_of("nursery", elder, change))
+
+
 PHASES = "windows.offsets={phases: 2}"
 
 
