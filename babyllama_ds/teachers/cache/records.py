@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from babyllama_ds.memory import sent
 from babyllama_ds.teachers.cache.layout import Layout, shard_path
 
 Numbers = NDArray[np.int64]
@@ -58,7 +59,7 @@ class MemoryRecords:
 
     def read(self, windows_B: Numbers) -> Tensor:
         """Their records [B, R], gathered; from the host without waiting for the copy."""
-        index_B = torch.from_numpy(windows_B).to(self._words_MW.device, non_blocking=True)
+        index_B = sent(torch.from_numpy(windows_B), self._words_MW.device)
         # A new buffer each time: PyTorch gives a pinned one out again once its copy has ended.
         found_BW = torch.empty(
             len(index_B),
