@@ -53,6 +53,12 @@ def test_the_card_refuses_and_counts(cases: Mapping[str, Mapping[str, Any]]) -> 
     assert "Expected all tensors to be on the same device" in cases["mixed"]["error"]
 
 
+def test_what_is_computed_for_the_card_stays_on_it(
+    cases: Mapping[str, Mapping[str, Any]],
+) -> None:
+    assert cases["filling the card"] == {"waits": {}}
+
+
 @pytest.mark.parametrize(
     ("kind", "where"),
     [("step", "lean.py"), ("evaluation", "cross_entropy.py"), ("sentences", "sentences.py")],

@@ -36,6 +36,8 @@ from babyllama_ds.spec.loading import load_job  # noqa: E402
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel  # noqa: E402
 from babyllama_ds.spec.shipped import find_job  # noqa: E402
 from babyllama_ds.spec.training import TrainingSpec  # noqa: E402
+from babyllama_ds.stopping import StopRequest  # noqa: E402
+from babyllama_ds.teachers.cache import build  # noqa: E402
 from babyllama_ds.teachers.cache.hidden import RememberedMember  # noqa: E402
 from babyllama_ds.teachers.cache.layout import Layout, padded_bytes  # noqa: E402
 from babyllama_ds.teachers.cache.records import MemoryRecords  # noqa: E402
@@ -216,6 +218,24 @@ def sentence_waits() -> dict[str, int]:
     )
 
 
+def filling_waits(place: torch.device) -> dict[str, int]:
+    """Of a cache that is computed into memory, by teachers that nobody waits for."""
+    wanted = layout(LENGTH * 8)
+    work = build.Work(name="cache", layout=wanted, stop=StopRequest())
+    memory = MemoryRecords(wanted, place=place, device=DEVICE)
+
+    def compute(windows_B: np.ndarray) -> torch.Tensor:
+        values = torch.full((len(windows_B), LENGTH), int(windows_B[0]), device=DEVICE)
+        return values.view(torch.uint8)
+
+    found = card.waits(
+        lambda: build.make_in_memory(work, memory, list(range(wanted.num_shards)), compute)
+    )
+    filled = memory.read(np.arange(WINDOWS)).view(torch.int64)[:, 0].tolist()
+    assert filled == [number // MICRO * MICRO for number in range(WINDOWS)]
+    return dict(found)
+
+
 def planted() -> dict[str, int]:
     """What the card is to notice."""
     tensor = torch.arange(6, device=DEVICE)
@@ -261,6 +281,7 @@ CASES: dict[str, Callable[[], dict[str, int]]] = {
     "step: cache in the host": lambda: step_waits(remembered(torch.device("cpu"))),
     "step: likeliest on the card": lambda: step_waits(most_likely(DEVICE)),
     "step: likeliest in the host": lambda: step_waits(most_likely(torch.device("cpu"))),
+    "filling the card": lambda: filling_waits(DEVICE),
     "evaluation": lambda: evaluation_waits(documents=False, domains=False),
     "evaluation: domains": lambda: evaluation_waits(documents=False, domains=True),
     "evaluation: documents": lambda: evaluation_waits(documents=True, domains=True),

@@ -42,7 +42,7 @@ class MemoryRecords:
 
     def __init__(self, layout: Layout, *, place: torch.device, device: torch.device) -> None:
         """Room for every record at `place`, to be filled with `put` and read to `device`."""
-        self._place, self._device = place, device
+        self.place, self._device = place, device
         self._through_pinned = place.type == "cpu" and device.type == "cuda"
         # In words: a gather of bytes is slow on an accelerator.
         self._words_MW = torch.empty(
@@ -77,7 +77,7 @@ class MemoryRecords:
     def close(self) -> None:
         """Free the memory; of a card for whoever asks what is free there, not for torch alone."""
         self._words_MW = torch.empty(0, 0, dtype=torch.int64)
-        if self._place.type == "cuda":
+        if self.place.type == "cuda":
             torch.cuda.empty_cache()
 
 
