@@ -20,6 +20,7 @@ import torch.distributed as dist
 from babyllama_ds import ranks
 from babyllama_ds.engine.joining import Facts, Joined, join
 from babyllama_ds.engine.quirks import (
+    ask_torch_for_free_memory,
     quiet_known_noise,
     skip_looks_at_windows,
     skip_shared_memory_op,
@@ -108,6 +109,7 @@ def start(
     skip_looks_at_windows()
     quiet_known_noise()
     if device == "cuda":
+        ask_torch_for_free_memory()
         torch.cuda.set_device(ranks.local_rank())
     else:
         torch.set_num_threads(threads_per_rank())

@@ -35,6 +35,23 @@ def skip_shared_memory_op() -> None:
     compatible["deepspeed_shm_comm"] = False
 
 
+def ask_torch_for_free_memory() -> None:
+    """Have DeepSpeed ask torch how much of a card is free, which it asks of every engine.
+
+    Where NVML's Python package is installed it would ask that, and take what stands in
+    CUDA_VISIBLE_DEVICES for numbers: a card's name there, or that of a part of one (`GPU-…`,
+    `MIG-…`, as schedulers write them), would end the run.
+    """
+    import torch
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    def available_memory(_: CUDA_Accelerator, device_index: int | None = None) -> int:
+        free, _total = torch.cuda.mem_get_info(device_index)
+        return int(free)
+
+    CUDA_Accelerator.available_memory = available_memory
+
+
 def skip_looks_at_windows() -> None:
     """Tell transformers which windows hold several sequences, and that none is padded: it need not
     look.

@@ -154,11 +154,14 @@ def make_files(work: Work, directory: Path, missing: list[int], compute: Compute
 def make_in_memory(work: Work, memory: MemoryRecords, missing: list[int], compute: Compute) -> None:
     """Compute shards and give them to every rank's `memory`; no disk takes part. A collective.
 
+    A rank alone sends them to nobody: what stays on the card does not come to the host.
+
     Raises:
         Stopped: the run was asked to stop; the next start begins anew.
     """
+    place = memory.place if ranks.world_size() == 1 else torch.device("cpu")
     for shard in _rounds(work, missing):
-        records = ranks.on_every_rank(partial(compute_shard, work, shard, compute))
+        records = ranks.on_every_rank(partial(compute_shard, work, shard, compute, place=place))
         for source, theirs in enumerate(ranks.gather_objects(shard)):
             if theirs is not None:
                 start = theirs * work.layout.shard_windows
@@ -171,8 +174,10 @@ def load(layout: Layout, directory: Path, shards: Whole, memory: MemoryRecords) 
         memory.put(shard * layout.shard_windows, _read(layout, directory, shard))
 
 
-def compute_shard(work: Work, shard: int | None, compute: Compute) -> Tensor:
-    """The records [n, record_bytes] of a shard, on the CPU; of none, no records.
+def compute_shard(
+    work: Work, shard: int | None, compute: Compute, *, place: torch.device | None = None
+) -> Tensor:
+    """The records [n, record_bytes] of a shard, at `place` (none: on the CPU); of none, no records.
 
     Every forward pass has `forward_windows` windows, the last one filled up with window 0: the
     same shape everywhere, so the same rounding. In step, every rank makes the passes of a whole
@@ -180,7 +185,7 @@ def compute_shard(work: Work, shard: int | None, compute: Compute) -> Tensor:
     """
     layout = work.layout
     windows = np.empty(0, np.int64) if shard is None else layout.windows(shard)
-    records = torch.empty(len(windows), layout.record_bytes, dtype=torch.uint8)
+    records = torch.empty(len(windows), layout.record_bytes, dtype=torch.uint8, device=place)
     size = layout.forward_windows
     passed = layout.shard_windows if work.in_step else len(windows)
     for start in range(0, passed, size):

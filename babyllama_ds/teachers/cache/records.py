@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from babyllama_ds.memory import sent
 from babyllama_ds.teachers.cache.layout import Layout, shard_path
 
 Numbers = NDArray[np.int64]
@@ -41,7 +42,7 @@ class MemoryRecords:
 
     def __init__(self, layout: Layout, *, place: torch.device, device: torch.device) -> None:
         """Room for every record at `place`, to be filled with `put` and read to `device`."""
-        self._place, self._device = place, device
+        self.place, self._device = place, device
         self._through_pinned = place.type == "cpu" and device.type == "cuda"
         # In words: a gather of bytes is slow on an accelerator.
         self._words_MW = torch.empty(
@@ -58,7 +59,7 @@ class MemoryRecords:
 
     def read(self, windows_B: Numbers) -> Tensor:
         """Their records [B, R], gathered; from the host without waiting for the copy."""
-        index_B = torch.from_numpy(windows_B).to(self._words_MW.device, non_blocking=True)
+        index_B = sent(torch.from_numpy(windows_B), self._words_MW.device)
         # A new buffer each time: PyTorch gives a pinned one out again once its copy has ended.
         found_BW = torch.empty(
             len(index_B),
@@ -76,7 +77,7 @@ class MemoryRecords:
     def close(self) -> None:
         """Free the memory; of a card for whoever asks what is free there, not for torch alone."""
         self._words_MW = torch.empty(0, 0, dtype=torch.int64)
-        if self._place.type == "cuda":
+        if self.place.type == "cuda":
             torch.cuda.empty_cache()
 
 

@@ -60,7 +60,7 @@ def test_closing_gives_the_cards_memory_back(
     assert isinstance(records, MemoryRecords)
     words, given_back = weakref.ref(records._words_MW), list[bool]()
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(words() is None))
-    records._place = torch.device("cuda")
+    records.place = torch.device("cuda")
     records.close()
     assert given_back == [True]
 
