@@ -913,6 +913,21 @@ def test_cards_of_the_others(run_dir: Path) -> None:
     assert "a teacher, from which the student" in teacher
 
 
+def test_a_card_names_muon_and_the_settings_within_settings(run_dir: Path) -> None:
+    own = {**TRAINING, "muon": {"learning_rate": 0.03, "momentum": 0.9}, "ema": None}
+    job = make_job(control={"training": {**own, "ema": {"decay": 0.97, "ramp": False}}})
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(job))
+    report = collect_report(run_dir)
+    card = render_model_card(report, "control")
+    assert "- Muon at 0.03 for the layers' matrices, else AdamW, learning rate 0.0007" in card
+    settings = dict(find_table(card, "setting")[2:])
+    assert (settings["muon.learning_rate"], settings["muon.momentum"]) == ("0.03", "0.9")
+    assert (settings["ema.decay"], settings["ema.ramp"]) == ("0.97", "False")
+    plain = render_model_card(report, "student")
+    assert "- AdamW, learning rate 0.0007" in plain
+    assert "max_steps" not in dict(find_table(plain, "setting")[2:])
+
+
 def test_card_of_a_run_without_a_control_and_with_a_loaded_teacher(run_dir: Path) -> None:
     loaded = {"name": "big", "model": {"kind": "pretrained", "path": "x"}, "training": None}
     job = make_job(control=None, teachers=[loaded])
