@@ -23,10 +23,6 @@ DOMAINS_NOTE = (
     "before. The whole is the mean over tokens."
 )
 ENDED = {"early_stopping": "early stopping", "max_minutes": "max_minutes"}
-SPEED_NOTE = (
-    "GFLOP/s of the matrix products that training has to compute; mfu is their part of what this "
-    "machine's bf16 products were measured to reach at the same shapes."
-)
 
 
 # -- the result -----------------------------------------------------------------------------------
@@ -132,6 +128,21 @@ def trained_elsewhere(report: Mapping[str, Any], name: str) -> bool:
     model, logged = report["models"][name], report["last_logged_step"]
     trained = model["role"] == "teacher" and bool(model["steps"])
     return trained and bool(logged) and f"teachers/{name}" not in logged
+
+
+def speed(report: Mapping[str, Any]) -> str:
+    """What the rates are, and those that cannot be."""
+    note = (
+        "GFLOP/s of the matrix products that training has to compute; mfu is their part of what "
+        "this machine's bf16 products were measured to reach at the same shapes."
+    )
+    beyond = [name for name, model in report["models"].items() if (model["mfu"] or 0.0) > 1]
+    if not beyond:
+        return note
+    return (
+        f"{note} That of {', '.join(beyond)} is above 1, which cannot be: the machine was busy "
+        "with other work while its products were measured, so leave it aside."
+    )
 
 
 # -- what it belongs to ---------------------------------------------------------------------------

@@ -913,6 +913,21 @@ def test_cards_of_the_others(run_dir: Path) -> None:
     assert "a teacher, from which the student" in teacher
 
 
+def test_an_mfu_that_cannot_be_is_not_left_to_be_believed(run_dir: Path) -> None:
+    """As on a machine that was busy when its products were measured."""
+    from babyllama_ds.report.html import render_html, view_of
+
+    report = collect_report(run_dir)
+    for model in report["models"].values():
+        model["mfu"] = 0.99
+    pages = [render_markdown(report), render_html(view_of(report, {}))]
+    assert all("above 1" not in page for page in pages)
+    report["models"]["deep"]["mfu"] = 1.07
+    report["models"]["wide"]["mfu"] = None  # loaded
+    pages = [render_markdown(report), render_html(view_of(report, {}))]
+    assert all("That of deep is above 1, which cannot be" in page for page in pages)
+
+
 def test_a_card_names_muon_and_the_settings_within_settings(run_dir: Path) -> None:
     own = {**TRAINING, "muon": {"learning_rate": 0.03, "momentum": 0.9}, "ema": None}
     job = make_job(control={"training": {**own, "ema": {"decay": 0.97, "ramp": False}}})
