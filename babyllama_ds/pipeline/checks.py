@@ -67,8 +67,8 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     benchmarks = parts.benchmarks(corpus)
     prefix_ids(corpus.tokenizer, job.evaluation.prefix)
     if ranks.rank() == 0:  # the same on all, and long benchmarks take seconds
-        for tasks in benchmarks.values():
-            _check_sentences(parts, tasks, corpus)
+        for name, tasks in benchmarks.items():
+            _check_sentences(parts, name, tasks, corpus)
     for spec in job.teachers:
         _check_split(parts, spec, corpus)
     for spec in job.teachers:
@@ -89,8 +89,12 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
         _check_loaded(parts, "student", job.student.model, trainings, layers, corpus)
 
 
-def _check_sentences(parts: Parts, tasks: Sequence[Task], corpus: Corpus) -> None:
-    """Each sentence of a benchmark fits into every model, all of which will be asked for it."""
+def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Corpus) -> None:
+    """Each sentence of a benchmark fits into every model, all of which will be asked for it.
+
+    Those that fit, but are longer than any window, are told of: no model that is trained here has
+    seen their last positions (GPT-2's would still be as they were drawn).
+    """
     spec = parts.job.evaluation
     token_ids, sources = encode_pairs(
         corpus.tokenizer, tasks, leading_space=spec.leading_space, prefix=spec.prefix
@@ -104,6 +108,17 @@ def _check_sentences(parts: Parts, tasks: Sequence[Task], corpus: Corpus) -> Non
             positions, remedy = model.max_positions, f"raise {key}.max_positions"
         whose = f"the positions of {stage}"
         check_fit(token_ids, positions, sources, whose=whose, remedy=remedy)
+    lengths, window = [len(ids) for ids in token_ids], parts.job.windows.length
+    if beyond := sum(length > window for length in lengths):
+        log.warning(
+            "%s: %d of %d sentences are longer than windows.length (%d tokens), up to %d: a "
+            "model that is trained here scores them at positions that it has never seen",
+            name,
+            beyond,
+            len(lengths),
+            window,
+            max(lengths),
+        )
 
 
 def _check_split(parts: Parts, spec: TeacherSpec, corpus: Corpus) -> None:

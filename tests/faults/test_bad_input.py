@@ -278,7 +278,7 @@ def test_teacher_that_is_not_there(job: Path, tmp_path: Path, refuse: Refuse) ->
 
 
 def test_a_sentence_longer_than_a_models_positions(
-    job: Path, tmp_path: Path, refuse: Refuse
+    job: Path, tmp_path: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Told before hours of training, not at the evaluation after them."""
     pairs = tmp_path / "pairs"
@@ -298,6 +298,12 @@ def test_a_sentence_longer_than_a_models_positions(
     assert nothing_trained(tmp_path / "runs")
     said = refuse(job, benchmark, "teachers.0.model.max_positions=91")
     assert "the positions of student" in said
+    # Where it fits, it is still longer than the windows, of 32 tokens.
+    fits = [f"{place}.model.max_positions=91" for place in ("teachers.0", "student")]
+    assert main(["run", str(job), "--runs", str(tmp_path / "fits"), benchmark, *fits]) == 0
+    assert "own: 1 of 4 sentences are longer than windows.length (32 tokens), up to 91" in (
+        capsys.readouterr().err
+    )
 
 
 # -- the machine ----------------------------------------------------------------------------------
