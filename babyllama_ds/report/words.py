@@ -43,7 +43,9 @@ def result(report: Mapping[str, Any]) -> list[str]:
     for benchmark, accuracy in student["minimal_pairs"].items():
         against = _points_over_control(report, benchmark)
         compared = f" ({against})" if against else ""
-        sentences.append(f"It is right on {100 * accuracy:.2f} % of {benchmark}{compared}.")
+        # Not of all pairs: a task of few weighs as much as one of many.
+        mean = f"{100 * accuracy:.2f} %, the mean over its tasks"
+        sentences.append(f"Its accuracy on {benchmark} is {mean}{compared}.")
     return sentences
 
 
@@ -61,7 +63,8 @@ def key_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         numbers.append((f"{student['dev_ce']:.4f}", "dev cross-entropy, nats/token", against))
     for benchmark, accuracy in student["minimal_pairs"].items():
         against = _points_over_control(report, benchmark)
-        numbers.append((f"{100 * accuracy:.2f} %", f"right on {benchmark}", against))
+        label = f"accuracy on {benchmark}, mean over tasks"
+        numbers.append((f"{100 * accuracy:.2f} %", label, against))
     return numbers
 
 

@@ -734,7 +734,8 @@ def test_headline(run_dir: Path) -> None:
         "**The student (1.29 M parameters) reaches a dev cross-entropy of 4.6420 nats/token, "
         "0.0120 better (lower) than its undistilled control and 0.0210 better (lower) than the "
         "best of its teachers (deep).** "
-        "It is right on 58.00 % of blimp (+2.00 ± 0.86 points against the control)."
+        "Its accuracy on blimp is 58.00 %, the mean over its tasks (+2.00 ± 0.86 points against "
+        "the control)."
     )
 
 
