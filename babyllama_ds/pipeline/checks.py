@@ -102,7 +102,7 @@ def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Cor
     for stage, model, _ in parts.models():
         key = parts.job.model_key(stage)
         if isinstance(model, PretrainedModel):
-            positions = positions_of(read_config(model.path, where=key))
+            positions = positions_of(read_config(model.path, revision=model.revision, where=key))
             remedy = f"take another model ({key}.path)"
         else:
             positions, remedy = model.max_positions, f"raise {key}.max_positions"
