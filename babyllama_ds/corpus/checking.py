@@ -3,7 +3,8 @@
 Enters: a path. Leaves: a `TextFile`, proved to be whole, UTF-8 and, where it is a table, to have
 text in every row of the column; or an error that names the place.
 
-A packed file is known by what is in it: packed anew, or unpacked, it is the same text.
+A packed file is known by what is in it: packed anew, or unpacked, it is the same text. Copies are
+known by their text, whatever their lines end in.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import hashlib
+import io
 import lzma
 import sys
 import zlib
@@ -55,6 +57,9 @@ class TextFile:
     """`train` for every file when development text is the tail of each (see `FileSources.tail`)."""
     sha256: str
     """Of the file's bytes, unpacked."""
+    text_sha256: str = field(compare=False)
+    """Of what is read from them: the same with and without a byte order mark or a last line break,
+    and whatever lines end in."""
     bytes: int
     """How many there are, unpacked."""
     lines: int
@@ -107,6 +112,7 @@ def read_file(
         domain=domain_of(path),
         split=split,
         sha256=content.digest.hexdigest(),
+        text_sha256=(content.digest if form == "parquet" else content.text_digest).hexdigest(),
         bytes=content.size,
         lines=lines,
         has_text=has_text,
@@ -136,6 +142,9 @@ class _Content:
     def __init__(self, path: Path, *, is_text: bool) -> None:
         self.size, self.has_text = 0, False
         self.digest, self.lines = hashlib.sha256(), LineCounter()
+        self.text_digest = hashlib.sha256()
+        self._newlines = io.IncrementalNewlineDecoder(None, translate=True)
+        self._line_ended = True
         self._path = path
         self._decoder = codecs.getincrementaldecoder("utf-8")() if is_text else None
 
@@ -144,12 +153,22 @@ class _Content:
         if self._decoder is not None:
             self.lines.add(block)
             text = self._decode(self._decoder, block)
-            self.has_text = self.has_text or bool(text.lstrip("\ufeff").strip())
+            text = text if self.size else text.removeprefix("\ufeff")
+            self.has_text = self.has_text or bool(text.strip())
+            self._digest_text(text)
         self.size += len(block)
 
     def end(self) -> None:
         if self._decoder is not None:
             self._decode(self._decoder, b"")
+            self._digest_text("", final=True)
+            if not self._line_ended:
+                self.text_digest.update(b"\n")
+
+    def _digest_text(self, text: str, *, final: bool = False) -> None:
+        if text := self._newlines.decode(text, final):
+            self.text_digest.update(text.encode())
+            self._line_ended = text.endswith("\n")
 
     def _decode(self, decoder: codecs.IncrementalDecoder, block: bytes) -> str:
         """`block` as text; no block: the file ends here."""

@@ -179,7 +179,7 @@ def _shared(spec: MixCorpus, sources: Sequence[Sources], key: str) -> list[Probl
                         hint="for more of it in the mix, give its source more weight and `repeat`",
                     )
                 )
-    return problems
+    return list(dict.fromkeys(problems))  # one file may be known in two ways
 
 
 def _dry(spec: MixCorpus, budgets: Sequence[int], found: Sequence[int], key: str) -> list[Problem]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from babyllama_ds.corpus.characters import Characters, tell_what_changes
 from babyllama_ds.corpus.documents import (
     DocumentTokens,
     check_documents_found,
@@ -106,9 +107,14 @@ def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
 
     def make(directory: Path) -> None:
         log.info("tokens: encoding %s", sources.size())
-        texts = {"train": iter_text(sources, "train"), "dev": iter_text(sources, "dev")}
+        characters = Characters()
+        texts = {
+            "train": characters.counted(iter_text(sources, "train")),
+            "dev": characters.counted(iter_text(sources, "dev")),
+        }
         tokenizer = load_tokenizer(str(tokenizer_dir))
         write_shards(directory, texts, tokenizer, documents=ends, check=check)
+        tell_what_changes(tokenizer, characters, TokenShards.open(directory))
 
     return CorpusEntries(
         tokenizer_dir=tokenizer_dir,

@@ -88,9 +88,18 @@ class TokenShards:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise _damaged(path, f"JSON of another shape ({error!r})", "a shard index") from error
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What there is: `train` and `dev`, or one of them."""
+        return tuple(self._arrays)
+
     def num_tokens(self, split: str) -> int:
         """Tokens in a split."""
         return int(self._starts[split][-1])
+
+    def count(self, split: str, token: int) -> int:
+        """How often a token is in a split."""
+        return sum(int(np.count_nonzero(part == token)) for part in self._arrays[split])
 
     def num_bytes(self, split: str) -> int:
         """UTF-8 bytes of a split's cleaned text."""

@@ -105,8 +105,14 @@ class FileSources:
         return {file.domain for file in self.files}
 
     def contents(self) -> dict[str, str]:
-        """SHA-256 and path of each file with text."""
-        return {file.sha256: str(file.path) for file in self.files if file.has_text}
+        """SHA-256 and path of each file with text: of its text, and of its bytes, by which a folder
+        of the hub's layout knows its files."""
+        with_text = [file for file in self.files if file.has_text]
+        return {
+            digest: str(file.path)
+            for file in with_text
+            for digest in (file.text_sha256, file.sha256)
+        }
 
     def size(self) -> str:
         """Megabytes."""
@@ -164,15 +170,15 @@ def read_texts(paths: Sequence[Path], *, cleaning: Cleaning, where: str) -> File
 
 def _shared_text(files: list[TextFile], key: str) -> list[Problem]:
     """Held-out files that are copies of training files under another name."""
-    trained = {file.sha256: file for file in files if file.split == "train"}
+    trained = {file.text_sha256: file for file in files if file.split == "train"}
     return [
         Problem(
             where=split_key(key, "dev"),
-            got=f"{file.path}, which has the same content as {trained[file.sha256].path}",
+            got=f"{file.path}, which has the same content as {trained[file.text_sha256].path}",
             expected="development text that no model is trained on",
         )
         for file in files
-        if file.split == "dev" and file.has_text and file.sha256 in trained
+        if file.split == "dev" and file.has_text and file.text_sha256 in trained
     ]
 
 

@@ -146,6 +146,18 @@ def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
     return meanings
 
 
+def unknown_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id that stands for text without a token; none: there is no such id.
+
+    The backend's, which is what comes of a text: GPT-2's family says that `<|endoftext|>` is it.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if "unk_id" in model:
+        return model["unk_id"]  # type: ignore[no-any-return]
+    token = model.get("unk_token")
+    return tokenizer.backend_tokenizer.token_to_id(token) if token else None
+
+
 def ids_of_tokens(
     tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], *, where: str
 ) -> list[int]:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from babyllama_ds.corpus.characters import Characters, tell_what_changes
 from babyllama_ds.corpus.cleaning import Cleaning
 from babyllama_ds.corpus.prepare import PREPARATION
 from babyllama_ds.corpus.shards import TokenShards
@@ -153,8 +154,10 @@ def _windows(
     """The texts as windows, their shards in `folder`; none: no text was given."""
     if not sources.files:
         return None
-    write_shards(folder, {"dev": iter_text(sources, "dev")}, tokenizer)
+    characters = Characters()
+    write_shards(folder, {"dev": characters.counted(iter_text(sources, "dev"))}, tokenizer)
     shards = TokenShards.open(folder)
+    tell_what_changes(tokenizer, characters, shards)
     _check_texts(shards, sources, wanted.length)
     _check_embedded(shards, tokenizer, embedding_rows(model))
     return DevWindows.of(

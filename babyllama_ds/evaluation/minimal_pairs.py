@@ -127,16 +127,14 @@ def evaluate_minimal_pairs(
             prefix token.
         ModelError: a score is not finite.
     """
-    encode = sentence_encoder(tokenizer, leading_space=leading_space, prefix=prefix)
-    pairs = [(task, pair) for task in tasks for pair in task.pairs]
-    ids = encode([sentence for _, pair in pairs for sentence in (pair.good, pair.bad)])
+    ids, sources = encode_pairs(tokenizer, tasks, leading_space=leading_space, prefix=prefix)
     scores = score_sentences(
         model,
         ids,
         device=device,
         batch_tokens=batch_tokens,
         vocab_size=vocab_size,
-        sources=[f"{task.path}:{pair.line}" for task, pair in pairs for _ in (GOOD, BAD)],
+        sources=sources,
         share=share,
         on_batch=on_batch,
     )
@@ -151,6 +149,27 @@ def evaluate_minimal_pairs(
         tasks=tuple(_task_score(task, list(islice(remaining, len(task.pairs)))) for task in tasks),
         leading_space=leading_space,
         prefix=tokenizer.bos_token if prefix_ids(tokenizer, prefix) else None,
+    )
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[Task],
+    *,
+    leading_space: bool,
+    prefix: Prefix = "none",
+) -> tuple[list[list[int]], list[str]]:
+    """The token ids of every sentence, the good and the bad one of a pair after each other, and
+    the file:line that each is from.
+
+    Raises:
+        DataError: the tokenizer has not the prefix token.
+    """
+    encode = sentence_encoder(tokenizer, leading_space=leading_space, prefix=prefix)
+    pairs = [(task, pair) for task in tasks for pair in task.pairs]
+    return (
+        encode([sentence for _, pair in pairs for sentence in (pair.good, pair.bad)]),
+        [f"{task.path}:{pair.line}" for task, pair in pairs for _ in (GOOD, BAD)],
     )
 
 

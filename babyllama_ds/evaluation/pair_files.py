@@ -7,6 +7,7 @@ with line breaks in them. Whatever else stands in a line is ignored.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def _label(record: dict[str, Any], key: str, source: str) -> str | None:
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers and checked objects of a file; blank lines are skipped."""
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise DataError.of(
             path, got=error.strerror or str(error), expected="a readable file"

@@ -121,7 +121,7 @@ def score_sentences(
             has no embedding for (`sources`, its file:line).
         ModelError: a score is not finite.
     """
-    _check_positions(model, token_ids, sources)
+    check_positions(token_ids, positions_of(model.config), sources)
     _check_embedded(model, token_ids, sources)
     unique = list(dict.fromkeys(tuple(ids) for ids in token_ids))
     batches = length_batches([len(ids) for ids in unique], batch_tokens)
@@ -134,6 +134,31 @@ def score_sentences(
     for of_rank in ranks.gather_objects(local):
         scores.update((unique[index], score) for index, score in of_rank.items())
     return [_finite(scores[tuple(ids)]) for ids in token_ids]
+
+
+def check_positions(
+    token_ids: Sequence[Sequence[int]],
+    positions: int | None,
+    sources: Sequence[str] | None = None,
+    *,
+    whose: str = "the model's positions",
+    remedy: str = "evaluate a model with more positions",
+) -> None:
+    """Every sentence fits into so many positions; none: there is no limit.
+
+    Raises:
+        DataError: the longest one does not (`sources`, its file:line).
+    """
+    longest = max(range(len(token_ids)), key=lambda i: len(token_ids[i]), default=None)
+    if positions is None or longest is None or len(token_ids[longest]) <= positions:
+        return
+    raise DataError.of(
+        f"sentence {longest + 1}" if sources is None else "sentence",
+        got=f"{len(token_ids[longest])} tokens",
+        expected=f"at most {positions}, {whose}",
+        hint=f"shorten or remove the sentence, or {remedy}",
+        source=None if sources is None else sources[longest],
+    )
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -190,22 +215,6 @@ def _score_batch(
     nll_N = likelihood(sent(tokens_BS, device), counted_BT)
     score_B = torch.zeros(len(sentences), dtype=torch.float64, device=device)
     return score_B.index_add_(0, row_N, nll_N.double(), alpha=-1)
-
-
-def _check_positions(
-    model: nn.Module, token_ids: Sequence[Sequence[int]], sources: Sequence[str] | None
-) -> None:
-    positions = positions_of(model.config)
-    longest = max(range(len(token_ids)), key=lambda i: len(token_ids[i]), default=None)
-    if positions is None or longest is None or len(token_ids[longest]) <= positions:
-        return
-    raise DataError.of(
-        f"sentence {longest + 1}" if sources is None else "sentence",
-        got=f"{len(token_ids[longest])} tokens",
-        expected=f"at most {positions}, the model's positions",
-        hint="shorten or remove the sentence, or evaluate a model with more positions",
-        source=None if sources is None else sources[longest],
-    )
 
 
 def _check_embedded(

@@ -13,10 +13,19 @@ from babyllama_ds.corpus.tokenizer import compare_splits, differing_ids, load_to
 from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.engine.distributed import check_precision
 from babyllama_ds.errors import JobError, ModelError
+from babyllama_ds.evaluation.minimal_pairs import encode_pairs
+from babyllama_ds.evaluation.pair_files import Task
+from babyllama_ds.evaluation.sentences import check_positions as check_fit
 from babyllama_ds.evaluation.sentences import prefix_ids
 from babyllama_ds.models.build import build_model, check_positions
+from babyllama_ds.models.directories import read_config
 from babyllama_ds.models.documents import check_documents, varies_in_shape
-from babyllama_ds.models.families import check_causal, check_runs, check_trainable
+from babyllama_ds.models.families import (
+    check_causal,
+    check_runs,
+    check_trainable,
+    positions_of,
+)
 from babyllama_ds.models.layers import check_layers
 from babyllama_ds.models.parts import HeadKind, check_plain_head, split_causal_lm
 from babyllama_ds.models.recomputing import check_recomputable
@@ -55,8 +64,11 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     )
     _check_trainings(parts, corpus)
     parts.dev_windows(corpus, job.evaluation.dev_windows)
-    parts.benchmarks(corpus)
+    benchmarks = parts.benchmarks(corpus)
     prefix_ids(corpus.tokenizer, job.evaluation.prefix)
+    if ranks.rank() == 0:  # the same on all, and long benchmarks take seconds
+        for name, tasks in benchmarks.items():
+            _check_sentences(parts, name, tasks, corpus)
     for spec in job.teachers:
         _check_split(parts, spec, corpus)
     for spec in job.teachers:
@@ -75,6 +87,38 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
         pairs = job.distillation.hidden_matching.layers if job.distillation.hidden_matching else ()
         layers = [pair.student_layer for pair in pairs]
         _check_loaded(parts, "student", job.student.model, trainings, layers, corpus)
+
+
+def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Corpus) -> None:
+    """Each sentence of a benchmark fits into every model, all of which will be asked for it.
+
+    Those that fit, but are longer than any window, are told of: no model that is trained here has
+    seen their last positions (GPT-2's would still be as they were drawn).
+    """
+    spec = parts.job.evaluation
+    token_ids, sources = encode_pairs(
+        corpus.tokenizer, tasks, leading_space=spec.leading_space, prefix=spec.prefix
+    )
+    for stage, model, _ in parts.models():
+        key = parts.job.model_key(stage)
+        if isinstance(model, PretrainedModel):
+            positions = positions_of(read_config(model.path, revision=model.revision, where=key))
+            remedy = f"take another model ({key}.path)"
+        else:
+            positions, remedy = model.max_positions, f"raise {key}.max_positions"
+        whose = f"the positions of {stage}"
+        check_fit(token_ids, positions, sources, whose=whose, remedy=remedy)
+    lengths, window = [len(ids) for ids in token_ids], parts.job.windows.length
+    if beyond := sum(length > window for length in lengths):
+        log.warning(
+            "%s: %d of %d sentences are longer than windows.length (%d tokens), up to %d: a "
+            "model that is trained here scores them at positions that it has never seen",
+            name,
+            beyond,
+            len(lengths),
+            window,
+            max(lengths),
+        )
 
 
 def _check_split(parts: Parts, spec: TeacherSpec, corpus: Corpus) -> None:

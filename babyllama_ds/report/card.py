@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from babyllama_ds import __version__
 from babyllama_ds.report import words
-from babyllama_ds.report.formatting import count, duration, flat, number, table
+from babyllama_ds.report.formatting import MISSING, count, duration, flat, number, table
 from babyllama_ds.report.loss import in_words, name_of_divergence, weights_in_words
 from babyllama_ds.report.markdown import (
     gains_table,
@@ -223,7 +223,7 @@ def _training(report: Mapping[str, Any], model_name: str) -> list[str]:
             f"{name_of_divergence(loss)}. {loss['explanation']}",
         ]
     settings = _spec(report, model_name).get("training") or {}
-    rows = [[key, value] for key, value in flat(settings) if settings.get(key) is not None]
+    rows = [[key, value] for key, value in flat(settings) if value != MISSING]
     listed = "\n".join(f"- {line}" for line in lines)
     return [listed, *([table(["setting", "value"], rows, left=2)] if rows else [])]
 
@@ -234,8 +234,10 @@ def _optimisation(report: Mapping[str, Any], model_name: str) -> list[str]:
         return ["Loaded, not trained here."]
     model = report["models"][model_name]
     seen = f", {count(model['train_tokens'])} tokens seen" if model["train_tokens"] else ""
+    muon = training.get("muon")
+    matrices = f"Muon at {muon['learning_rate']:g} for the layers' matrices, else " if muon else ""
     lines = [
-        f"AdamW, learning rate {training['learning_rate']:g} ({training['schedule']}, "
+        f"{matrices}AdamW, learning rate {training['learning_rate']:g} ({training['schedule']}, "
         f"{training['warmup_steps']} warm-up steps), weight decay {training['weight_decay']:g}, "
         f"{training['batch_windows']} windows a step, at most {training['epochs']:g} "
         f"epochs{seen}."

@@ -123,6 +123,20 @@ def _other_jobs(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     if keys := sorted(key for key in found if not _SEEDS.fullmatch(key)):
         yield ""
         yield f"These runs differ in more than their seeds: {', '.join(keys)}."
+    elif _made_of_several_texts(reports):
+        yield ""
+        yield (
+            "The text or the tokenizer is not the same in these runs (tokens sha256 in their "
+            "reports), so their nats per token are not of the same tokens."
+        )
+
+
+def _made_of_several_texts(reports: Sequence[dict[str, Any]]) -> bool:
+    """Whether the files changed beneath the same job; the nursery writes each seed its own."""
+    made_from = [(report.get("environment") or {}).get("fingerprints") or {} for report in reports]
+    corpora = [(report.get("job") or {}).get("corpus") or {} for report in reports]
+    written_here = any(corpus.get("kind") == "nursery" for corpus in corpora)
+    return not written_here and len({each.get("tokens") for each in made_from} - {None}) > 1
 
 
 def _read(run_dir: Path) -> dict[str, Any]:

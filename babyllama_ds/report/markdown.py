@@ -105,7 +105,7 @@ def _speed(report: Mapping[str, Any]) -> list[str]:
         for name, model in metered.items()
         if (step_s := model["step_s"])
     ]
-    return ["## Speed", _laid_out(tables.speed(report)), words.SPEED_NOTE, *parts]
+    return ["## Speed", _laid_out(tables.speed(report)), words.speed(report), *parts]
 
 
 def _domains(report: Mapping[str, Any]) -> list[str]:

@@ -23,10 +23,6 @@ DOMAINS_NOTE = (
     "before. The whole is the mean over tokens."
 )
 ENDED = {"early_stopping": "early stopping", "max_minutes": "max_minutes"}
-SPEED_NOTE = (
-    "GFLOP/s of the matrix products that training has to compute; mfu is their part of what this "
-    "machine's bf16 products were measured to reach at the same shapes."
-)
 
 
 # -- the result -----------------------------------------------------------------------------------
@@ -47,7 +43,9 @@ def result(report: Mapping[str, Any]) -> list[str]:
     for benchmark, accuracy in student["minimal_pairs"].items():
         against = _points_over_control(report, benchmark)
         compared = f" ({against})" if against else ""
-        sentences.append(f"It is right on {100 * accuracy:.2f} % of {benchmark}{compared}.")
+        # Not of all pairs: a task of few weighs as much as one of many.
+        mean = f"{100 * accuracy:.2f} %, the mean over its tasks"
+        sentences.append(f"Its accuracy on {benchmark} is {mean}{compared}.")
     return sentences
 
 
@@ -65,7 +63,8 @@ def key_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         numbers.append((f"{student['dev_ce']:.4f}", "dev cross-entropy, nats/token", against))
     for benchmark, accuracy in student["minimal_pairs"].items():
         against = _points_over_control(report, benchmark)
-        numbers.append((f"{100 * accuracy:.2f} %", f"right on {benchmark}", against))
+        label = f"accuracy on {benchmark}, mean over tasks"
+        numbers.append((f"{100 * accuracy:.2f} %", label, against))
     return numbers
 
 
@@ -132,6 +131,21 @@ def trained_elsewhere(report: Mapping[str, Any], name: str) -> bool:
     model, logged = report["models"][name], report["last_logged_step"]
     trained = model["role"] == "teacher" and bool(model["steps"])
     return trained and bool(logged) and f"teachers/{name}" not in logged
+
+
+def speed(report: Mapping[str, Any]) -> str:
+    """What the rates are, and those that cannot be."""
+    note = (
+        "GFLOP/s of the matrix products that training has to compute; mfu is their part of what "
+        "this machine's bf16 products were measured to reach at the same shapes."
+    )
+    beyond = [name for name, model in report["models"].items() if (model["mfu"] or 0.0) > 1]
+    if not beyond:
+        return note
+    return (
+        f"{note} That of {', '.join(beyond)} is above 1, which cannot be: the machine was busy "
+        "with other work while its products were measured, so leave it aside."
+    )
 
 
 # -- what it belongs to ---------------------------------------------------------------------------

@@ -257,7 +257,8 @@ def _expected(kind: str, context: Mapping[str, Any], message: str) -> str:
         bound = f"at least {least}" if least is not None else f"at most {most}"
         return f"a list of {bound}"
     if kind == "string_pattern_mismatch":
-        return "letters, digits, '.', '_', '-', a letter or digit first, at most 64 characters"
+        letters = "letters (a to z), digits, '.', '_', '-', a letter or digit first"
+        return f"{letters}, at most 64 characters"
     return message[:1].lower() + message[1:]
 
 

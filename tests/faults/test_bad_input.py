@@ -274,6 +274,38 @@ def test_teacher_that_is_not_there(job: Path, tmp_path: Path, refuse: Refuse) ->
     assert nothing_trained(tmp_path)
 
 
+# -- minimal pairs --------------------------------------------------------------------------------
+
+
+def test_a_sentence_longer_than_a_models_positions(
+    job: Path, tmp_path: Path, refuse: Refuse, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told before hours of training, not at the evaluation after them."""
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    long = "玛拉画了一条蓝色的船" * 3  # three bytes a character, each of which is a token here
+    lines = [("mara paints", "paints mara"), ("mara", long)]
+    (pairs / "order.jsonl").write_text(
+        "".join(
+            json.dumps({"sentence_good": good, "sentence_bad": bad}) + "\n" for good, bad in lines
+        )
+    )
+    benchmark = f"evaluation.minimal_pairs=[{{name: own, path: {pairs}}}]"
+    said = refuse(job, benchmark)
+    assert f"{pairs}/order.jsonl:2: sentence: got 91 tokens, expected at most 64" in said
+    assert "the positions of teachers/elder" in said
+    assert "raise teachers.elder.model.max_positions" in said
+    assert nothing_trained(tmp_path / "runs")
+    said = refuse(job, benchmark, "teachers.0.model.max_positions=91")
+    assert "the positions of student" in said
+    # Where it fits, it is still longer than the windows, of 32 tokens.
+    fits = [f"{place}.model.max_positions=91" for place in ("teachers.0", "student")]
+    assert main(["run", str(job), "--runs", str(tmp_path / "fits"), benchmark, *fits]) == 0
+    assert "own: 1 of 4 sentences are longer than windows.length (32 tokens), up to 91" in (
+        capsys.readouterr().err
+    )
+
+
 # -- the machine ----------------------------------------------------------------------------------
 
 

@@ -80,6 +80,29 @@ def test_a_copy_of_training_text_in_dev_is_refused(tmp_path: Path) -> None:
         read_sources(corpus(train, split=held_out(dev)))
 
 
+@pytest.mark.parametrize("block_bytes", [1 << 20, 4, 5])
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "\ufeffმარა\n\nხატავს\n",  # a byte order mark, as some editors put it
+        "მარა\r\n\r\nხატავს\r\n",
+        "მარა\r\rხატავს\r",
+        "მარა\n\nხატავს",
+        "\ufeffმარა\r\n\r\nხატავს",
+    ],
+)
+def test_a_copy_with_other_line_ends_is_one(
+    tmp_path: Path, copy: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("babyllama_ds.corpus.checking._BLOCK_BYTES", block_bytes)
+    train = write(tmp_path / "a.train", "მარა\n\nხატავს\n")
+    dev = write(tmp_path / "b.dev", copy)
+    with pytest.raises(DataError, match=r"b\.dev, which has the same content as .*a\.train"):
+        read_sources(corpus(train, split=held_out(dev)))
+    other = write(tmp_path / "c.dev", copy.replace("მ", "ნ"))
+    read_sources(corpus(train, split=held_out(other)))
+
+
 # -- reading -------------------------------------------------------------------------------------
 
 

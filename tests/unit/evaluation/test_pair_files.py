@@ -34,6 +34,14 @@ def test_tasks_are_read_in_order_of_name(tmp_path: Path) -> None:
     assert plain.pairs == (Pair("é", "e", 1), Pair("c", "d", 3))  # blank lines count as lines
 
 
+def test_a_byte_order_mark_and_carriage_returns_are_no_text(tmp_path: Path) -> None:
+    """As editors leave them; a text's files are read so, too."""
+    line = json.dumps(record("玛拉画了", "画了玛拉"), ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_bytes(f"\ufeff{line}\r\n\r\n{line}\r\n".encode())
+    (task,) = load_tasks(tmp_path, max_pairs=None)
+    assert task.pairs == (Pair("玛拉画了", "画了玛拉", 1), Pair("玛拉画了", "画了玛拉", 3))
+
+
 def test_only_the_first_pairs_are_read(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", record("1", "1"), record("2", "2"), "broken")
     (first,) = load_tasks(tmp_path, max_pairs=2)

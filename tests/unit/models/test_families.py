@@ -87,8 +87,32 @@ def test_a_model_that_looks_at_later_tokens(training: bool) -> None:
     assert all(module.training == training for module in model.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("initializer_range", [1e-3, 0.02])
+@pytest.mark.parametrize("num_layers", [1, 6])
+def test_one_whose_logits_hardly_move(
+    dtype: torch.dtype, initializer_range: float, num_layers: int
+) -> None:
+    """As of a model that was never trained: what it looks at is not told by how much."""
+    sizes = {**SMALL, "initializer_range": initializer_range, "num_hidden_layers": num_layers}
+    model = random_model(hf.BertConfig(**sizes)).to(dtype)
+    with pytest.raises(ModelError, match="BertLMHeadModel, whose predictions change with later"):
+        check_causal(model, where=WHERE)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    decoder = random_model(hf.BertConfig(**sizes, is_decoder=True)).to(dtype)
+    check_causal(decoder, where=WHERE)
+
+
 def test_a_decoder_of_the_same_family_does_not() -> None:
     check_causal(random_model(hf.BertConfig(**SMALL, is_decoder=True)), where=WHERE)
+
+
+def test_it_is_asked_where_no_gradients_are_kept(tiny_model: Callable[..., Any]) -> None:
+    encoder = random_model(hf.BertConfig(**{**SMALL, "initializer_range": 1e-3}))
+    with torch.no_grad():
+        check_causal(tiny_model("llama").requires_grad_(False), where=WHERE)
+        with pytest.raises(ModelError, match="whose predictions change"):
+            check_causal(encoder.requires_grad_(False), where=WHERE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

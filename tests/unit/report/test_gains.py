@@ -122,3 +122,19 @@ def test_runs_of_different_jobs_are_told(tmp_path: Path) -> None:
     other = job("c", 3, windows={"length": 64}, distillation={"alpha": 0.1})
     told = "These runs differ in more than their seeds: distillation.alpha, windows.length."
     assert told in render_gains([*seeds, other])
+
+
+def test_a_text_that_changed_beneath_the_job_is_told(tmp_path: Path) -> None:
+    def made(kind: str, name: str, tokens: str | None) -> Path:
+        environment = {"fingerprints": {"tokens": tokens}} if tokens else {}
+        job = {"name": name, "corpus": {"kind": kind, "train": ["a.txt"]}}
+        return changed(run(tmp_path / kind, name, 2.0, 2.1), job=job, environment=environment)
+
+    told = "The text or the tokenizer is not the same in these runs"
+    one, same, other, unknown = (
+        made("files", name, tokens)
+        for name, tokens in (("a", "1"), ("b", "1"), ("c", "2"), ("d", None))
+    )
+    assert told in render_gains([one, other])
+    assert told not in render_gains([one, same, unknown])
+    assert told not in render_gains([made("nursery", "a", "1"), made("nursery", "b", "2")])

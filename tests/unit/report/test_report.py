@@ -734,7 +734,8 @@ def test_headline(run_dir: Path) -> None:
         "**The student (1.29 M parameters) reaches a dev cross-entropy of 4.6420 nats/token, "
         "0.0120 better (lower) than its undistilled control and 0.0210 better (lower) than the "
         "best of its teachers (deep).** "
-        "It is right on 58.00 % of blimp (+2.00 ± 0.86 points against the control)."
+        "Its accuracy on blimp is 58.00 %, the mean over its tasks (+2.00 ± 0.86 points against "
+        "the control)."
     )
 
 
@@ -911,6 +912,36 @@ def test_cards_of_the_others(run_dir: Path) -> None:
     teacher = render_model_card(report, "wide")
     assert "gpt2" in front_matter(teacher)["tags"]
     assert "a teacher, from which the student" in teacher
+
+
+def test_an_mfu_that_cannot_be_is_not_left_to_be_believed(run_dir: Path) -> None:
+    """As on a machine that was busy when its products were measured."""
+    from babyllama_ds.report.html import render_html, view_of
+
+    report = collect_report(run_dir)
+    for model in report["models"].values():
+        model["mfu"] = 0.99
+    pages = [render_markdown(report), render_html(view_of(report, {}))]
+    assert all("above 1" not in page for page in pages)
+    report["models"]["deep"]["mfu"] = 1.07
+    report["models"]["wide"]["mfu"] = None  # loaded
+    pages = [render_markdown(report), render_html(view_of(report, {}))]
+    assert all("That of deep is above 1, which cannot be" in page for page in pages)
+
+
+def test_a_card_names_muon_and_the_settings_within_settings(run_dir: Path) -> None:
+    own = {**TRAINING, "muon": {"learning_rate": 0.03, "momentum": 0.9}, "ema": None}
+    job = make_job(control={"training": {**own, "ema": {"decay": 0.97, "ramp": False}}})
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(job))
+    report = collect_report(run_dir)
+    card = render_model_card(report, "control")
+    assert "- Muon at 0.03 for the layers' matrices, else AdamW, learning rate 0.0007" in card
+    settings = dict(find_table(card, "setting")[2:])
+    assert (settings["muon.learning_rate"], settings["muon.momentum"]) == ("0.03", "0.9")
+    assert (settings["ema.decay"], settings["ema.ramp"]) == ("0.97", "False")
+    plain = render_model_card(report, "student")
+    assert "- AdamW, learning rate 0.0007" in plain
+    assert "max_steps" not in dict(find_table(plain, "setting")[2:])
 
 
 def test_card_of_a_run_without_a_control_and_with_a_loaded_teacher(run_dir: Path) -> None:
