@@ -166,6 +166,8 @@ def _tokenizer(job: JobSpec, sources: Sources, store: Store, check: Check) -> tu
         key = tokenizer_fingerprint(loaded)
         return key, store.build("tokenizers", key, lambda folder: save_tokenizer(loaded, folder))
     vocabulary = spec.model_dump(mode="json", exclude={"document_tokens"})
+    if spec.normalization == "nfkc":  # as all were before there was a choice
+        del vocabulary["normalization"]
     key = hash_json({"version": PREPARATION, "text": sources.fingerprint(), **vocabulary})
 
     def make(directory: Path) -> None:

@@ -58,7 +58,9 @@ def train_tokenizer(
     from tokenizers.trainers import BpeTrainer
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFKC()
+    if spec.normalization != "none":
+        form = {"nfkc": normalizers.NFKC, "nfc": normalizers.NFC}[spec.normalization]
+        tokenizer.normalizer = form()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)

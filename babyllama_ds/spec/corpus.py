@@ -216,13 +216,16 @@ DocumentTokens = Literal["none", "begin", "end", "both"]
 
 
 class TrainedTokenizer(Spec):
-    """Byte-level BPE trained on the training text (NFKC; `<pad>` 0, `<s>` 1, `</s>` 2)."""
+    """Byte-level BPE trained on the training text (`<pad>` 0, `<s>` 1, `</s>` 2)."""
 
     kind: Literal["bpe"]
     vocab_size: Annotated[int, Field(ge=260)] = 16_000
     """Rows of the embedding: 3 special tokens, 256 bytes, merges."""
     min_frequency: PositiveInt = 2
     """Occurrences that a merge needs."""
+    normalization: Literal["nfkc", "nfc", "none"] = "nfkc"
+    """Unicode form that text is brought to. `nfkc` (published) also writes other signs for some:
+    `，` as `,`, `①` as `1`; `nfc` only composes accents; `none` keeps every character."""
     document_tokens: DocumentTokens = "none"
     """Special tokens at the ends of every document: `<s>` where it begins, `</s>` where it ends;
     `none` (published): no special token is in the stream. Needs `corpus.documents`."""

@@ -47,6 +47,12 @@ def test_without_documents_the_keys_are_what_they_were(prepare: Prepare, tmp_pat
     )
 
 
+def test_the_unicode_form_decides_the_tokenizer(prepare: Prepare) -> None:
+    forms = [prepare(f"tokenizer.normalization={form}") for form in ("nfkc", "nfc", "none")]
+    assert forms[0].tokenizer_key == prepare().tokenizer_key
+    assert len({each.tokenizer_key for each in forms}) == 3
+
+
 def test_documents_and_their_tokens_decide_the_shards_alone(prepare: Prepare) -> None:
     entries = [
         prepare(),

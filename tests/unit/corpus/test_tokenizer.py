@@ -281,6 +281,20 @@ def test_directory_and_file_load_alike(directory: Path, tokenizer: PreTrainedTok
     assert (loaded.pad_token, loaded.bos_token, loaded.eos_token) == ("<pad>", "<s>", "</s>")
 
 
+ODD_TEXT = "\uff0c \ufb01 \u2460 e\u0301 \u00e9"
+
+
+@pytest.mark.parametrize(("form", "kept"), [("nfkc", "NFKC"), ("nfc", "NFC"), ("none", None)])
+def test_text_comes_back_in_the_form_that_was_asked_for(
+    form: Any, kept: Any, tmp_path: Path
+) -> None:
+    asked = TrainedTokenizer(kind="bpe", vocab_size=SIZE, normalization=form)
+    train_tokenizer(asked, iter([ODD_TEXT, *LINES]), tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    expected = unicodedata.normalize(kept, ODD_TEXT) if kept else ODD_TEXT
+    assert loaded.decode(ids(loaded, ODD_TEXT)).strip() == expected
+
+
 def test_a_file_without_our_special_tokens_gets_none(tmp_path: Path) -> None:
     Tokenizer(models.BPE(vocab={"a": 0}, merges=[])).save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
