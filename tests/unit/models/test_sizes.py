@@ -110,7 +110,9 @@ def test_a_path_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         model_sizes(PretrainedModel(kind="pretrained", path=str(tmp_path)), 62, where="a.model")
     assert str(caught.value).startswith(f"a.model: got {tmp_path}: ")
-    assert "expected a causal language model's directory with its config.json" in str(caught.value)
+    assert "expected a causal language model: its directory (config.json, *.safetensors)" in str(
+        caught.value
+    )
 
 
 def test_no_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
