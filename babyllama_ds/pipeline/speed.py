@@ -11,6 +11,12 @@ from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.batches import total_steps
 from babyllama_ds.training.meter import Meter, Work, work_of
+from babyllama_ds.training.out_of_memory import memory_needed
+
+_WHO_HOLDS_IT = (
+    "before any model is there, the products that this machine is measured by take some 400 MB: "
+    "another program holds the rest (on a card, nvidia-smi names it)"
+)
 
 
 class Speed:
@@ -50,7 +56,8 @@ class Speed:
             stages = [where for where, _, training in models if training is not None]
             works = [self._work(stage, corpus) for stage in (*stages, "control")]
             products = dict.fromkeys(product for work in works for product in work.products)
-            self._rates = measure_matmul_rates(products, self.parts.device)
+            with memory_needed("deepspeed.device", hint=_WHO_HOLDS_IT):
+                self._rates = measure_matmul_rates(products, self.parts.device)
         return self._rates
 
     def _work(self, stage: str, corpus: Corpus) -> Work:
