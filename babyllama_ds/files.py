@@ -218,6 +218,8 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         hint = "free some space, or choose another --runs directory; then start again"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         hint = "choose another --runs directory"
+    elif error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+        hint = "mount it with flock (Lustre: -o flock), or choose another --runs directory"
     else:
         hint = "look at the disk, or choose another --runs directory"
     return RunError.of(path, got=_reason(error), expected="a place that can be written", hint=hint)
