@@ -46,6 +46,13 @@ class RemoteError(RuntimeError):
         return type(self), (self.rank, self.kind, self.message)
 
 
+def raised_by_all(error: BaseException) -> bool:
+    """Whether every rank raises it, rank 0 among them; else it may be this rank's alone."""
+    if isinstance(error, UserError):
+        return error.told_by == "rank 0"
+    return isinstance(error, Stopped | RemoteError)
+
+
 # -- who am I -----------------------------------------------------------------------------------
 
 

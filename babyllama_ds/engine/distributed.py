@@ -28,7 +28,7 @@ from babyllama_ds.engine.quirks import (
 from babyllama_ds.engine.tensor_parallel import forget_groups
 from babyllama_ds.engine.watching import NodeWatch
 from babyllama_ds.environment import compared_code, compared_hardware
-from babyllama_ds.errors import EXIT_CODE, MachineError, MeetingError, Stopped, UserError
+from babyllama_ds.errors import EXIT_CODE, MachineError, MeetingError
 from babyllama_ds.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -155,11 +155,8 @@ def failures_told() -> Iterator[None]:
     """
     try:
         yield
-    except (Stopped, ranks.RemoteError):
-        raise  # all ranks do
     except BaseException as error:
-        by_all = isinstance(error, UserError) and error.told_by == "rank 0"
-        if _watch is not None and not by_all:
+        if _watch is not None and not ranks.raised_by_all(error):
             _watch.failed(error)
         raise
 

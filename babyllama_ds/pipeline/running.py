@@ -76,22 +76,27 @@ def _state_kept(directory: RunDirectory, storages: Storages) -> Iterator[None]:
         )
     try:
         yield
-    except Stopped as stop:
-        if lead:
-            _set_last_state(directory, "stopped", reason=stop.reason, at=stop.at)
-        raise
     except BaseException as error:
-        if lead:
-            expected = isinstance(error, UserError)
-            text = str(error) if expected else f"{type(error).__name__}: {error}"
-            _set_last_state(directory, "failed", error=text)
+        if lead or not ranks.raised_by_all(error):
+            _tell_the_end(directory, error)
         raise
     storages.on_each(lambda: directory.set_state("done"))
 
 
-def _set_last_state(directory: RunDirectory, status: str, **facts: object) -> None:
-    """Of a run that ends with an error, which a disk that is full must not take the place of."""
+def _tell_the_end(directory: RunDirectory, error: BaseException) -> None:
+    """The state of a run that ends with `error`, which a full disk must not take the place of.
+
+    The first failure stays: what others see of it, a connection that breaks off or the launcher's
+    SIGTERM, says less.
+    """
     try:
-        directory.set_state(status, **facts)
-    except UserError as error:
-        log.warning("%s", error)
+        if directory.has_failed():
+            return
+        if isinstance(error, Stopped):
+            directory.set_state("stopped", reason=error.reason, at=error.at)
+            return
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        whose = {} if ranks.raised_by_all(error) else {"rank": ranks.rank()}
+        directory.set_state("failed", error=text, **whose)
+    except UserError as refused:
+        log.warning("%s", refused)
