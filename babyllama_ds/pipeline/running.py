@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
@@ -95,8 +96,13 @@ def _tell_the_end(directory: RunDirectory, error: BaseException) -> None:
         if isinstance(error, Stopped):
             directory.set_state("stopped", reason=error.reason, at=error.at)
             return
-        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        whose = {} if ranks.raised_by_all(error) else {"rank": ranks.rank()}
-        directory.set_state("failed", error=text, **whose)
+        directory.set_state("failed", **_failure(error))
     except UserError as refused:
         log.warning("%s", refused)
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    if ranks.another_ended(error):
+        return {"error": f"another rank ended: it was killed, or ran out of memory ({text})"}
+    return {"error": text} | ({} if ranks.raised_by_all(error) else {"rank": ranks.rank()})

@@ -57,8 +57,8 @@ class Patience:
     def _warn(self, what: str, silent_s: float) -> None:
         log.warning(
             "%s: nothing more in the %g minutes since %s. If what comes next never took so long, a "
-            "rank hangs: one that does not say this, or all wait for a disk or driver. End the run; "
-            "the same command goes on from the last checkpoint",
+            "rank hangs: one that does not say this, or all wait for a disk or driver. End the "
+            "run; the same command goes on from the last checkpoint",
             self._stage,
             silent_s / 60,
             what,
