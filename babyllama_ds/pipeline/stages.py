@@ -136,9 +136,13 @@ class Pipeline:
 
         def publish() -> None:
             directory = self.store.new_directory("teachers", key)
-            tokenizer_dir = corpus.entries.tokenizer_dir
-            export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
-            self.store.publish("teachers", key, directory, {"stage": stage})
+            try:
+                tokenizer_dir = corpus.entries.tokenizer_dir
+                export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+                self.store.publish("teachers", key, directory, {"stage": stage})
+            finally:
+                # Gone already when published; else it would leave no room to say what happened.
+                shutil.rmtree(directory, ignore_errors=True)
 
         ranks.on_rank_zero(publish)
         return self._finished(lambda: self.store.find("teachers", key), checkpoints)
@@ -192,12 +196,11 @@ class Pipeline:
         )
 
         def publish() -> None:
-            directory = files.temporary_beside(target)
-            directory.mkdir(parents=True)
-            tokenizer_dir = corpus.entries.tokenizer_dir
-            export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
-            files.write_manifest(directory, fingerprint=key)
-            directory.rename(target)
+            with files.appearing(target) as directory:
+                directory.mkdir(parents=True)
+                tokenizer_dir = corpus.entries.tokenizer_dir
+                export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+                files.write_manifest(directory, fingerprint=key)
 
         ranks.on_rank_zero(publish)
         return self._finished(find, checkpoints)
