@@ -131,7 +131,9 @@ def _command_gone(watched: tuple[int, ...]) -> bool:
     """
     _, *above = watched
     alone = os.environ.get("CROSS_SIZE") == "1"  # nodes, as `launch.py` tells
-    return alone and above == [1] and b"deepspeed" not in _command_line(1)
+    words = _command_line(1).decode(errors="replace").split("\0")
+    its_own = any(Path(word).name in ("deepspeed", "deepspeed.launcher.runner") for word in words)
+    return alone and above == [1] and not its_own
 
 
 def _parent_of(pid: int) -> int | None:
