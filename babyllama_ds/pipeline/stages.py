@@ -112,7 +112,7 @@ class Pipeline:
             )
         )
         with self.storages.held(self.store.lock("teachers", key)):
-            entry = self.storages.everywhere(lambda: self.store.find("teachers", key))
+            entry = self.storages.everywhere(lambda: self.store.find_whole("teachers", key))
             if entry is None:
                 entry = self._teacher_in_store(spec, corpus, stage, key)
             else:
@@ -187,7 +187,12 @@ class Pipeline:
         def find() -> Path | None:
             return target if files.read_manifest(target) is not None else None
 
-        if self.storages.everywhere(find) is not None:
+        def find_whole() -> Path | None:
+            if find() is not None:
+                files.verify_manifest(target)
+            return find()
+
+        if self.storages.everywhere(find_whole) is not None:
             log.info("%s: done before", stage)
             return target
         checkpoints = self._checkpoints(stage, key)
