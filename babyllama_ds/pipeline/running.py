@@ -40,15 +40,16 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     """
     stop = StopRequest(watch_parent=started_by_launcher())
     stop.install()
-    kind = distributed.resolve_device(job.deepspeed.device)
-    device = distributed.start(
-        kind,
-        same={f"the job's {key}": value for key, value in flat_job(job).items()},
-        join_timeout_s=60 * job.deepspeed.join_timeout_minutes,
-        node_timeout_s=60 * job.deepspeed.node_timeout_minutes,
-    )
     directory = RunDirectory(runs / job.run_name)
     try:
+        kind = distributed.resolve_device(job.deepspeed.device)
+        device = distributed.start(
+            kind,
+            same={f"the job's {key}": value for key, value in flat_job(job).items()},
+            join_timeout_s=60 * job.deepspeed.join_timeout_minutes,
+            node_timeout_s=60 * job.deepspeed.node_timeout_minutes,
+            while_waiting=stop.check,
+        )
         # Before NCCL's first collective: it would end the ranks without a word of what is missing.
         ranks.on_every_rank(lambda: check_shared_memory(kind, distributed.local_ranks()))
         storages = find_storages(job.deepspeed.storage, runs)
