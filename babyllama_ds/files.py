@@ -200,6 +200,42 @@ def remove_temporaries(directory: Path, stem: str = "") -> None:
                 path.unlink()
 
 
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A temporary name beside `target`, to be filled with a file or folder; at the end it is it.
+
+    Whatever goes wrong leaves `target` as it was, and nothing of the work.
+
+    Raises:
+        RunError: `target` exists (an empty folder does not count), or the disk refuses.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise RunError.of(
+            target,
+            got="something that exists",
+            expected="a new name",
+            hint="choose another, or remove it: nothing is written over",
+        )
+    temporary = temporary_beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.rename(target)
+        fsync_directory(target.parent)
+    except OSError as error:
+        raise RunError.of(
+            target,
+            got=f"{error.strerror or error} while writing it",
+            expected="a place with room for it",
+            hint="free some space, or choose another place; nothing was left here",
+        ) from error
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
 def fsync_directory(directory: Path) -> None:
     """Make the names in `directory` survive a power cut (a no-op where that is unsupported)."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -218,6 +254,8 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         hint = "free some space, or choose another --runs directory; then start again"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         hint = "choose another --runs directory"
+    elif error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
+        hint = "mount it with flock (Lustre: -o flock), or choose another --runs directory"
     else:
         hint = "look at the disk, or choose another --runs directory"
     return RunError.of(path, got=_reason(error), expected="a place that can be written", hint=hint)

@@ -1,24 +1,30 @@
 """Who may write: locks, and what their holders say of themselves.
 
 Enters: a run's directory. Leaves: it is held by one process (`RunLock`), which whoever comes
-second can name. The store's entries are locked with the same parts.
+second can name. The store's entries are locked with the same parts, and so are folders of a process
+of its own (`scratch_folder`).
 
-Locks are the kernel's (flock): they are free the moment their holder dies, however it dies.
+Locks are the kernel's (flock): they are free the moment their holder dies, however it dies. A file
+system without them is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import shutil
 import socket
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from babyllama_ds.errors import RunError, UserError
 from babyllama_ds.files import cannot_write, read_json, remove_temporaries, write_json
@@ -27,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 """Between two looks whether a lock is free."""
+_HELD_NAME = ".held"
+"""The lock of a folder for one process alone, in it."""
 
 
 class RunLock:
@@ -61,7 +69,8 @@ class RunLock:
             raise cannot_write(self.run_dir, error) from error
         try:
             write_json(self._holder_path, asdict(Holder.here(self.launcher_pid)))
-            remove_temporaries(self.run_dir)
+            for folder in self._folders():
+                remove_temporaries(folder)
         except BaseException:
             release(lock, self._holder_path)
             raise
@@ -77,6 +86,11 @@ class RunLock:
         assert self._lock is not None, "never entered"
         release(self._lock, self._holder_path)
         self._lock = None
+
+    def _folders(self) -> list[Path]:
+        """The run's own, where files are written: what links lead to is locked by itself."""
+        below = [path for path in self.run_dir.iterdir() if not path.is_symlink()]
+        return [self.run_dir, *(path for path in below if path.is_dir())]
 
     def _acquire(self, lock: FileLock) -> None:
         deadline_s = time.monotonic() + self.orphan_wait_s
@@ -106,6 +120,37 @@ class RunLock:
             expected="a free run directory",
             hint=hint,
         )
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A folder in `parent` for this process alone, which is removed at the end.
+
+    Those of the same prefix that killed processes left go first. Raises `RunError` when the disk
+    refuses.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(parent, prefix)
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        lock = FileLock(folder / _HELD_NAME)
+        try_lock(lock)
+    except OSError as error:
+        raise cannot_write(parent, error) from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(f"{prefix}*"):
+        # Whoever uses a folder holds its lock. One without is being made, or empty.
+        lock = FileLock(folder / _HELD_NAME)
+        if (folder / _HELD_NAME).exists() and try_lock(lock):
+            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
 
 
 # -- what locks are made of -----------------------------------------------------------------------
@@ -140,12 +185,26 @@ class Holder:
 
 
 def try_lock(lock: FileLock) -> bool:
-    """Take it where it is free; whether it was."""
+    """Take it where it is free; whether it was.
+
+    Raises `OSError` where the file system has no flock. `filelock` makes do there with a file that
+    is the lock by being there: one that a killed holder leaves behind is held for ever.
+    """
+    taken = True
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        return False
-    return True
+        taken = False
+    except NotImplementedError as error:  # older versions of filelock
+        raise _no_flock() from error
+    if isinstance(lock, SoftFileLock):
+        lock.release()
+        raise _no_flock()
+    return taken
+
+
+def _no_flock() -> OSError:
+    return OSError(errno.ENOSYS, "the file system has no locks (flock)")
 
 
 def release(lock: FileLock, holder_path: Path) -> None:

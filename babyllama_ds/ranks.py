@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from babyllama_ds.errors import Problem, Stopped, UserError
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+
+_BROKE_OFF = re.compile("Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemote")
+"""How gloo and NCCL say it."""
 
 CONTROL_TIMEOUT = timedelta(days=20)
 """In effect none; in milliseconds it still fits 32 bits, which the socket layer polls with."""
@@ -44,6 +48,18 @@ class RemoteError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[RemoteError], tuple[int, str, str]]:
         return type(self), (self.rank, self.kind, self.message)
+
+
+def raised_by_all(error: BaseException) -> bool:
+    """Whether every rank raises it, rank 0 among them; else it may be this rank's alone."""
+    if isinstance(error, UserError):
+        return error.told_by == "rank 0"
+    return isinstance(error, Stopped | RemoteError)
+
+
+def another_ended(error: BaseException) -> bool:
+    """Whether a collective broke off because the process of another rank is gone."""
+    return isinstance(error, RuntimeError) and bool(_BROKE_OFF.search(str(error)))
 
 
 # -- who am I -----------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ FREE_KEYS = re.compile(
     r"|(tokenizer|.*\.model)\.(path|revision)"
 )
 
+STATE_NAME = "state.json"
 METRICS_NAME = "metrics.jsonl"
 """An object for each logged step; written by rank 0."""
 
@@ -130,7 +131,12 @@ class RunDirectory:
 
     def set_state(self, status: str, **facts: object) -> None:
         """Write `state.json`: running, done, stopped or failed, for schedulers and people."""
-        files.write_json(self.path / "state.json", {"status": status, **facts})
+        files.write_json(self.path / STATE_NAME, {"status": status, **facts})
+
+    def has_failed(self) -> bool:
+        """Whether `state.json` says so."""
+        path = self.path / STATE_NAME
+        return path.is_file() and files.read_json(path).get("status") == "failed"
 
 
 def differing_keys(

@@ -36,6 +36,7 @@ class StopRequest:
         command ends it alone. So where the parent is that script, its parent is watched too.
         """
         self._watched = launcher_pids() if watch_parent else ()
+        self._too_late = bool(self._watched) and _command_gone(self._watched)
         # A handler runs between any two instructions, so what it writes nothing else may write: a
         # signal that arrives during the all-reduce would be overwritten by the outcome, and lost.
         self._signalled = _NO_REASON
@@ -90,7 +91,8 @@ class StopRequest:
         if not self._watched:
             return False
         parent, *above = self._watched
-        return os.getppid() != parent or [_parent_of(parent)] * len(above) != above
+        gone = os.getppid() != parent or [_parent_of(parent)] * len(above) != above
+        return self._too_late or gone
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._signalled = max(self._signalled, number)
@@ -120,6 +122,18 @@ def _reason(code: int) -> str | None:
     if code == _NO_REASON:
         return None
     return LAUNCHER_GONE if code == _LAUNCHER_GONE_CODE else signal.Signals(code).name
+
+
+def _command_gone(watched: tuple[int, ...]) -> bool:
+    """Whether the command ended before it could be watched, while ranks were importing.
+
+    The system's first process then has `launch.py`, which on several nodes ssh may have started.
+    """
+    _, *above = watched
+    alone = os.environ.get("CROSS_SIZE") == "1"  # nodes, as `launch.py` tells
+    words = _command_line(1).decode(errors="replace").split("\0")
+    its_own = any(Path(word).name in ("deepspeed", "deepspeed.launcher.runner") for word in words)
+    return alone and above == [1] and not its_own
 
 
 def _parent_of(pid: int) -> int | None:

@@ -30,6 +30,7 @@ from babyllama_ds.files import (
     read_manifest,
     remove_temporaries,
     temporary_beside,
+    verify_manifest,
     write_json,
     write_manifest,
 )
@@ -58,6 +59,15 @@ class Store:
         manifest = read_manifest(entry)
         return entry if manifest is not None and manifest.fingerprint == key else None
 
+    def find_whole(self, kind: str, key: str) -> Path | None:
+        """The complete entry, every byte read and as it was made, or none.
+
+        Raises `RunError` naming the file that is damaged, or a manifest that is garbled.
+        """
+        if (entry := self.find(kind, key)) is not None:
+            verify_manifest(entry)
+        return entry
+
     def build(
         self,
         kind: str,
@@ -69,10 +79,11 @@ class Store:
     ) -> Path:
         """The entry, made by `make(directory)` unless it stands already; one process makes it.
 
-        Whatever `make` raises goes on and leaves nothing behind; if it is `resumable`, it finds
-        what it left in its `building_place` the next time. A full disk is a `RunError`.
+        One that stands is read once, to be as it was made. Whatever `make` raises goes on and
+        leaves nothing behind; if it is `resumable`, it finds what it left in its `building_place`
+        the next time. A full disk is a `RunError`.
         """
-        if (entry := self.find(kind, key)) is not None:
+        if (entry := self.find_whole(kind, key)) is not None:
             return entry
         with self.lock(kind, key):
             if (entry := self.find(kind, key)) is not None:  # made while we waited

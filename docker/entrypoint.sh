@@ -37,12 +37,13 @@ count_gpus() {
 }
 
 # The launcher dies of a SIGTERM at once and leaves its ranks to themselves. Here that would be the
-# end of all of them: so they are told themselves, and waited for while they checkpoint.
+# end of all of them: so they are waited for while they notice it and checkpoint. They are not told
+# themselves: nor is the process between, which would kill those that take more than 30 s.
 launch() {
   set -m # a process group of its own
   deepspeed "$@" &
   local group=$! status=0
-  trap 'kill -TERM -- "-$group" 2>/dev/null' TERM INT
+  trap 'kill -TERM "$group" 2>/dev/null' TERM INT
   wait "$group" || status=$?
   while kill -0 -- "-$group" 2>/dev/null; do
     sleep 0.2 || true

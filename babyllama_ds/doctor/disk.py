@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from babyllama_ds.doctor.findings import Finding, failure, ok, warning
+from babyllama_ds.locks import try_lock
 
 PROBE_BYTES = 64 * 2**20
 LEAST_FREE_BYTES = 2**30
@@ -75,22 +76,23 @@ def _locks(folder: Path) -> Finding:
     """A held lock must keep a second holder out, and be free again afterwards."""
     path = folder / "lock"
     try:
-        with FileLock(path):
-            if _can_lock(path):
-                return _no_locks("a lock that is held was given a second time")
+        held = FileLock(path)
+        if try_lock(held) and _can_lock(path):
+            return _no_locks("a lock that is held was given a second time")
+        held.release()
         if not _can_lock(path):
             return _no_locks("a lock that was let go could not be taken again")
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         return _no_locks(f"the file system refuses locks ({error})")
     return ok("locks", "a held lock keeps others out")
 
 
 def _can_lock(path: Path) -> bool:
+    lock = FileLock(path)
     try:
-        with FileLock(path, timeout=0):
-            return True
-    except Timeout:
-        return False
+        return try_lock(lock)
+    finally:
+        lock.release()
 
 
 def _no_locks(found: str) -> Finding:

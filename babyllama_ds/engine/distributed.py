@@ -28,7 +28,7 @@ from babyllama_ds.engine.quirks import (
 from babyllama_ds.engine.tensor_parallel import forget_groups
 from babyllama_ds.engine.watching import NodeWatch
 from babyllama_ds.environment import compared_code, compared_hardware
-from babyllama_ds.errors import EXIT_CODE, MachineError, MeetingError, Stopped, UserError
+from babyllama_ds.errors import EXIT_CODE, MachineError, MeetingError
 from babyllama_ds.memory import keep_freed_memory
 
 log = logging.getLogger(__name__)
@@ -90,12 +90,14 @@ def start(
     same: Mapping[str, Any] | None = None,
     join_timeout_s: float = JOIN_TIMEOUT_S,
     node_timeout_s: float = NODE_TIMEOUT_S,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> torch.device:
     """Join the process group that the launcher describes (alone if there is none).
 
     Returns this rank's device. Threads of CPU ranks are shared out, so that two ranks on two
     cores run one thread each instead of four between them. `same` is compared between ranks,
-    beside versions and code.
+    beside versions and code. `while_waiting` is called while others are still to come, and may
+    raise.
 
     Raises:
         MeetingError: not all ranks came within `join_timeout_s`, or they differ.
@@ -122,7 +124,13 @@ def start(
                 same={"deepspeed.device": device, **compared_code(), **(same or {})},
                 alike=compared_hardware(device) | {"threads per rank": torch.get_num_threads()},
             )
-            _meet(backend, facts, join_timeout_s=join_timeout_s, node_timeout_s=node_timeout_s)
+            _meet(
+                backend,
+                facts,
+                join_timeout_s=join_timeout_s,
+                node_timeout_s=node_timeout_s,
+                while_waiting=while_waiting,
+            )
         # Takes over the group that stands.
         deepspeed.init_distributed(dist_backend=backend)
     ranks.start_control_group()
@@ -155,11 +163,8 @@ def failures_told() -> Iterator[None]:
     """
     try:
         yield
-    except (Stopped, ranks.RemoteError):
-        raise  # all ranks do
     except BaseException as error:
-        by_all = isinstance(error, UserError) and error.told_by == "rank 0"
-        if _watch is not None and not by_all:
+        if _watch is not None and not ranks.raised_by_all(error):
             _watch.failed(error)
         raise
 
@@ -182,13 +187,22 @@ def local_ranks() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
-def _meet(backend: str, facts: Facts, *, join_timeout_s: float, node_timeout_s: float) -> None:
+def _meet(
+    backend: str,
+    facts: Facts,
+    *,
+    join_timeout_s: float,
+    node_timeout_s: float,
+    while_waiting: Callable[[], None],
+) -> None:
     """Make the process group of all ranks, and watch the other nodes from here on."""
     global _watch
     import deepspeed
 
     timeout: timedelta = deepspeed.constants.default_pg_timeout
-    joined = join(facts, timeout_s=join_timeout_s, store_timeout=timeout)
+    joined = join(
+        facts, timeout_s=join_timeout_s, store_timeout=timeout, while_waiting=while_waiting
+    )
     if joined.num_nodes > 1:
         _choose_interface(joined)
         _watch = NodeWatch(joined, timeout_s=node_timeout_s)

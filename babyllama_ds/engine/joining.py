@@ -16,7 +16,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -34,8 +34,14 @@ ANSWER_S = 15.0
 """How long after its own time is up rank 0 may take to answer."""
 HELLO_S = 5.0
 """How long whoever connects may take to say who it is: meanwhile nobody else is let in."""
+LOOK_EVERY_S = 1.0
+"""How often a rank that waits for an answer looks whether it was asked to stop."""
 LARGEST_BYTES = 4_000_000
 """Of one rank's facts, or of all ranks' names: more is not one of ours."""
+
+
+def _nothing() -> None:
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +110,15 @@ class Joined:
         return len({member.node for member in self.members})
 
 
-def join(facts: Facts, *, timeout_s: float, store_timeout: timedelta) -> Joined:
-    """Meet all ranks of the launcher's world; called by each. `store_timeout` is the store's.
+def join(
+    facts: Facts,
+    *,
+    timeout_s: float,
+    store_timeout: timedelta,
+    while_waiting: Callable[[], None] = _nothing,
+) -> Joined:
+    """Meet all ranks of the launcher's world; called by each. `store_timeout` is the store's;
+    `while_waiting` is called every second or more often, and what it raises ends the wait.
 
     Raises:
         MeetingError: a rank did not come within `timeout_s`, came twice or brought other facts; or
@@ -113,9 +126,15 @@ def join(facts: Facts, *, timeout_s: float, store_timeout: timedelta) -> Joined:
     """
     world = World.told()
     me = Member(rank=world.rank, host=socket.gethostname(), node=_node(), pid=os.getpid())
-    if world.rank == 0:
-        return _gather(world, me, facts, timeout_s=timeout_s, store_timeout=store_timeout)
-    return _report(world, me, facts, timeout_s=timeout_s, store_timeout=store_timeout)
+    work = _gather if world.rank == 0 else _report
+    return work(
+        world,
+        me,
+        facts,
+        timeout_s=timeout_s,
+        store_timeout=store_timeout,
+        while_waiting=while_waiting,
+    )
 
 
 def named(members: Sequence[Member]) -> str:
@@ -133,7 +152,13 @@ def named(members: Sequence[Member]) -> str:
 
 
 def _gather(
-    world: World, me: Member, facts: Facts, *, timeout_s: float, store_timeout: timedelta
+    world: World,
+    me: Member,
+    facts: Facts,
+    *,
+    timeout_s: float,
+    store_timeout: timedelta,
+    while_waiting: Callable[[], None] = _nothing,
 ) -> Joined:
     members, brought = {0: me}, {0: facts}
     links: dict[int, socket.socket] = {}
@@ -141,6 +166,7 @@ def _gather(
     next_s = time.monotonic() + TELL_EVERY_S
     with _listening(world) as listener:
         while len(members) < world.size and time.monotonic() < deadline_s:
+            while_waiting()
             if time.monotonic() > next_s:
                 log.info("%d of %d ranks have come", len(members), world.size)
                 next_s += TELL_EVERY_S
@@ -287,12 +313,19 @@ def _differences(
 
 
 def _report(
-    world: World, me: Member, facts: Facts, *, timeout_s: float, store_timeout: timedelta
+    world: World,
+    me: Member,
+    facts: Facts,
+    *,
+    timeout_s: float,
+    store_timeout: timedelta,
+    while_waiting: Callable[[], None] = _nothing,
 ) -> Joined:
     hello = {"member": asdict(me), "size": world.size, "facts": asdict(facts)}
     deadline_s = time.monotonic() + timeout_s
     why = "no answer"
     while time.monotonic() < deadline_s:
+        while_waiting()
         try:
             link = socket.create_connection((world.address, world.port), timeout=5)
         except OSError as error:  # not there yet, or never
@@ -300,7 +333,7 @@ def _report(
             time.sleep(RETRY_S)
             continue
         _say(link, hello)
-        answer = _hear(link, time.monotonic() + timeout_s + ANSWER_S)
+        answer = _hear(link, time.monotonic() + timeout_s + ANSWER_S, while_waiting)
         if answer is not None and "problems" in answer:
             raise MeetingError(*(Problem(**problem) for problem in answer["problems"]))
         if answer is not None and "members" in answer:
@@ -344,16 +377,21 @@ def _say(link: socket.socket, value: Mapping[str, Any]) -> None:
         link.sendall(json.dumps(value).encode() + b"\n")
 
 
-def _hear(link: socket.socket, deadline_s: float) -> dict[str, Any] | None:
+def _hear(
+    link: socket.socket, deadline_s: float, while_waiting: Callable[[], None] = _nothing
+) -> dict[str, Any] | None:
     """One line of JSON; none if it does not come, or something else does."""
     heard = b""
     while not heard.endswith(b"\n") and len(heard) < LARGEST_BYTES:
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
             return None
-        link.settimeout(left_s)
+        while_waiting()
+        link.settimeout(min(left_s, LOOK_EVERY_S))
         try:
             more = link.recv(65536)
+        except TimeoutError:
+            continue
         except OSError:
             return None
         if not more:

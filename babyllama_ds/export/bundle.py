@@ -21,7 +21,6 @@ from typing import BinaryIO, cast
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
 from babyllama_ds.export.finished import FinishedRun
-from babyllama_ds.export.model import appearing
 
 SUMS_NAME = "SHA256SUMS"
 LEFT_OUT = (".lock", ".lock.json", "checkpoints", SUMS_NAME)
@@ -46,7 +45,7 @@ def bundle_run(run: FinishedRun, target: Path) -> dict[str, str]:
     _check_target(run, target)
     run.check(run.parts)
     members = dict(sorted(_members(run)))
-    with appearing(target) as place:
+    with files.appearing(target) as place:
         if target.suffix == ".tar":
             with place.open("xb") as stream:
                 root = run.path.resolve().name

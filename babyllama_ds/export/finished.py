@@ -98,7 +98,7 @@ def open_finished(run_dir: Path) -> FinishedRun:
             run_dir,
             got=f"a run that is {status}",
             expected="one that is done",
-            hint="wait for it"
+            hint="wait for it; where it was killed, start it again with the same command"
             if status == "running"
             else "start it again with the same command: it goes on from where it was",
         )

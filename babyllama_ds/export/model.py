@@ -14,8 +14,6 @@ Nothing here is executable: JSON, Markdown and safetensors, no pickle.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,7 +55,7 @@ def export_model_dir(run: FinishedRun, model: str, target: Path, facts: CardFact
         language=facts.language,
         place=facts.place,
     )
-    with appearing(target) as directory:
+    with files.appearing(target) as directory:
         directory.mkdir(parents=True)
         for name in manifest.files:
             shutil.copyfile(source / name, directory / name)
@@ -65,42 +63,6 @@ def export_model_dir(run: FinishedRun, model: str, target: Path, facts: CardFact
         files.write_atomic(directory / "README.md", card)
         files.write_manifest(directory, fingerprint=manifest.fingerprint, model=model)
         _check_weights(source, manifest, directory)
-
-
-@contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target`, to be filled with a file or folder; at the end it is it.
-
-    Whatever goes wrong leaves `target` as it was, and nothing of the work.
-
-    Raises:
-        RunError: `target` exists (an empty folder does not count), or the disk refuses.
-    """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise RunError.of(
-            target,
-            got="something that exists",
-            expected="a new name",
-            hint="choose another, or remove it: nothing is written over",
-        )
-    temporary = files.temporary_beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.rename(target)
-        files.fsync_directory(target.parent)
-    except OSError as error:
-        raise RunError.of(
-            target,
-            got=f"{error.strerror or error} while writing it",
-            expected="a place with room for it",
-            hint="free some space, or choose another place; nothing was left here",
-        ) from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
 
 
 def check_names(directory: Path, manifest: files.Manifest) -> None:

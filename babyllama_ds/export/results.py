@@ -14,8 +14,8 @@ import gzip
 import shutil
 from pathlib import Path
 
+from babyllama_ds import files
 from babyllama_ds.errors import RunError
-from babyllama_ds.export.model import appearing
 from babyllama_ds.report.write import write_report
 from babyllama_ds.rundir import METRICS_NAME
 
@@ -40,7 +40,7 @@ def collect_results(run_dir: Path, target: Path) -> None:
         )
     if target.resolve().is_relative_to(run_dir.resolve()):
         raise RunError.of(target, got="a place inside the run", expected="one outside of it")
-    with appearing(target) as place:
+    with files.appearing(target) as place:
         # Resolved: the report is called by the folder's name, also where the run is given as `.`.
         write_report(run_dir.resolve())
         place.mkdir(parents=True)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
@@ -39,15 +40,16 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     """
     stop = StopRequest(watch_parent=started_by_launcher())
     stop.install()
-    kind = distributed.resolve_device(job.deepspeed.device)
-    device = distributed.start(
-        kind,
-        same={f"the job's {key}": value for key, value in flat_job(job).items()},
-        join_timeout_s=60 * job.deepspeed.join_timeout_minutes,
-        node_timeout_s=60 * job.deepspeed.node_timeout_minutes,
-    )
     directory = RunDirectory(runs / job.run_name)
     try:
+        kind = distributed.resolve_device(job.deepspeed.device)
+        device = distributed.start(
+            kind,
+            same={f"the job's {key}": value for key, value in flat_job(job).items()},
+            join_timeout_s=60 * job.deepspeed.join_timeout_minutes,
+            node_timeout_s=60 * job.deepspeed.node_timeout_minutes,
+            while_waiting=stop.check,
+        )
         # Before NCCL's first collective: it would end the ranks without a word of what is missing.
         ranks.on_every_rank(lambda: check_shared_memory(kind, distributed.local_ranks()))
         storages = find_storages(job.deepspeed.storage, runs)
@@ -76,22 +78,32 @@ def _state_kept(directory: RunDirectory, storages: Storages) -> Iterator[None]:
         )
     try:
         yield
-    except Stopped as stop:
-        if lead:
-            _set_last_state(directory, "stopped", reason=stop.reason, at=stop.at)
-        raise
     except BaseException as error:
-        if lead:
-            expected = isinstance(error, UserError)
-            text = str(error) if expected else f"{type(error).__name__}: {error}"
-            _set_last_state(directory, "failed", error=text)
+        if lead or not ranks.raised_by_all(error):
+            _tell_the_end(directory, error)
         raise
     storages.on_each(lambda: directory.set_state("done"))
 
 
-def _set_last_state(directory: RunDirectory, status: str, **facts: object) -> None:
-    """Of a run that ends with an error, which a disk that is full must not take the place of."""
+def _tell_the_end(directory: RunDirectory, error: BaseException) -> None:
+    """The state of a run that ends with `error`, which a full disk must not take the place of.
+
+    The first failure stays: what others see of it, a connection that breaks off or the launcher's
+    SIGTERM, says less.
+    """
     try:
-        directory.set_state(status, **facts)
-    except UserError as error:
-        log.warning("%s", error)
+        if directory.has_failed():
+            return
+        if isinstance(error, Stopped):
+            directory.set_state("stopped", reason=error.reason, at=error.at)
+            return
+        directory.set_state("failed", **_failure(error))
+    except UserError as refused:
+        log.warning("%s", refused)
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    if ranks.another_ended(error):
+        return {"error": f"another rank ended: it was killed, or ran out of memory ({text})"}
+    return {"error": text} | ({} if ranks.raised_by_all(error) else {"rank": ranks.rank()})

@@ -112,7 +112,7 @@ class Pipeline:
             )
         )
         with self.storages.held(self.store.lock("teachers", key)):
-            entry = self.storages.everywhere(lambda: self.store.find("teachers", key))
+            entry = self.storages.everywhere(lambda: self.store.find_whole("teachers", key))
             if entry is None:
                 entry = self._teacher_in_store(spec, corpus, stage, key)
             else:
@@ -136,9 +136,13 @@ class Pipeline:
 
         def publish() -> None:
             directory = self.store.new_directory("teachers", key)
-            tokenizer_dir = corpus.entries.tokenizer_dir
-            export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
-            self.store.publish("teachers", key, directory, {"stage": stage})
+            try:
+                tokenizer_dir = corpus.entries.tokenizer_dir
+                export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+                self.store.publish("teachers", key, directory, {"stage": stage})
+            finally:
+                # Gone already when published; else it would leave no room to say what happened.
+                shutil.rmtree(directory, ignore_errors=True)
 
         ranks.on_rank_zero(publish)
         return self._finished(lambda: self.store.find("teachers", key), checkpoints)
@@ -183,7 +187,12 @@ class Pipeline:
         def find() -> Path | None:
             return target if files.read_manifest(target) is not None else None
 
-        if self.storages.everywhere(find) is not None:
+        def find_whole() -> Path | None:
+            if find() is not None:
+                files.verify_manifest(target)
+            return find()
+
+        if self.storages.everywhere(find_whole) is not None:
             log.info("%s: done before", stage)
             return target
         checkpoints = self._checkpoints(stage, key)
@@ -192,12 +201,11 @@ class Pipeline:
         )
 
         def publish() -> None:
-            directory = files.temporary_beside(target)
-            directory.mkdir(parents=True)
-            tokenizer_dir = corpus.entries.tokenizer_dir
-            export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
-            files.write_manifest(directory, fingerprint=key)
-            directory.rename(target)
+            with files.appearing(target) as directory:
+                directory.mkdir(parents=True)
+                tokenizer_dir = corpus.entries.tokenizer_dir
+                export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+                files.write_manifest(directory, fingerprint=key)
 
         ranks.on_rank_zero(publish)
         return self._finished(find, checkpoints)

@@ -4,14 +4,13 @@ What is timed is what a run does, at the job's sizes: text is prepared (and stay
 each model is built, trained for a few steps, evaluated on a little, checkpointed, exported and
 measured on a few windows and pairs. Teachers of the student are those few steps old: how good they
 are costs nothing. One rank; everything but the prepared text lies in a folder of its own beside the
-runs, and is removed.
+runs, and is removed: by the next trial there, where this one was killed.
 
 With a cache the student's steps are timed with live teachers, whose part is known apart.
 """
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from babyllama_ds.engine.checkpoint import CheckpointFolder
 from babyllama_ds.engine.compiling import Compiled
 from babyllama_ds.evaluation.evaluate import DevWindows, evaluate_model
 from babyllama_ds.evaluation.pair_files import Task
+from babyllama_ds.locks import scratch_folder
 from babyllama_ds.models.build import load_model
 from babyllama_ds.models.export import export_model
 from babyllama_ds.pipeline.checks import check_job
@@ -70,8 +70,7 @@ def try_job(job: JobSpec, *, runs: Path, seconds: float, began_s: float = 0.0) -
     device = distributed.start(distributed.resolve_device(job.deepspeed.device))
     try:
         assert ranks.world_size() == 1, "a trial is of one rank"
-        runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".trial-", dir=runs) as scratch:
+        with scratch_folder(runs, ".trial-") as scratch:
             parts, store = Parts(job, device), Store(runs / "store", while_waiting=stop.check)
             with _timed() as prepared:
                 corpus, before = _prepare(job, store, stop)
@@ -79,7 +78,7 @@ def try_job(job: JobSpec, *, runs: Path, seconds: float, began_s: float = 0.0) -
             check_job(parts, corpus)
             speed.facts(corpus)
             so_far_s = began_s + time.perf_counter() - entered - prepared.seconds
-            trial = _Trial(parts, corpus, speed, Path(scratch), stop, seconds / _num_trained(job))
+            trial = _Trial(parts, corpus, speed, scratch, stop, seconds / _num_trained(job))
             return replace(
                 trial.run(),
                 start_s=so_far_s,

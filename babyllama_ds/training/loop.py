@@ -8,6 +8,7 @@ step boundary when it is asked to, all ranks at the same one.
     profiling   where its time goes, on request
     limits      what ends the training before its last step
     not_finite  numbers that are not finite, and whose they are
+    patience    steps that do not come, because a rank hangs
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from babyllama_ds.training.limits import Limits
 from babyllama_ds.training.metrics import MetricsLog
 from babyllama_ds.training.not_finite import NotFinite
 from babyllama_ds.training.objective import objective_of
+from babyllama_ds.training.patience import Patience
 from babyllama_ds.training.profiling import ProfiledSteps
 from babyllama_ds.training.stage import Stage, Surroundings
 from babyllama_ds.training.step import train_step
@@ -162,16 +164,22 @@ class Trainer:
     def run(self) -> None:
         """Steps until a limit is reached, with evaluations and checkpoints where they are due."""
         first, total = self.progress.step, self.batches.total_steps
-        with MetricsLog(
-            self.around.run_dir, self.stage.name, first_step=first, total_steps=total
-        ) as metrics:
+        with (
+            Patience(self.stage.name) as patience,
+            MetricsLog(
+                self.around.run_dir, self.stage.name, first_step=first, total_steps=total
+            ) as metrics,
+        ):
             while self.limits.ended_by(self.progress) is None:
                 self._stop_if_asked()
                 self.step(metrics)
+                patience.alive(f"step {self.progress.step}")
                 if self._due_evaluation():
                     self._evaluate(metrics)
+                    patience.alive(f"the evaluation at step {self.progress.step}")
                 if self._due_checkpoint():
                     self.checkpoint()
+                    patience.alive(f"the checkpoint of step {self.progress.step}")
         if self.limits.ended_by(self.progress) != "steps":
             log.info("%s %s", self.stage.name, self.limits.told(self.progress))
 

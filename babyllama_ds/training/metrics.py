@@ -163,8 +163,8 @@ def forget_cut_short(run_dir: Path, stage: str, last_step: int) -> None:
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines that no kill cut short, and what they say."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    """The lines that no kill or power cut left short or garbled, and what they say."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
         with suppress(json.JSONDecodeError):
             yield line, json.loads(line)

@@ -475,14 +475,15 @@ def test_a_folder_of_runs_that_cannot_be_made_is_refused(
     assert enter("doctor").started[0] == "babyllama-ds"
 
 
-def test_being_told_to_stop_it_tells_the_ranks_and_waits_for_them(tmp_path: Path) -> None:
-    """As `docker stop` does. The launcher here dies at once, as DeepSpeed's does; its rank takes a
-    while to save what it has."""
+def test_being_told_to_stop_it_waits_for_the_ranks(tmp_path: Path) -> None:
+    """As `docker stop` does. The launcher here dies at once, as DeepSpeed's does. Its rank notices,
+    and takes a while to save what it has; what is between them would end it, told to stop."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
-    save = f"sleep 1; echo >{tmp_path}/saved; exit"
-    rank = f"trap '{save}' TERM\necho >{tmp_path}/up\nwhile :; do sleep 0.1; done"
-    for name, body in (("rank", rank), ("deepspeed", "rank &\nwait")):
+    rank = f"echo >{tmp_path}/up\nwhile kill -0 $1; do sleep 0.1; done\nsleep 1\n"
+    rank += f"echo >{tmp_path}/saved"
+    between = "rank $1 &\nrank=$!\ntrap 'kill -9 $rank' TERM\nwait"
+    for name, body in (("rank", rank), ("between", between), ("deepspeed", "between $$ &\nwait")):
         (stubs / name).write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
         (stubs / name).chmod(0o755)
     path = f"{stubs}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -16,7 +17,8 @@ import pytest
 from babyllama_ds import locks as module
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import read_json
-from babyllama_ds.locks import RunLock
+from babyllama_ds.locks import RunLock, scratch_folder
+from babyllama_ds.store import Store
 
 LIMIT_S = 30  # no test waits longer for another process
 
@@ -25,7 +27,7 @@ Start = Callable[..., Any]
 HOLD = """
 import sys
 from pathlib import Path
-from babyllama_ds.locks import RunLock
+from babyllama_ds.locks import RunLock, scratch_folder
 
 launcher_pid = int(sys.argv[2]) if sys.argv[2:] else None
 with RunLock(Path(sys.argv[1]), launcher_pid=launcher_pid):
@@ -86,13 +88,21 @@ def test_killed_holder_is_taken_over_and_cleaned_up_after(
 ) -> None:
     holder = start_python(HOLD, tmp_path)
     assert holder.line() == "held"
-    (tmp_path / ".tmp-state.json-1-ab").write_text("half")
+    (tmp_path / "evaluation").mkdir()
+    for place in (tmp_path, tmp_path / "evaluation"):
+        (place / ".tmp-state.json-1-ab").write_text("half")
+    others = tmp_path.parent / "entry"
+    others.mkdir()
+    (others / ".tmp-of-another-process").touch()
+    (tmp_path / "tokens").symlink_to(others)
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait(timeout=LIMIT_S)
     assert read_json(tmp_path / ".lock.json")["pid"] == holder.pid  # it could not tidy up
     with RunLock(tmp_path):
         assert read_json(tmp_path / ".lock.json")["pid"] == os.getpid()
-        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", ".lock.json"]
+        left = sorted(path.name for path in tmp_path.rglob("*"))
+        assert left == [".lock", ".lock.json", "evaluation", "tokens"]
+    assert (others / ".tmp-of-another-process").exists()
 
 
 def test_orphaned_holder_is_waited_for(
@@ -181,6 +191,25 @@ def test_unwritable_run_directory_is_a_run_error(
     assert caught.value.problems[0].where == str(tmp_path / "job")
 
 
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_file_system_without_locks_is_refused(
+    reason: int, before: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a file would be the lock by being there: a killed holder's, for ever."""
+    if before:
+        (tmp_path / ".lock").touch()
+
+    def refuse(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for entered in (RunLock(tmp_path), Store(tmp_path).lock("tokens", "abc")):
+        with pytest.raises(RunError, match="mount it with flock"), entered:
+            pytest.fail("it was locked")
+
+
 def test_lock_is_freed_when_the_holder_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,3 +223,42 @@ def test_lock_is_freed_when_the_holder_cannot_be_written(
     with RunLock(tmp_path):
         pass
     assert caught.tb is not None  # it keeps the failed lock alive: nothing but us released it
+
+
+SCRATCH = """
+import sys
+from pathlib import Path
+from babyllama_ds.locks import scratch_folder
+
+with scratch_folder(Path(sys.argv[1]), ".trial-") as folder:
+    (folder / "weights").write_text("many")
+    print(folder, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_killed_process_leaves_its_folder_to_the_next(
+    tmp_path: Path, start_python: Start
+) -> None:
+    runs = tmp_path / "runs"
+    living, killed = (start_python(SCRATCH, runs) for _ in range(2))
+    theirs, abandoned = Path(living.line()), Path(killed.line())
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait(timeout=LIMIT_S)
+    (runs / ".trial-just-made").mkdir()
+    assert (abandoned / "weights").exists()
+    with scratch_folder(runs, ".trial-") as folder:
+        assert folder.is_dir()
+        there = {path.name for path in runs.iterdir()}
+        assert there == {theirs.name, folder.name, ".trial-just-made"}
+        assert (theirs / "weights").exists()
+    assert not folder.exists()
+
+
+def test_a_place_for_no_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunError, match="choose another --runs directory"),
+        scratch_folder(tmp_path / "file" / "runs", ".trial-"),
+    ):
+        pytest.fail("it was made")

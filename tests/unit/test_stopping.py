@@ -183,6 +183,41 @@ def test_killed_launcher_is_noticed() -> None:
         launcher.communicate(timeout=LIMIT_S)
 
 
+COMMAND = """
+import subprocess, sys
+process = subprocess.Popen([sys.executable, *sys.argv[1:]], stdin=subprocess.DEVNULL)
+process.wait()
+"""
+LATE = """
+import os, time
+from babyllama_ds.stopping import _parent_of
+
+command = _parent_of(os.getppid())
+print("importing", flush=True)
+while (now := _parent_of(os.getppid())) == command:
+    time.sleep(0.05)
+print(now, flush=True)
+"""
+
+
+def test_a_command_that_ended_before_its_ranks_looked_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CROSS_SIZE", "1")
+    as_launch = ("-c", COMMAND, "-c", LATE + STOPPABLE, "deepspeed.launcher.launch")
+    command = start(COMMAND, *as_launch)
+    try:
+        assert line(command) == "importing"
+        command.kill()
+        if line(command) != "1":
+            pytest.skip("another process than the first takes in orphans here")
+        assert line(command) == "ready"
+        assert line(command) == "launcher gone"
+    finally:
+        command.kill()
+        command.communicate(timeout=LIMIT_S)
+
+
 TWO_RANKS = """
 import os, signal, sys
 import torch.distributed as dist

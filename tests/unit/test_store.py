@@ -55,6 +55,18 @@ def test_build_makes_an_entry_once_with_its_manifest(tmp_path: Path) -> None:
     ]
 
 
+def test_an_entry_that_was_damaged_since_is_named(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.find_whole("tokens", "abc") is None
+    entry = store.build("tokens", "abc", write_words)
+    assert store.find_whole("tokens", "abc") == entry
+    (entry / "words.txt").write_text("milk\nshoo\n")
+    for ask in (store.find_whole, lambda *words: store.build(*words, write_words)):
+        with pytest.raises(RunError, match="made anew") as caught:
+            ask("tokens", "abc")
+        assert caught.value.problems[0].where == str(entry / "words.txt")
+
+
 def test_failed_make_leaves_nothing_and_its_error_goes_on(tmp_path: Path) -> None:
     store = Store(tmp_path)
     error = DataError.of("corpus", got="nothing", expected="text")

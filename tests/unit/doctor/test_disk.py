@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,14 +107,17 @@ def test_locks_that_lock_nothing_are_a_failure(
     assert found.found == "a lock that is held was given a second time"
 
 
-@pytest.mark.parametrize("error", [OSError(38, "Function not implemented"), NotImplementedError()])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_is_a_failure(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise error
+    """As Lustre without `-o flock`, and NFS without its lock daemon, answer."""
 
-    monkeypatch.setattr(module, "FileLock", refuse)
+    def refuse(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
     found = by_check(tmp_path)["locks"]
     assert found.status == "failure"
     assert "refuses locks" in found.found

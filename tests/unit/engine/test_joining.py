@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -14,7 +15,7 @@ import pytest
 
 from babyllama_ds.engine import joining
 from babyllama_ds.engine.joining import Facts, Joined, Member, World, named
-from babyllama_ds.errors import MeetingError
+from babyllama_ds.errors import MeetingError, Stopped
 
 STORE_TIMEOUT = timedelta(seconds=20)
 
@@ -98,6 +99,32 @@ def test_names_of_ranks_by_host() -> None:
 
 
 # -- somebody is missing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("waiting", [(0,), (1,), (0, 1)])
+def test_asked_to_stop_they_do_not_wait_for_the_others(port: int, waiting: tuple[int, ...]) -> None:
+    """Rank 0 for hellos, another for rank 0, or for its answer."""
+    began_s = time.monotonic()
+
+    def asked() -> None:
+        if time.monotonic() - began_s > 1:
+            raise Stopped("SIGTERM")
+
+    def wait(rank: int) -> None:
+        work = joining._gather if rank == 0 else joining._report
+        with pytest.raises(Stopped):
+            work(
+                World(rank=rank, size=3, address="127.0.0.1", port=port),
+                member(rank, "a"),
+                Facts(),
+                timeout_s=60,
+                store_timeout=STORE_TIMEOUT,
+                while_waiting=asked,
+            )
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(wait, waiting))
+    assert time.monotonic() - began_s < 30
 
 
 def test_those_who_came_are_told_who_is_missing(port: int) -> None:

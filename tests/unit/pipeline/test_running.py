@@ -39,6 +39,24 @@ def test_the_state_follows_the_run(tmp_path: Path) -> None:
     assert status(tmp_path) == "stopped"
 
 
+@pytest.mark.parametrize(
+    "seen", [Stopped("SIGTERM"), RuntimeError("connection closed by peer")], ids=repr
+)
+def test_what_another_rank_said_of_its_failure_stays(tmp_path: Path, seen: Exception) -> None:
+    """The launcher's SIGTERM, and a connection that breaks off, come of it."""
+
+    def run() -> None:
+        directory = RunDirectory(tmp_path)
+        with _state_kept(directory, Storages()):
+            directory.set_state("failed", error="no memory left", rank=1)
+            raise seen
+
+    with pytest.raises(type(seen)):
+        run()
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state == {"status": "failed", "error": "no memory left", "rank": 1}
+
+
 def test_a_state_that_cannot_be_written_does_not_hide_the_error(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
