@@ -151,8 +151,9 @@ def test_a_gradient_that_is_not_finite_leaves_everything_and_the_next_step_goes_
     tiny_model: Callable[..., Any], make_engine: Callable[..., TrainingEngine]
 ) -> None:
     """In any micro-batch; and what was added of the broken batch is gone."""
-    engine = make_engine(Loss(tiny_model("llama")), {"micro_batch": 2})
-    undisturbed = trained(make_engine(Loss(tiny_model("llama")), {"micro_batch": 2}))
+    of_training = {"micro_batch": 2, "ema": MovingAverage()}
+    engine = make_engine(Loss(tiny_model("llama")), of_training)
+    undisturbed = trained(make_engine(Loss(tiny_model("llama")), of_training))
     for broken in range(engine.accumulation_steps):
         before = {name: tensor.clone() for name, tensor in engine.named_state()}
         for number, micro_BS in enumerate(batches()[0].chunk(engine.accumulation_steps)):
