@@ -62,9 +62,11 @@ def test_probabilities_that_exceed_1_are_divided_by_their_sum() -> None:
     assert kl.item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.25))
 
 
-def test_all_tokens_leave_no_tail() -> None:
+@pytest.mark.parametrize("each", [0.25, 0.24, 0.26])
+def test_all_tokens_leave_no_tail(each: float) -> None:
+    """And what rounding left to a sum of 1, or put on it, is divided by."""
     student = STUDENT.clone()
-    every = targets([2, 0, 1, 3], [0.25, 0.25, 0.25, 0.25])
+    every = targets([2, 0, 1, 3], [each] * 4)
     _, kl = top_k_row_losses(student, every, LABEL, 1.0, Factors(ce_C1=0 * ONE, kl_C1=ONE), work())
     assert kl.item() == pytest.approx(0.25 * math.log(0.25**4 / (0.5 * 0.25 / 64)))
     assert student.tolist()[0] == pytest.approx([0.25, 0.0, -0.125, -0.125])
