@@ -23,6 +23,7 @@ from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.teachers.ensemble import Ensemble, Member
+from babyllama_ds.training.batches import LabelMask
 from babyllama_ds.training.loop import train
 from babyllama_ds.training.meter import Meter
 from babyllama_ds.training.stage import Stage, Surroundings
@@ -106,6 +107,7 @@ class Run:
     ensemble: Ensemble | None = None
     seed: int = 3
     meter: Meter | None = None
+    has_label: LabelMask | None = None
     last_model: nn.Module = field(default_factory=nn.Module)
     folder: WatchedFolder = field(init=False)
 
@@ -130,6 +132,7 @@ class Run:
             seed=self.seed,
             micro_batch=self.config["train_micro_batch_size_per_gpu"],
             deepspeed=self.config,
+            has_label=self.has_label,
             meter=self.meter,
         )
         stop = StopAfter(stop_after, before)

@@ -83,7 +83,7 @@ class Member:
 
     def states(self, windows: Windows) -> Tensor:
         """Final hidden states [B, S, D]; the windows' numbers are of no interest."""
-        return self.model.hidden_states(windows.input_ids_BS, windows.pieces)
+        return self.states_and_layers(windows)[0]
 
     def states_and_layers(self, windows: Windows) -> tuple[Tensor, dict[int, Tensor]]:
         """The same, and the states [B, S, D] of layers that the model was asked to keep."""

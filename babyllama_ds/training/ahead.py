@@ -32,7 +32,6 @@ class BatchesAhead:
         """The batch of `step`; an error of reading it is raised here."""
         coming = self._coming.pop(step, None) or self._reader.submit(self._read, step)
         batch = coming.result()
-        self._coming.clear()
         if step + 1 < self._total_steps:
             self._coming[step + 1] = self._reader.submit(self._read, step + 1)
         return batch

@@ -6,6 +6,7 @@ import errno
 import json
 import pickle
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -298,3 +299,64 @@ def test_what_a_killed_writer_left_is_overwritten(
         "progress.json",
         "state.safetensors",
     ]
+
+
+# -- several storages ------------------------------------------------------------------------------
+
+
+class Nodes:
+    """Storages that have these checkpoints, by step; what is sent between them is written down."""
+
+    several = True
+
+    def __init__(self, directory: Path, *steps: list[int]) -> None:
+        self.names = [[f"step-{step:08d}" for step in of_node] for of_node in steps]
+        self.directory = directory
+        self.sent: list[tuple[str, int, list[int]]] = []
+
+    def on_each(self, work: Callable[[], Any]) -> list[Any]:
+        """`work` looks at this node's folder, which is given each node's content in turn."""
+        found = []
+        for names in self.names:
+            for name in names:
+                (self.directory / name).mkdir(parents=True)
+            found.append(work())
+            shutil.rmtree(self.directory, ignore_errors=True)
+        return found
+
+    def copy(self, checkpoint: Path, *, source: int, to: list[int]) -> None:
+        self.sent.append((checkpoint.name, source, to))
+
+
+@pytest.mark.parametrize(
+    ("steps", "sent"),
+    [
+        (([2, 4], [4]), []),  # the first node has the newest
+        (([], [2, 4], []), [("step-00000004", 1, [0])]),  # it was replaced
+        (([2, 4], [2], [4, 6]), [("step-00000006", 2, [0])]),
+        (([9], [10]), [("step-00000010", 1, [0])]),
+        (([], []), []),
+    ],
+)
+def test_the_first_node_gets_the_newest_of_any(
+    steps: tuple[list[int], ...], sent: list[Any], tmp_path: Path
+) -> None:
+    nodes: Any = Nodes(tmp_path / "checkpoints", *steps)
+    CheckpointFolder(nodes.directory, fingerprint="f", storages=nodes)._fetch()
+    assert nodes.sent == sent
+
+
+@pytest.mark.parametrize(
+    ("steps", "sent"),
+    [
+        (([2, 4], [2], [2]), [("step-00000004", 0, [1])]),
+        (([4], [4], []), [("step-00000004", 0, [])]),
+    ],
+)
+def test_a_second_node_keeps_a_copy(
+    steps: tuple[list[int], ...], sent: list[Any], tmp_path: Path
+) -> None:
+    nodes: Any = Nodes(tmp_path / "checkpoints", *steps)
+    folder = CheckpointFolder(nodes.directory, fingerprint="f", storages=nodes)
+    folder._copy(nodes.directory / "step-00000004")
+    assert nodes.sent == sent

@@ -33,6 +33,7 @@ TRAINING = {"batch_windows": BATCH, "epochs": 1.0, "learning_rate": 1e-2, "weigh
 # in a matrix, than in the model, or more.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "clipped": ({"kind": "llama"}, {"micro_batch": 2, "clip_norm": 0.05}, 2_000),
+    "too short to clip": ({"kind": "llama"}, {"clip_norm": 1e4}, 2_000),
     "tied": ({"kind": "gpt2"}, {"clip_norm": None}, 1_000_000),
     "small buckets": ({"kind": "llama", "tie_word_embeddings": True}, {"micro_batch": 1}, 500),
     "muon": (
@@ -150,8 +151,9 @@ def test_a_gradient_that_is_not_finite_leaves_everything_and_the_next_step_goes_
     tiny_model: Callable[..., Any], make_engine: Callable[..., TrainingEngine]
 ) -> None:
     """In any micro-batch; and what was added of the broken batch is gone."""
-    engine = make_engine(Loss(tiny_model("llama")), {"micro_batch": 2})
-    undisturbed = trained(make_engine(Loss(tiny_model("llama")), {"micro_batch": 2}))
+    of_training = {"micro_batch": 2, "ema": MovingAverage()}
+    engine = make_engine(Loss(tiny_model("llama")), of_training)
+    undisturbed = trained(make_engine(Loss(tiny_model("llama")), of_training))
     for broken in range(engine.accumulation_steps):
         before = {name: tensor.clone() for name, tensor in engine.named_state()}
         for number, micro_BS in enumerate(batches()[0].chunk(engine.accumulation_steps)):
@@ -163,17 +165,17 @@ def test_a_gradient_that_is_not_finite_leaves_everything_and_the_next_step_goes_
     assert [name for name in after if not torch.equal(after[name], undisturbed[name])] == []
 
 
-@pytest.mark.parametrize(
-    ("precision", "zero"),
-    [
-        ("fp32", {}),
-        ("bf16", {"overlap_comm": True}),
-        ("bf16", {"reduce_scatter": True}),
-        ("bf16", {"parameter_alignment": True}),
-        ("offloaded", {}),
-    ],
-    ids=str,
-)
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    ("fp32", {}),
+    ("bf16", {"overlap_comm": True}),
+    ("bf16", {"reduce_scatter": True}),
+    ("bf16", {"parameter_alignment": True}),
+    ("offloaded", {}),
+    ("offloaded", {"reduce_scatter": False}),
+]
+
+
+@pytest.mark.parametrize(("precision", "zero"), OTHERS, ids=str)
 def test_another_configuration_stays_deepspeeds(
     precision: str,
     zero: dict[str, Any],
@@ -184,6 +186,15 @@ def test_another_configuration_stays_deepspeeds(
         pytest.importorskip("deepspeed.ops.adam")
     engine = make_engine(Loss(tiny_model("gpt2")), {}, precision, **zero)
     assert not is_lean(engine)
+
+
+@pytest.mark.parametrize(("precision", "zero"), OTHERS, ids=str)
+def test_a_plan_knows_it_of_the_configuration(
+    precision: str, zero: dict[str, Any], engine_config: Callable[..., dict[str, Any]]
+) -> None:
+    training = TrainingSpec(**TRAINING)
+    assert lean.is_lean(engine_config(training, precision="bf16"))
+    assert not lean.is_lean(in_buckets(engine_config(training, precision=precision), 500, **zero))
 
 
 class Operators(TorchDispatchMode):

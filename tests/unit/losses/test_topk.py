@@ -62,12 +62,47 @@ def test_probabilities_that_exceed_1_are_divided_by_their_sum() -> None:
     assert kl.item() == pytest.approx(0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.25))
 
 
-def test_all_tokens_leave_no_tail() -> None:
+@pytest.mark.parametrize("each", [0.25, 0.24, 0.26])
+def test_all_tokens_leave_no_tail(each: float) -> None:
+    """And what rounding left to a sum of 1, or put on it, is divided by."""
     student = STUDENT.clone()
-    every = targets([2, 0, 1, 3], [0.25, 0.25, 0.25, 0.25])
+    every = targets([2, 0, 1, 3], [each] * 4)
     _, kl = top_k_row_losses(student, every, LABEL, 1.0, Factors(ce_C1=0 * ONE, kl_C1=ONE), work())
     assert kl.item() == pytest.approx(0.25 * math.log(0.25**4 / (0.5 * 0.25 / 64)))
     assert student.tolist()[0] == pytest.approx([0.25, 0.0, -0.125, -0.125])
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_work_spaces_of_any_number_of_rows_give_the_same(rows: int) -> None:
+    """As of each position by itself."""
+    draw = torch.Generator().manual_seed(2)
+    logits_CV = torch.randn(5, 4, generator=draw, dtype=torch.float64)
+    found = TopKTargets(
+        torch.tensor([[0, 1], [1, 2], [3, 0], [2, 3], [0, 3]]),
+        torch.rand(5, 2, generator=draw, dtype=torch.float64).mul(0.5).log(),
+    )
+    label_C1 = torch.tensor([[0], [1], [2], [3], [0]])
+    each_C1 = torch.arange(1.0, 6.0, dtype=torch.float64)[:, None]
+    factors = Factors(ce_C1=each_C1, kl_C1=each_C1.flip(0), z_C1=0.1 * each_C1)
+
+    def of(part: slice, spaces: int) -> list[torch.Tensor]:
+        gradient_CV = logits_CV[part].clone()
+        log_z_C1 = torch.empty_like(each_C1[part])
+        one = TopKTargets(found.token_ids_NK[part], found.log_probs_NK[part])
+        losses = top_k_row_losses(
+            gradient_CV,
+            one,
+            label_C1[part],
+            2.0,
+            factors.of(part),
+            [torch.full((spaces, 4), math.nan, dtype=torch.float64) for _ in range(2)],
+            log_z_C1=log_z_C1,
+        )
+        return [*losses, log_z_C1, gradient_CV]
+
+    alone = zip(*(of(slice(row, row + 1), 1) for row in range(5)), strict=True)
+    for ours, theirs in zip(of(slice(0, 5), rows), alone, strict=True):
+        torch.testing.assert_close(ours, torch.cat(theirs))
 
 
 @pytest.mark.parametrize("k", [0, 5])

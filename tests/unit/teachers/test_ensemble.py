@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -87,3 +88,13 @@ def test_destroyed_teachers_are_freed(alone: torch.device, tiny_model: Callable[
     gc.collect()
     assert weight() is None
     assert ensemble.members == ()
+
+
+def test_every_member_is_told_to_free_what_it_holds() -> None:
+    """A remembered one has files open, which no collector of garbage closes for it."""
+    freed: list[str] = []
+    members: list[Any] = [SimpleNamespace(destroy=lambda n=n: freed.append(n)) for n in "abc"]
+    ensemble = Ensemble(members)
+    ensemble.destroy()
+    ensemble.destroy()
+    assert freed == ["a", "b", "c"]

@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
 
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
@@ -34,7 +36,8 @@ from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.training import EarlyStopping, MovingAverage, Muon, TrainingSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training import clock as clock_module
-from trainings import RandomWindows, Run, assert_equal_weights, dev_windows, windows_of_step
+from babyllama_ds.training.batches import label_mask
+from trainings import LENGTH, RandomWindows, Run, assert_equal_weights, dev_windows, windows_of_step
 
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
 
@@ -73,6 +76,41 @@ def test_training_learns(new_run: Callable[..., Run]) -> None:
     run.train()
     logged = list(run.logged().values())
     assert logged[-1]["ce"] < 0.6 * logged[0]["ce"]
+
+
+# -- what counts -----------------------------------------------------------------------------------
+
+
+def test_tokens_without_a_label_are_not_learnt(new_run: Callable[..., Run]) -> None:
+    """The logged cross-entropy is over the others; positions all count as seen."""
+    run = new_run(precision="fp32", kind="llama", log_every_steps=1, max_steps=1)
+    unlabelled = list(range(20))
+    run.has_label = label_mask(unlabelled)
+    summary = run.train()
+    tokens_BS = torch.from_numpy(RandomWindows().tokens[windows_of_step(0)])
+    labels_BT = tokens_BS[:, 1:].masked_fill(tokens_BS[:, 1:] < len(unlabelled), -100)
+    with torch.no_grad():
+        logits_BTV = run.model().eval()(input_ids=tokens_BS).logits[:, :-1].double()
+    expected = cross_entropy(logits_BTV.flatten(0, 1), labels_BT.flatten())
+    assert run.logged()[1]["ce"] == pytest.approx(expected.item(), rel=1e-5)
+    assert summary["train_tokens"] == tokens_BS.numel()
+
+
+def test_documents_of_dev_windows_are_scored_apart(new_run: Callable[..., Run]) -> None:
+    """As each would be if it were a sequence of its own."""
+    run = new_run(precision="fp32", kind="llama", keep="last", max_steps=2)
+    begins_WS = np.zeros((5, LENGTH), np.bool_)
+    begins_WS[:, [0, 4]] = True
+    dev = replace(dev_windows(), begins_of=lambda ids: begins_WS[list(ids)])
+    summary = run.train(dev=dev)
+    tokens_WS, model = torch.from_numpy(dev.windows_of(range(5))), run.last_model.eval()
+    nll, labels = 0.0, 0
+    for piece_WS in (tokens_WS[:, :4], tokens_WS[:, 4:]):
+        with torch.no_grad():
+            logits_WTV = model(input_ids=piece_WS).logits[:, :-1].double()
+        ce_N = cross_entropy(logits_WTV.flatten(0, 1), piece_WS[:, 1:].flatten(), reduction="none")
+        nll, labels = nll + ce_N.sum().item(), labels + len(ce_N)
+    assert summary["final_dev_ce"] == pytest.approx(nll / labels, rel=1e-5)
 
 
 # -- which weights leave ---------------------------------------------------------------------------
@@ -459,6 +497,10 @@ def test_gradient_checkpointing_changes_no_bit(
     recomputing = new_run("recomputing", gradient_checkpointing=True, **options)
     plain.train()
     recomputing.train()
+    for run in (plain, recomputing):
+        layers = [m for m in run.last_model.modules() if hasattr(m, "gradient_checkpointing")]
+        assert layers
+        assert all(m.gradient_checkpointing == (run is recomputing) for m in layers)
     assert_equal_weights(recomputing.weights(), plain.weights())
     assert without_timing(recomputing.metrics()) == without_timing(plain.metrics())
 

@@ -17,12 +17,13 @@ from torch.nn.functional import cosine_similarity, log_softmax, softmax
 
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.errors import JobError
+from babyllama_ds.models.documents import Pieces
 from babyllama_ds.spec.distillation import DistillationSpec, HiddenMatching, LayerPair
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import Batch, label_mask, micro_batch
 from babyllama_ds.training.matching import check_layers
-from babyllama_ds.training.objective import Totals, objective_of
+from babyllama_ds.training.objective import Counts, Totals, objective_of
 from babyllama_ds.training.step import train_step
 
 BATCH, LENGTH, VOCAB = 8, 9, 59  # models have 61 rows: two are padding
@@ -138,9 +139,10 @@ def plain_terms(
 
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("num_windows", [8, 5])
-@pytest.mark.parametrize("loss", ["mse", "cosine"])
+@pytest.mark.parametrize(("loss", "reduction"), [("mse", "token"), ("cosine", "sequence")])
 def test_one_step_takes_the_gradient_of_all_terms(
     loss: str,
+    reduction: str,
     num_windows: int,
     accumulation: int,
     ensemble: Ensemble,
@@ -160,7 +162,7 @@ def test_one_step_takes_the_gradient_of_all_terms(
         ensemble,
         vocab_size=VOCAB,
         training=training,
-        distillation=spec_of(loss),
+        distillation=spec_of(loss, soft_reduction=reduction),
         seed=5,
     )
     weights = [each.detach().clone() for each in objective.matching.projections]
@@ -182,9 +184,11 @@ def test_one_step_takes_the_gradient_of_all_terms(
         temperature=temperature,
         loss=loss,
     )
+    # Of the terms the soft one alone is summed over a window, where the reduction says so.
+    positions = LENGTH if reduction == "sequence" else 1
     right = (
         alpha * terms["ce"]
-        + (1 - alpha) * temperature**2 * terms["jensen_shannon"]
+        + (1 - alpha) * temperature**2 * positions * terms["jensen_shannon"]
         + 0.03 * terms["log_z_squared"]
         + 0.7 * terms["hidden_distance"]
     )
@@ -209,6 +213,39 @@ def test_one_step_takes_the_gradient_of_all_terms(
     assert measured["temperature"] == temperature
     for key, term in terms.items():
         assert measured[key] == pytest.approx(term.item(), rel=1e-5), key
+
+
+def test_documents_kept_apart_are_matched_apart(
+    ensemble: Ensemble, tiny_model: Callable[..., Any], training_spec: Callable[..., Any]
+) -> None:
+    """In student and teachers: each piece as if it were a sequence of its own."""
+    tokens_BS = torch.randint(0, VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    begins_BS = np.zeros((2, LENGTH), np.bool_)
+    begins_BS[:, [0, 4]] = True
+    micro = micro_batch(tokens_BS, torch.ones(2, dtype=torch.bool), pieces=Pieces.of(begins_BS))
+    objective = objective_of(
+        tiny_model("llama"),
+        ensemble,
+        vocab_size=VOCAB,
+        training=training_spec(),
+        distillation=spec_of("mse"),
+        seed=5,
+    ).eval()
+    found = objective(micro, ensemble.targets(micro), Counts(ce=1, kl=1, scale=1.0))
+    matching = soft = 0.0
+    for piece_BS in (tokens_BS[:, :4], tokens_BS[:, 4:]):
+        terms = plain_terms(
+            tiny_model("llama").eval(),
+            list(objective.matching.projections),
+            {name: teacher.eval() for name, teacher in teachers_of(tiny_model).items()},
+            piece_BS,
+            temperature=1.0,
+            loss="mse",
+        )
+        matching += terms["hidden_distance"].item() * piece_BS.numel()
+        soft += terms["jensen_shannon"].item() * piece_BS.numel()
+    assert found.matching_sum.item() == pytest.approx(matching, rel=1e-5)
+    assert found.kl_sum.item() == pytest.approx(soft, rel=1e-5)
 
 
 def test_matrices_follow_the_seed_alone(

@@ -286,4 +286,6 @@ def test_a_compiled_backbone_is_compiled_once_and_changes_nothing(
     assert seen[0] > 0
     assert seen == [seen[0]] * 3, "compiled anew"
     assert list(fast.state_dict()) == list(plain.state_dict())
+    fast.release()
+    assert not any("forward" in vars(module) for module in fast.modules()), "still compiled"
     forget_compiled()

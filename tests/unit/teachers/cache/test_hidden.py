@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -117,6 +118,19 @@ def test_records_need_not_be_whole_words(
     batch = micro(seen.windows, [79, 3, 41], [])
     assert remembered.states(batch).shape == (3, 10, 15)
     assert torch.equal(remembered.states(batch), live.states(batch))
+
+
+def test_the_windows_of_the_next_pass_are_read_ahead(
+    teacher_of: Callable[..., Teacher],
+    seen: TeacherInput,
+    around: Surroundings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remembered = remember(teacher_of(), seen, around)
+    expected: list[NDArray[np.int64]] = []
+    monkeypatch.setattr(remembered.records, "expect", expected.append)
+    remembered.states(micro(seen.windows, [5, 2, 70], [7, 3]))
+    assert [numbers.tolist() for numbers in expected] == [[7, 3]]
 
 
 def test_it_is_computed_once_and_the_teacher_is_not_loaded_again(

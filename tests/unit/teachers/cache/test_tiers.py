@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
 import torch
 
+from babyllama_ds import ranks
 from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import available_host_bytes
 from babyllama_ds.storages import Storages
@@ -168,3 +170,16 @@ def test_what_torch_keeps_of_earlier_stages_counts_as_free(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * GB - sum(kept), 80 * GB))
     found = measure_room(tmp_path, torch.device("cuda", 0), Storages())
     assert (found.device, found.device_total) == (70 * GB, 80 * GB)
+
+
+def test_the_rank_and_the_disk_with_the_least_room_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank holds a copy, every storage a file: what fits one of them may not fit another."""
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (70 * GB, 80 * GB))
+    of_others = [(60 * GB, 3), (75 * GB, 2), (90 * GB, 4)]
+    monkeypatch.setattr(ranks, "gather_objects", lambda own: [own, *of_others])
+    disks: Any = SimpleNamespace(on_each=lambda free: [free(), 7, 8])
+    found = measure_room(tmp_path, torch.device("cuda", 0), disks)
+    assert found == Room(device=60 * GB, device_total=80 * GB, host=2, disk=7)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from babyllama_ds.engine.inference import FrozenModel
@@ -137,6 +138,21 @@ def test_in_the_same_shape_they_are_the_live_ones_to_the_bit(
     found = targets_of(opened(loss(), teachers, seen, around), seen, numbers)
     assert torch.equal(found.token_ids_NK, live.token_ids_NK)
     assert torch.equal(found.log_probs_NK, live.log_probs_NK)
+
+
+def test_the_windows_of_the_next_pass_are_read_ahead(
+    teachers: list[Teacher],
+    seen: TeacherInput,
+    around: Surroundings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ensemble = opened(loss(), teachers, seen, around)
+    expected: list[NDArray[np.int64]] = []
+    monkeypatch.setattr(ensemble._records, "expect", expected.append)
+    tokens_BS = torch.from_numpy(seen.windows.numbered(np.array([5, 2])))
+    real_B = torch.ones(2, dtype=torch.bool)
+    ensemble.targets(micro_batch(tokens_BS, real_B, np.array([5, 2]), np.array([7, 3])))
+    assert [numbers.tolist() for numbers in expected] == [[7, 3]]
 
 
 def test_they_are_computed_once(
