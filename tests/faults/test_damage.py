@@ -13,25 +13,9 @@ from pathlib import Path
 import pytest
 
 from babyllama_ds.errors import RunError
-from babyllama_ds.pipeline import run_job
-from babyllama_ds.spec.loading import load_job
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
-MODEL = {
-    "kind": "llama",
-    "hidden_size": 16,
-    "num_layers": 1,
-    "num_heads": 2,
-    "intermediate_size": 24,
-}
-TRAINING = {
-    "batch_windows": 8,
-    "epochs": 1.0,
-    "max_steps": 2,
-    "learning_rate": 1e-2,
-    "evaluate_windows": 8,
-}
 PARTS = (
     "tokenizer/tokenizer.json",
     "tokens/train-00000.bin",
@@ -50,27 +34,14 @@ def one_bit_flipped(path: Path) -> Iterator[None]:
     path.write_bytes(whole)
 
 
-def test_one_wrong_bit_in_what_was_made_before(
-    tmp_path: Path, tiny_job: Callable[..., Path]
-) -> None:
-    job = tiny_job(
-        tmp_path / "job",
-        teachers=[{"name": "one", "model": MODEL, "training": TRAINING}],
-        student={"model": MODEL, "training": TRAINING},
-        control=None,
-        evaluation={"dev_windows": 8},
-    )
-
-    def start(name: str) -> Path:
-        return run_job(load_job(job, [f"name={name}"]), runs=tmp_path / "runs")
-
-    run = start("first")
+def test_one_wrong_bit_in_what_was_made_before(begin: Callable[..., Path]) -> None:
+    run = begin("name=first")
     for part in PARTS:
         shared = not part.startswith("student/")
         with one_bit_flipped(run / part):
             for name in ("first", "second") if shared else ("first",):
                 with pytest.raises(RunError) as caught:
-                    start(name)
+                    begin(f"name={name}")
                 (problem,) = caught.value.problems
                 assert problem.where == str((run / part).resolve()), part
                 assert problem.got.startswith("SHA-256 "), part
@@ -78,5 +49,5 @@ def test_one_wrong_bit_in_what_was_made_before(
     teacher = (run / PARTS[2]).resolve()
     whole = teacher.read_bytes()
     shutil.rmtree(teacher.parent)  # as the hint says
-    assert start("second").is_dir()
+    assert begin("name=second").is_dir()
     assert teacher.read_bytes() == whole

@@ -16,25 +16,9 @@ from typing import Any
 import pytest
 
 from babyllama_ds.errors import RunError
-from babyllama_ds.pipeline import run_job, stages
-from babyllama_ds.spec.loading import load_job
+from babyllama_ds.pipeline import stages
 
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
-
-MODEL = {
-    "kind": "llama",
-    "hidden_size": 16,
-    "num_layers": 1,
-    "num_heads": 2,
-    "intermediate_size": 24,
-}
-TRAINING = {
-    "batch_windows": 8,
-    "epochs": 1.0,
-    "max_steps": 2,
-    "learning_rate": 1e-2,
-    "evaluate_windows": 8,
-}
 
 
 @contextmanager
@@ -48,19 +32,9 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 
 
 def test_a_model_that_has_no_room_leaves_none_of_it(
-    tmp_path: Path, tiny_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, begin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = tiny_job(
-        tmp_path / "job",
-        teachers=[{"name": "one", "model": MODEL, "training": TRAINING}],
-        student={"model": MODEL, "training": TRAINING},
-        control=None,
-        evaluation={"dev_windows": 8},
-    )
     runs, export = tmp_path / "runs", stages.export_model
-
-    def start() -> Path:
-        return run_job(load_job(job, []), runs=runs)
 
     def without_room(*given: Any, **named: Any) -> None:
         with largest_file(8_000):
@@ -71,7 +45,7 @@ def test_a_model_that_has_no_room_leaves_none_of_it(
     monkeypatch.setattr(stages, "export_model", lambda *a, **k: next(ways)(*a, **k))
     for _ in range(2):
         with pytest.raises(RunError, match="while writing a model"):
-            start()
+            begin()
         assert [path for path in runs.rglob("*") if ".tmp" in path.name] == []
         assert json.loads((runs / "tiny-1" / "state.json").read_text())["status"] == "failed"
-    assert (start() / "student" / "manifest.json").exists()
+    assert (begin() / "student" / "manifest.json").exists()

@@ -10,10 +10,9 @@ import base64
 import hashlib
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.spec.shipped import find_job
 from babyllama_ds.store import Store, link_entry
+from serving import serving
 
 VOCAB = 288
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -282,12 +282,5 @@ def described(path: str, data: bytes, large: bool) -> dict[str, Any]:
 def hub() -> Iterator[Hub]:
     """A hub of one's own."""
     hub = Hub()
-    handler = type("HandlerOfOne", (Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield hub
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(type("HandlerOfOne", (Handler,), {"hub": hub})) as hub.url:
+        yield hub
