@@ -89,11 +89,11 @@ def tell_what_changes(
         if these:
             count, whole = sum(found[character] for character in these), sum(found.values())
             log.warning(
-                "tokenizer: it %s %d of the text's %d characters (%.2g %%), %d different ones: %s; "
+                "tokenizer: it %s %s of the text's %s characters (%.2g %%; different ones: %d): %s; "
                 "see docs/own-data.md#what-a-tokenizer-keeps",
                 what,
-                count,
-                whole,
+                f"{count:,}",
+                f"{whole:,}",
                 100 * count / whole,
                 len(these),
                 _shown(these),
