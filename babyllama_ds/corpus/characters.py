@@ -89,7 +89,7 @@ def tell_what_changes(
         if these:
             count, whole = sum(found[character] for character in these), sum(found.values())
             log.warning(
-                "tokenizer: it %s %s of the text's %s characters (%.2g %%; different ones: %d): %s; "
+                "tokenizer: it %s %s of the text's %s characters (%.2g %%; %d different): %s; "
                 "see docs/own-data.md#what-a-tokenizer-keeps",
                 what,
                 f"{count:,}",
