@@ -98,6 +98,8 @@ def _commit_of_build() -> str | None:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":  # which build, too (`+cu130`): what was installed need not say
+        return str(torch.__version__)
     try:
         return version(package)
     except PackageNotFoundError:
