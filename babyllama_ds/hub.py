@@ -35,7 +35,7 @@ def commit_of(name: str, revision: str | None = None, *, where: str, what: str) 
     Raises:
         HubError: nothing here, and nothing that the hub would give under this name.
     """
-    if Path(name).expanduser().exists():
+    if Path(name).exists():
         if revision is not None:
             raise HubError.of(
                 where,

@@ -93,14 +93,13 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    path = Path(path_or_id).expanduser()
+    path = Path(path_or_id)
     commit = commit_of(path_or_id, revision, where=where, what=TOKENIZER)
     try:
         if path.is_file():
             return _load_file(path)
-        name = str(path) if path.exists() else path_or_id
-        reader = PreTrainedTokenizerFast if _is_whole(name, commit) else AutoTokenizer
-        tokenizer = reader.from_pretrained(name, revision=commit, trust_remote_code=False)
+        reader = PreTrainedTokenizerFast if _is_whole(path_or_id, commit) else AutoTokenizer
+        tokenizer = reader.from_pretrained(path_or_id, revision=commit, trust_remote_code=False)
     except Exception as error:  # the libraries raise a bare Exception for damaged files
         raise _cannot_load(where, path_or_id, _reason(path, error)) from error
     if not tokenizer.is_fast:

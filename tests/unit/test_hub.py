@@ -10,6 +10,8 @@ from huggingface_hub import constants
 
 from babyllama_ds import hub as names
 from babyllama_ds.errors import HubError, Problem
+from babyllama_ds.spec.corpus import LoadedTokenizer
+from babyllama_ds.spec.models import PretrainedModel
 from reading_hub import ReadingHub, reading_hub
 
 NAME = "someone/model"
@@ -77,6 +79,13 @@ def test_a_path_that_is_not_here_is_not_asked_of_the_hub(hub: ReadingHub, name: 
     problem = refused(name)
     assert (problem.got, problem.hint) == (f"{name}: no such file or directory", None)
     assert hub.asked == []
+
+
+def test_a_job_may_write_its_home_as_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/mara")
+    for spec in (PretrainedModel, LoadedTokenizer):
+        assert spec(kind="pretrained", path="~/elder").path == "/home/mara/elder"
+        assert spec(kind="pretrained", path=NAME).path == NAME
 
 
 def test_the_hub_names_the_commit_of_a_branch_and_of_a_tag(hub: ReadingHub, tmp_path: Path) -> None:
