@@ -15,7 +15,7 @@ from babyllama_ds.hub import commit_of
 from babyllama_ds.spec.base import Spec
 from babyllama_ds.spec.corpus import WindowsSpec
 from babyllama_ds.spec.distillation import DistillationSpec
-from babyllama_ds.spec.evaluation import EvaluationSpec
+from babyllama_ds.spec.evaluation import EvaluationSpec, FineTuning
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import LlamaModel, ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
@@ -116,9 +116,10 @@ def loaded_teacher_fingerprint(spec: TeacherSpec, tokenizer_key: str, *, precisi
 
 
 def evaluation_fingerprint(
-    model_dir: Path, job: JobSpec, tokens_key: str, pairs_dir: Path | None
+    model_dir: Path, job: JobSpec, tokens_key: str, pairs_dir: Path | None, *, teacher: bool
 ) -> str:
-    """Of a model's measurements: its weights, the text, the benchmarks' files."""
+    """Of the measurements of a model, which is a `teacher` or not: its weights, the text, the
+    benchmarks' files."""
     benchmarks = [(pairs.name, Path(pairs.path)) for pairs in job.evaluation.minimal_pairs]
     if pairs_dir is not None:
         benchmarks.append(("nursery", pairs_dir))
@@ -126,9 +127,10 @@ def evaluation_fingerprint(
         model_hashes(model_dir),
         tokens=tokens_key,
         length=job.windows.length,
-        settings=_plain(job.evaluation, exclude={"batch_tokens", "minimal_pairs"})
+        settings=_plain(job.evaluation, exclude={"batch_tokens", "minimal_pairs", "fine_tuning"})
         | _attention(job.windows),
         benchmarks=benchmarks,
+        suites=job.evaluation.suites_of(teacher=teacher),
     )
 
 
@@ -139,9 +141,15 @@ def measured_fingerprint(
     length: int | None,
     settings: Mapping[str, Any],
     benchmarks: Sequence[tuple[str, Path]],
+    suites: Sequence[FineTuning] = (),
 ) -> str:
     """Of what is measured of a model (`model_hashes`) on text of which `tokens` is the key (none:
-    no text) and on the files of benchmarks, which are known by their names and contents."""
+    no text) and on the files of benchmarks and suites, which are known by their names and
+    contents."""
+    fine_tuning = [
+        [_plain(suite, exclude={"path", "teachers"}), _hashes(Path(suite.path), "*.jsonl")]
+        for suite in suites
+    ]
     return files.hash_json(
         {
             "method": METHOD,
@@ -150,14 +158,17 @@ def measured_fingerprint(
             "tokens": tokens,
             "length": length,
             "evaluation": settings,
-            "pairs": [
-                [
-                    name,
-                    {path.name: files.sha256_file(path) for path in sorted(folder.glob("*.jsonl"))},
-                ]
-                for name, folder in benchmarks
-            ],
+            "pairs": [[name, _hashes(folder, "*.jsonl")] for name, folder in benchmarks],
         }
+        | ({"fine_tuning": fine_tuning} if fine_tuning else {})
+    )
+
+
+def classifier_fingerprint(model: Mapping[str, str], training: str, tokenizer_key: str) -> str:
+    """Of a classifier that a model (`model_hashes`) is fine-tuned to; `training` is that of the
+    task, its settings and the seed."""
+    return files.hash_json(
+        {"method": METHOD, "weights": model, "training": training, "tokenizer": tokenizer_key}
     )
 
 

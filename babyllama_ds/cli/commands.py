@@ -22,6 +22,7 @@ from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.spec.shipped import find_job
 
 if TYPE_CHECKING:
+    from babyllama_ds.spec.evaluation import FineTuning
     from babyllama_ds.spec.job import JobSpec
     from babyllama_ds.training.pace import JobPace
 
@@ -259,7 +260,8 @@ def evaluate(options: argparse.Namespace) -> None:
     quiet_known_noise()
     wanted = Wanted(
         texts=tuple(options.text),
-        benchmarks=_by_name(options.pairs),
+        benchmarks=_by_name(options.pairs, "--pairs"),
+        suites=_suites(options),
         length=options.length,
         cleaning=options.cleaning,
         leading_space=options.leading_space,
@@ -273,12 +275,30 @@ def evaluate(options: argparse.Namespace) -> None:
     print(json.dumps(result, indent=2) + "\n" if options.json else render_measured(result), end="")
 
 
-def _by_name(folders: Sequence[tuple[str, Path]]) -> dict[str, Path]:
+def _by_name(folders: Sequence[tuple[str, Path]], option: str) -> dict[str, Path]:
     names = [name for name, _ in folders]
     for name in names:
         if names.count(name) > 1:
-            raise DataError.of("--pairs", got=f"two called {name}", expected="a name for each")
+            raise DataError.of(option, got=f"two called {name}", expected="a name for each")
     return dict(folders)
+
+
+def _suites(options: argparse.Namespace) -> tuple[FineTuning, ...]:
+    from babyllama_ds.spec.evaluation import FineTunedTask, FineTuning
+
+    if options.tasks is not None and len(options.fine_tune) != 1:
+        raise DataError.of(
+            "--tasks",
+            got=f"{len(options.fine_tune)} directories by --fine-tune",
+            expected="one, whose tasks they are",
+        )
+    tasks = options.tasks and tuple(
+        FineTunedTask(name=name) for name in dict.fromkeys(options.tasks)
+    )
+    return tuple(
+        FineTuning(name=name, path=str(folder), tasks=tasks, seeds=options.seeds)
+        for name, folder in _by_name(options.fine_tune, "--fine-tune").items()
+    )
 
 
 def schema(*, in_words: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from babyllama_ds import __version__
 from babyllama_ds.cli import commands as does
+from babyllama_ds.spec.base import NAME_PATTERN
 from babyllama_ds.spec.explain import closest, did_you_mean
 
 
@@ -124,7 +126,9 @@ def command_line() -> Parser:
 
     _add_export(commands.add_parser("export", help="a model or a whole run, for elsewhere"))
 
-    _add_evaluate(commands.add_parser("evaluate", help="measure any causal LM on texts and pairs"))
+    _add_evaluate(
+        commands.add_parser("evaluate", help="measure any causal LM on texts, pairs and tasks")
+    )
 
     _add_generate(commands.add_parser("generate", help="let a model go on from a prompt"))
 
@@ -256,6 +260,29 @@ def _add_evaluate(judge: argparse.ArgumentParser) -> None:
         help="a directory of minimal pairs, one *.jsonl a task: blimp=eval/blimp_filtered",
     )
     judge.add_argument(
+        "--fine-tune",
+        type=_named_suite,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=DIR",
+        help="a directory of labelled tasks to fine-tune copies on: glue=eval/glue",
+    )
+    judge.add_argument(
+        "--tasks",
+        type=_name,
+        nargs="+",
+        metavar="TASK",
+        help="of --fine-tune (default: all that have TASK.train.jsonl and TASK.valid.jsonl)",
+    )
+    judge.add_argument(
+        "--seeds",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="trainings of each task, over which scores are means (default: 1)",
+    )
+    judge.add_argument(
         "--text",
         type=Path,
         nargs="+",
@@ -306,6 +333,19 @@ def _named_folder(word: str) -> tuple[str, Path]:
     if not name or not folder:
         raise _unlike(word, "NAME=DIR, for instance blimp=eval/blimp_filtered")
     return name, Path(folder).expanduser()
+
+
+def _named_suite(word: str) -> tuple[str, Path]:
+    """NAME=DIR with a name that jobs take too, as argparse wants it."""
+    name, folder = _named_folder(word)
+    return _name(name), folder
+
+
+def _name(word: str) -> str:
+    """What jobs take as a name, as argparse wants it."""
+    if not re.fullmatch(NAME_PATTERN, word):
+        raise _unlike(word, "a name of letters, digits, '.', '_' and '-'")
+    return word
 
 
 def _window(word: str) -> int:

@@ -35,6 +35,13 @@ from babyllama_ds.corpus.windows import DevWindows as DevText
 from babyllama_ds.corpus.writing import write_shards
 from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.evaluation.evaluate import DevWindows, evaluate_model
+from babyllama_ds.evaluation.fine_tuning import (
+    Learner,
+    ends_of_texts,
+    fine_tune_suite,
+    kernel_to_learn,
+    load_suite,
+)
 from babyllama_ds.evaluation.forward import OnBatch
 from babyllama_ds.evaluation.loading import (
     WHERE,
@@ -44,14 +51,15 @@ from babyllama_ds.evaluation.loading import (
 )
 from babyllama_ds.evaluation.pair_files import load_tasks
 from babyllama_ds.evaluation.sentences import prefix_ids
-from babyllama_ds.evaluation.stored import store_key, stored_evaluation
+from babyllama_ds.evaluation.stored import Remember, remembering, store_key, stored_evaluation
 from babyllama_ds.files import hash_json
 from babyllama_ds.fingerprints import hashes_now, measured_fingerprint
 from babyllama_ds.hub import commit_of
+from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.directories import MODEL
-from babyllama_ds.models.families import positions_of
+from babyllama_ds.models.families import missing_kernels, positions_of
 from babyllama_ds.models.probe import embedding_rows
-from babyllama_ds.spec.evaluation import Prefix
+from babyllama_ds.spec.evaluation import FineTuning, Prefix
 from babyllama_ds.store import Store
 
 
@@ -63,6 +71,8 @@ class Wanted:
     """Files of held-out text, each a domain of its own."""
     benchmarks: Mapping[str, Path] = field(default_factory=dict)
     """Directories of minimal pairs by the benchmark's name."""
+    suites: tuple[FineTuning, ...] = ()
+    """What copies of it are fine-tuned on."""
     length: int = 128
     """Tokens in a window."""
     cleaning: Cleaning = "none"
@@ -89,16 +99,16 @@ def measure(
 
     Raises:
         HubError: nothing there, neither here nor on the hub.
-        ModelError: no model there, one that is not causal or that no safetensors hold, windows
-            beyond its positions.
-        DataError: nothing to measure; a tokenizer that cannot be used; texts or pairs that cannot
-            be read or are too short or too long.
+        ModelError: no model there, one that is not causal or that no safetensors hold, or one
+            whose training on a task diverges.
+        DataError: nothing to measure; a tokenizer that cannot be used; texts, pairs or examples
+            that cannot be read or are too short or too long for the model.
         RunError: the store cannot be written.
     """
-    if not wanted.texts and not wanted.benchmarks:
+    if not wanted.texts and not wanted.benchmarks and not wanted.suites:
         raise DataError.of(
             "evaluate",
-            got="neither --text nor --pairs",
+            got="neither --text, --pairs nor --fine-tune",
             expected="something to measure the model on",
         )
     directory = model_directory(path)
@@ -109,6 +119,9 @@ def measure(
         name: load_tasks(folder, max_pairs=None, where="--pairs")
         for name, folder in wanted.benchmarks.items()
     }
+    suites = [(suite, load_suite(suite, where="--fine-tune")) for suite in wanted.suites]
+    if suites:
+        ends_of_texts(tokenizer, where=WHERE)
     sources = read_texts(wanted.texts, cleaning=wanted.cleaning, where="--text")
 
     def make() -> dict[str, Any]:
@@ -130,6 +143,15 @@ def measure(
                 vocab_size=min(embedding_rows(model), vocabulary_size(tokenizer)),
                 on_batch=on_batch,
             )
+        if suites:
+            learner = _learner(directory, model, tokenizer, wanted, device)
+            del model  # copies of it are to come
+            result["fine_tuning"] = {
+                suite.name: fine_tune_suite(
+                    learner, suite, tasks, remember=_remember(learner, store), on_step=on_batch
+                )
+                for suite, tasks in suites
+            }
         return {**result, "seconds": time.monotonic() - started}
 
     if store is None:
@@ -167,14 +189,16 @@ def _windows(
     )
 
 
-def _check_length(model: nn.Module, length: int) -> None:
+def _check_length(
+    model: nn.Module, length: int, *, where: str = "--length", what: str = "windows"
+) -> None:
     positions = positions_of(model.config)
     if positions is not None and length > positions:
         raise DataError.of(
-            "--length",
-            got=f"windows of {length} tokens",
+            where,
+            got=f"{what} of {length} tokens",
             expected=f"at most {positions}, the model's positions",
-            hint=f"give --length {positions}, or less",
+            hint=f"give {where} {positions}, or less" if where == "--length" else None,
         )
 
 
@@ -205,6 +229,52 @@ def _check_embedded(shards: TokenShards, tokenizer: PreTrainedTokenizerFast, row
         )
 
 
+# -- fine-tuning ----------------------------------------------------------------------------------
+
+
+def _learner(
+    directory: str,
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    wanted: Wanted,
+    device: torch.device,
+) -> Learner:
+    in_16_bits = next(model.parameters()).dtype != torch.float32
+    for suite in wanted.suites:
+        _check_length(model, suite.max_tokens, where="--fine-tune", what="examples")
+    return Learner(
+        model=directory,
+        tokenizer=tokenizer,
+        attention=kernel_to_learn(
+            resolve_attention(
+                "auto",
+                device="cuda" if device.type == "cuda" else "cpu",
+                precision="bf16" if in_16_bits else "fp32",
+                training=True,
+                where=WHERE,
+                missing=missing_kernels(model.config),
+            )
+        ),
+        device=device,
+        batch_tokens=wanted.batch_tokens,
+        leading_space=wanted.leading_space,
+        prefix=wanted.prefix,
+        where=directory,
+    )
+
+
+def _remember(learner: Learner, store: Store | None) -> Remember:
+    if store is None:
+        return lambda _, learn: learn()
+    return remembering(
+        store,
+        _content(learner.model),
+        tokenizer_fingerprint(learner.tokenizer),
+        device=learner.device.type,
+        attention=learner.attention,
+    )
+
+
 # -- what it is known by ------------------------------------------------------------------------
 
 
@@ -227,6 +297,7 @@ def _fingerprint(
         length=wanted.length if sources.files else None,
         settings=settings,
         benchmarks=list(wanted.benchmarks.items()),
+        suites=wanted.suites,
     )
 
 

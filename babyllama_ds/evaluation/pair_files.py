@@ -7,8 +7,6 @@ with line breaks in them. Whatever else stands in a line is ignored.
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from babyllama_ds.errors import DataError
+from babyllama_ds.evaluation.json_lines import read_records, text_of
 from babyllama_ds.files import check_name
 
 GOOD, BAD = "sentence_good", "sentence_bad"
@@ -69,7 +68,7 @@ def load_tasks(directory: Path, *, max_pairs: int | None, where: str = PATH_KEY)
 
 def _load_task(path: Path, max_pairs: int | None) -> Task:
     check_name(path)
-    records = list(islice(_records(path), max_pairs))
+    records = list(islice(_checked_records(path), max_pairs))
     if not records:
         raise DataError.of(path, got="an empty file", expected="at least one pair of sentences")
     line, first = records[0]
@@ -92,47 +91,8 @@ def _label(record: dict[str, Any], key: str, source: str) -> str | None:
     return label
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and checked objects of a file; blank lines are skipped."""
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise DataError.of(
-            path, got=error.strerror or str(error), expected="a readable file"
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield number, _checked_record(line, f"{path}:{number}")
-
-
-def _checked_record(line: bytes, source: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise DataError.of(
-            "line",
-            got=f"byte 0x{line[error.start]:02x} at offset {error.start}, which is not UTF-8",
-            expected="UTF-8 text",
-            source=source,
-        ) from error
-    except ValueError as error:
-        raise DataError.of("line", got=error, expected="a JSON object", source=source) from error
-    if not isinstance(record, dict):
-        raise DataError.of(
-            "line", got=f"a JSON {type(record).__name__}", expected="a JSON object", source=source
-        )
-    for key in (GOOD, BAD):
-        if not isinstance(record.get(key), str):
-            got = f"a {type(record[key]).__name__}" if key in record else "nothing"
-            raise DataError.of(key, got=got, expected="a sentence (a JSON string)", source=source)
-        _check_unicode(record[key], key, source)
-    return record
-
-
-def _check_unicode(sentence: str, key: str, source: str) -> None:
-    """JSON may hold half of a character, which no tokenizer takes."""
-    try:
-        sentence.encode()
-    except UnicodeEncodeError as error:
-        got = f"half of a character (\\u{ord(sentence[error.start]):04x})"
-        raise DataError.of(key, got=got, expected="text that is Unicode", source=source) from error
+def _checked_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, record in read_records(path):
+        for key in (GOOD, BAD):
+            text_of(record, key, f"{path}:{line}", expected="a sentence (a JSON string)")
+        yield line, record

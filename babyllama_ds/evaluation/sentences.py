@@ -161,15 +161,17 @@ def check_positions(
     )
 
 
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Indices of sentences with at least 2 tokens, in batches of like lengths.
+def length_batches(
+    lengths: Sequence[int], batch_tokens: int, *, shortest: int = 2
+) -> list[list[int]]:
+    """Indices of sentences with at least `shortest` tokens, in batches of like lengths.
 
     The longest come first: if memory does not suffice, the first batch shows it.
     """
     batches: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[index] < 2:
+        if lengths[index] < shortest:
             break
         if not room:
             batches.append([])
@@ -204,17 +206,25 @@ def _score_batch(
     likelihood: Likelihood, sentences: Sequence[Sequence[int]], device: torch.device | str
 ) -> Tensor:
     """Scores [B] in float64, on the device."""
-    lengths_B = torch.tensor([len(ids) for ids in sentences])
-    # Padded on the right: attention is causal, so padding cannot reach what is scored. Its id is
-    # the sentence's own first, not `<pad>`, at whose sight transformers asks for an attention mask.
-    tokens_BS = torch.tensor([ids[:1] for ids in sentences]).repeat(1, int(lengths_B.max()))
-    for row, ids in enumerate(sentences):
-        tokens_BS[row, : len(ids)] = torch.tensor(ids)
+    tokens_BS, lengths_B = padded(sentences)
     counted_BT = torch.arange(1, tokens_BS.shape[1]) < lengths_B[:, None]
     row_N = sent(counted_BT.nonzero()[:, 0], device)
     nll_N = likelihood(sent(tokens_BS, device), counted_BT)
     score_B = torch.zeros(len(sentences), dtype=torch.float64, device=device)
     return score_B.index_add_(0, row_N, nll_N.double(), alpha=-1)
+
+
+def padded(sentences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids [B, S] and the lengths [B] of sentences of at least one token, on the CPU.
+
+    Padded on the right: attention is causal, so padding cannot reach what is looked at. Its id is
+    the sentence's own first, not `<pad>`, at whose sight transformers asks for an attention mask.
+    """
+    lengths_B = torch.tensor([len(ids) for ids in sentences])
+    tokens_BS = torch.tensor([ids[:1] for ids in sentences]).repeat(1, int(lengths_B.max()))
+    for row, ids in enumerate(sentences):
+        tokens_BS[row, : len(ids)] = torch.tensor(ids)
+    return tokens_BS, lengths_B
 
 
 def _check_embedded(

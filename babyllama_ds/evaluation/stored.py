@@ -3,24 +3,28 @@
 `<runs>/store/evaluations/<key>/evaluation.json` is what a model was measured to be, without its
 name, which is a run's own: ten runs that share a teacher evaluate it once. An entry is checked
 against its manifest each time it is found; one that is damaged is told of and measured anew.
+What a suite's fine-tunings came to lies in `classifiers` likewise, one by one.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from babyllama_ds import files, ranks
 from babyllama_ds.errors import RunError
+from babyllama_ds.fingerprints import classifier_fingerprint
 from babyllama_ds.store import Store
 
 logger = logging.getLogger(__name__)
 
-KIND = "evaluations"
+KIND, CLASSIFIERS = "evaluations", "classifiers"
 FILE = "evaluation.json"
 
 Measure = Callable[[], dict[str, Any]]
+Remember = Callable[[str, Measure], dict[str, Any]]
+"""What is known of a training by its fingerprint; or the work, done now."""
 
 
 def store_key(fingerprint: str, *, device: str, attention: str, tensor_parallel: int = 1) -> str:
@@ -43,23 +47,48 @@ def stored_evaluation(store: Store, key: str, measure: Measure, *, name: str) ->
         RunError: the disk refuses; and whatever `measure` raises.
     """
     with ranks.held_by_rank_zero(store.lock(KIND, key)):
-        found = ranks.on_rank_zero(lambda: _read(store, key))
+        found = ranks.on_rank_zero(lambda: _read(store, KIND, key))
         if found is None:
             measured = measure()
-            ranks.on_rank_zero(lambda: _publish(store, key, measured))
+            ranks.on_rank_zero(lambda: _publish(store, KIND, key, _nameless(measured)))
         else:
             logger.info("evaluation of %s: the same was measured before, found in the store", name)
             measured = found
     return {"model": name, **_nameless(measured)}
 
 
-def _read(store: Store, key: str) -> dict[str, Any] | None:
+def remembering(
+    store: Store, weights: Mapping[str, str], tokenizer: str, *, device: str, attention: str
+) -> Remember:
+    """How each rank, by itself, keeps what each fine-tuning comes to: done once under its key.
+
+    So a run that is ended within a suite's hours goes on with the training that it was at.
+    `weights` are the model's hashes, `tokenizer` is its fingerprint. What it gives may raise
+    `RunError` (the disk refuses), and whatever the work raises.
+    """
+
+    def remember(training: str, learn: Measure) -> dict[str, Any]:
+        fingerprint = classifier_fingerprint(weights, training, tokenizer)
+        key = store_key(fingerprint, device=device, attention=attention)
+        with store.lock(CLASSIFIERS, key):
+            found = _read(store, CLASSIFIERS, key)
+            if found is None:
+                found = learn()
+                _publish(store, CLASSIFIERS, key, found)
+            else:
+                logger.info("%s/%s: learnt before, found in the store", CLASSIFIERS, key[:12])
+        return found
+
+    return remember
+
+
+def _read(store: Store, kind: str, key: str) -> dict[str, Any] | None:
     """The entry; none when there is none, or none that can be trusted."""
-    entry = store.root / KIND / key
+    entry = store.root / kind / key
     if not entry.exists():
         return None
     try:
-        found = store.find(KIND, key)
+        found = store.find(kind, key)
         if found is not None:
             files.verify_manifest(found)
             return dict(files.read_json(found / FILE))
@@ -70,10 +99,10 @@ def _read(store: Store, key: str) -> dict[str, Any] | None:
     return None
 
 
-def _publish(store: Store, key: str, measured: dict[str, Any]) -> None:
-    directory = store.new_directory(KIND, key)
-    files.write_json(directory / FILE, _nameless(measured))
-    store.publish(KIND, key, directory)
+def _publish(store: Store, kind: str, key: str, measured: dict[str, Any]) -> None:
+    directory = store.new_directory(kind, key)
+    files.write_json(directory / FILE, measured)
+    store.publish(kind, key, directory)
 
 
 def _nameless(measured: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def split_causal_lm(model: nn.Module) -> tuple[Backbone, Head]:
         return lambda input_ids, pieces=None: _own_logits(model, input_ids, pieces), identity
     weight: Tensor = head_module.weight  # type: ignore[assignment]
     head = Head(weight, getattr(head_module, "bias", None))
-    return lambda input_ids, pieces=None: _final_states(model, input_ids, pieces), head
+    return lambda input_ids, pieces=None: final_states(model, input_ids, pieces), head
 
 
 def check_plain_head(model: nn.Module, *, where: str) -> HeadKind:
@@ -94,7 +94,8 @@ def check_plain_head(model: nn.Module, *, where: str) -> HeadKind:
     return probed.kind
 
 
-def _final_states(model: nn.Module, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
+def final_states(model: nn.Module, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
+    """The hidden states [B, S, D] before the head, of any family."""
     backbone: nn.Module = model.base_model  # type: ignore[assignment]
     inputs = model_inputs(model, input_ids_BS, pieces)
     states: Tensor = backbone(**inputs, use_cache=False).last_hidden_state
@@ -152,7 +153,7 @@ def _head_of_backbone(model: nn.Module, probe_BS: Tensor) -> Tensor | None:
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     if not isinstance(head, nn.Linear) or model.base_model is model:
         return None
-    states_BSD = _final_states(model, probe_BS)
+    states_BSD = final_states(model, probe_BS)
     if states_BSD.shape[-1] != head.in_features:
         return None
     logits_BSV: Tensor = head(states_BSD)

@@ -13,6 +13,7 @@ from babyllama_ds.corpus.tokenizer import compare_splits, differing_ids, load_to
 from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.engine.distributed import check_precision
 from babyllama_ds.errors import JobError, ModelError
+from babyllama_ds.evaluation.fine_tuning import ends_of_texts
 from babyllama_ds.evaluation.minimal_pairs import encode_pairs
 from babyllama_ds.evaluation.pair_files import Task
 from babyllama_ds.evaluation.sentences import check_positions as check_fit
@@ -69,6 +70,7 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     if ranks.rank() == 0:  # the same on all, and long benchmarks take seconds
         for name, tasks in benchmarks.items():
             _check_sentences(parts, name, tasks, corpus)
+        _check_fine_tuning(parts, corpus)
     for spec in job.teachers:
         _check_split(parts, spec, corpus)
     for spec in job.teachers:
@@ -100,12 +102,7 @@ def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Cor
         corpus.tokenizer, tasks, leading_space=spec.leading_space, prefix=spec.prefix
     )
     for stage, model, _ in parts.models():
-        key = parts.job.model_key(stage)
-        if isinstance(model, PretrainedModel):
-            positions = positions_of(read_config(model.path, revision=model.revision, where=key))
-            remedy = f"take another model ({key}.path)"
-        else:
-            positions, remedy = model.max_positions, f"raise {key}.max_positions"
+        positions, remedy = _positions(parts, stage, model)
         whose = f"the positions of {stage}"
         check_fit(token_ids, positions, sources, whose=whose, remedy=remedy)
     lengths, window = [len(ids) for ids in token_ids], parts.job.windows.length
@@ -119,6 +116,33 @@ def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Cor
             window,
             max(lengths),
         )
+
+
+def _positions(parts: Parts, stage: str, model: ModelSpec) -> tuple[int | None, str]:
+    """How many a model has (none: no limit), and how it may have more."""
+    key = parts.job.model_key(stage)
+    if isinstance(model, PretrainedModel):
+        config = read_config(model.path, revision=model.revision, where=key)
+        return positions_of(config), f"take another model ({key}.path)"
+    return model.max_positions, f"raise {key}.max_positions"
+
+
+def _check_fine_tuning(parts: Parts, corpus: Corpus) -> None:
+    """The suites' files can be read, and their examples given to every model that learns them."""
+    for teacher in (False, True):
+        for name, (suite, _) in parts.suites(teacher=teacher).items():
+            where = f"evaluation.fine_tuning.{name}"
+            ends_of_texts(corpus.tokenizer, where=where)
+            for stage, model, _ in parts.models():
+                positions, remedy = _positions(parts, stage, model)
+                learns = stage.startswith("teachers/") == teacher
+                if learns and positions is not None and suite.max_tokens > positions:
+                    raise JobError.of(
+                        f"{where}.max_tokens",
+                        got=suite.max_tokens,
+                        expected=f"at most {positions}, the positions of {stage}",
+                        hint=f"lower it, or {remedy}",
+                    )
 
 
 def _check_split(parts: Parts, spec: TeacherSpec, corpus: Corpus) -> None:

@@ -46,7 +46,7 @@ def check_same_corpus(storages: Storages, of_each: Sequence[CorpusEntries]) -> N
 
 
 def check_same_benchmarks(storages: Storages, of_each: Sequence[str]) -> None:
-    """Fingerprints of one evaluation, which differ where the minimal pairs do.
+    """Fingerprints of one evaluation, which differ where the benchmarks' files do.
 
     Raises:
         DataError: they do.
@@ -54,8 +54,8 @@ def check_same_benchmarks(storages: Storages, of_each: Sequence[str]) -> None:
     for storage, fingerprint in enumerate(of_each):
         if fingerprint != of_each[0]:
             raise DataError.of(
-                f"{storages.name(storage)}: evaluation.minimal_pairs",
-                got=f"other pairs than on {storages.name(0)}",
+                f"{storages.name(storage)}: evaluation",
+                got=f"other minimal pairs, or tasks to fine-tune on, than on {storages.name(0)}",
                 expected="the same files on every node",
                 hint="copy them to every node anew",
             )

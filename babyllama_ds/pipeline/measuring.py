@@ -10,11 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from babyllama_ds import ranks
 from babyllama_ds.corpus.prepare import Corpus
+from babyllama_ds.corpus.tokenizer import tokenizer_fingerprint
 from babyllama_ds.engine.tensor_parallel import RankGroup
 from babyllama_ds.evaluation.evaluate import SplitModel, evaluate_model
+from babyllama_ds.evaluation.fine_tuning import Learner, fine_tune_suite, kernel_to_learn
 from babyllama_ds.evaluation.forward import Share
-from babyllama_ds.evaluation.stored import store_key, stored_evaluation
+from babyllama_ds.evaluation.stored import remembering, store_key, stored_evaluation
+from babyllama_ds.fingerprints import model_hashes
 from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.spec.job import TeacherSpec
@@ -89,7 +93,48 @@ class Measurer:
                 )
             finally:
                 frozen.destroy()
+        if evaluation.suites_of(teacher=teacher is not None):
+            result["fine_tuning"] = self._fine_tune(name, path, corpus, teacher)
         return {**result, "seconds": time.monotonic() - started}
+
+    def _fine_tune(
+        self, name: str, path: Path, corpus: Corpus, teacher: TeacherSpec | None
+    ) -> dict[str, Any]:
+        """Every suite's scores; each training is in the store as soon as it has ended."""
+        evaluation = self.parts.job.evaluation
+        stage, model = (
+            (name, self.parts.job.student.model)
+            if teacher is None
+            else (f"teachers/{name}", teacher.model)
+        )
+        attention = kernel_to_learn(self.parts.attention(stage, model, training=True))
+        learner = Learner(
+            model=str(path.resolve()),
+            tokenizer=corpus.tokenizer,
+            attention=attention,
+            device=self.parts.device,
+            batch_tokens=evaluation.batch_tokens,
+            leading_space=evaluation.leading_space,
+            prefix=evaluation.prefix,
+            where=name,
+        )
+        remember = remembering(
+            self.store,
+            ranks.on_every_rank(lambda: model_hashes(path)),
+            tokenizer_fingerprint(corpus.tokenizer),
+            device=self.parts.device_kind,
+            attention=attention,
+        )
+        return {
+            suite_name: fine_tune_suite(
+                learner,
+                suite,
+                tasks,
+                remember=remember,
+                on_step=lambda _done, _all: self.stop.check(),
+            )
+            for suite_name, (suite, tasks) in self.parts.suites(teacher=teacher is not None).items()
+        }
 
     def _stop_together(self, group: RankGroup) -> None:
         """Raise `Stopped` on all ranks of a group if one of them was asked to stop.

@@ -20,11 +20,14 @@ from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.tensor_parallel import RankGroup, rank_group
 from babyllama_ds.evaluation.evaluate import DevWindows
+from babyllama_ds.evaluation.fine_tuning import load_suite
+from babyllama_ds.evaluation.labelled_files import LabelledTask
 from babyllama_ds.evaluation.pair_files import Task, load_tasks
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.documents import varies_in_shape
 from babyllama_ds.models.sizes import absent_kernels, attention_dropout
 from babyllama_ds.spec import deepspeed
+from babyllama_ds.spec.evaluation import FineTuning
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
@@ -159,3 +162,10 @@ class Parts:
             folders["nursery"] = corpus.entries.pairs_dir
         limit = self.job.evaluation.max_pairs_per_task
         return {name: load_tasks(path, max_pairs=limit) for name, path in folders.items()}
+
+    def suites(self, *, teacher: bool) -> dict[str, tuple[FineTuning, list[LabelledTask]]]:
+        """What a model is fine-tuned on, by the suite's name, read and checked."""
+        return {
+            suite.name: (suite, load_suite(suite))
+            for suite in self.job.evaluation.suites_of(teacher=teacher)
+        }

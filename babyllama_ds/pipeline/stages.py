@@ -244,16 +244,20 @@ class Pipeline:
         a run that ends in between would set it beside the new.
         """
         fingerprints = {
-            name: self._evaluation_fingerprint(path, corpus) for name, path in models.items()
+            name: self._evaluation_fingerprint(name, path, corpus) for name, path in models.items()
         }
         ranks.on_rank_zero(lambda: self._forget_other_evaluations(fingerprints))
         for name, path in models.items():
             self._evaluate(name, path, corpus, fingerprints[name])
 
-    def _evaluation_fingerprint(self, path: Path, corpus: Corpus) -> str:
+    def _evaluation_fingerprint(self, name: str, path: Path, corpus: Corpus) -> str:
         of_each = self.storages.on_each(
             lambda: evaluation_fingerprint(
-                path, self.job, corpus.entries.tokens_key, corpus.entries.pairs_dir
+                path,
+                self.job,
+                corpus.entries.tokens_key,
+                corpus.entries.pairs_dir,
+                teacher=name in {spec.name for spec in self.job.teachers},
             )
         )
         check_same_benchmarks(self.storages, of_each)

@@ -264,6 +264,23 @@ class JobSpec(Spec):
         ]
         return consistent(evaluation, taken)
 
+    @field_validator("evaluation")
+    @classmethod
+    def _no_fine_tuned_split_teachers(
+        cls, evaluation: EvaluationSpec, info: ValidationInfo
+    ) -> EvaluationSpec:
+        split = _split_teacher(info)
+        if split is None:
+            return evaluation
+        expected = f"false, since {split} is split over ranks"
+        hint = "a copy that is fine-tuned has to fit one rank"
+        taught = [
+            Mismatch(("fine_tuning", i, "teachers"), "true", expected, hint)
+            for i, suite in enumerate(evaluation.fine_tuning)
+            if suite.teachers
+        ]
+        return consistent(evaluation, taught)
+
     @field_validator("name")
     @classmethod
     def _name_is_free(cls, name: str) -> str:

@@ -1,0 +1,300 @@
+"""Fine-tuning: what a model gets, which epoch counts, and what is told of a suite."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from babyllama_ds import ranks
+from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
+from babyllama_ds.errors import DataError, ModelError
+from babyllama_ds.evaluation import fine_tuning
+from babyllama_ds.evaluation.fine_tuning import (
+    Learner,
+    encode_task,
+    fine_tune_suite,
+    joined,
+    load_suite,
+)
+from babyllama_ds.spec.corpus import TrainedTokenizer
+from babyllama_ds.spec.evaluation import FineTunedTask, FineTuning
+from babyllama_ds.stopping import stopped
+
+NOUNS, VERBS = ["dog", "cat", "bird", "fish"], ["runs", "sleeps", "sings", "eats"]
+LINES = [
+    f"the {noun} {verb} and the {other}" for noun in NOUNS for verb in VERBS for other in NOUNS
+]
+random.Random(3).shuffle(LINES)
+
+
+@pytest.fixture
+def learner(tmp_path: Path) -> Learner:
+    """An untrained LLaMA with a tokenizer of its own."""
+    spec = TrainedTokenizer(kind="bpe", vocab_size=288)
+    (tmp_path / "model").mkdir()
+    train_tokenizer(spec, iter(LINES), tmp_path / "model")
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), num_attention_heads=2, max_position_embeddings=64, **sizes
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return Learner(
+        model=str(tmp_path / "model"),
+        tokenizer=tokenizer,
+        attention="eager",
+        device=torch.device("cpu"),
+        batch_tokens=8192,
+        where="student",
+    )
+
+
+@pytest.fixture
+def suite_of(tmp_path: Path) -> Callable[..., FineTuning]:
+    """A suite of three tasks: does someone run, what is done in the second text, and a coin."""
+
+    def make(**changes: Any) -> FineTuning:
+        folder = tmp_path / "tasks"
+        folder.mkdir(exist_ok=True)
+        runs = [{"sentence": line, "label": int("runs" in line)} for line in LINES]
+        does = [
+            {"premise": one, "hypothesis": two, "label": VERBS.index(two.split()[2]) // 2}
+            for one, two in pairwise(LINES)
+        ]
+        coin = [{"sentence": line, "label": random.Random(line).getrandbits(1)} for line in LINES]
+        for name, lines in {"cola": runs, "mnli": does, "coin": coin}.items():
+            for part, some in {"train": lines[::2], "valid": lines[1::2]}.items():
+                text = "".join(json.dumps(line) + "\n" for line in some)
+                (folder / f"{name}.{part}.jsonl").write_text(text)
+        (folder / "mnli-mm.valid.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in does[:5])
+        )
+        defaults = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
+        return FineTuning(name="toy", path=str(folder), **{**defaults, **changes})
+
+    return make
+
+
+# -- what a model gets -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [[], [1]])
+def test_two_texts_are_cut_like_transformers_cuts(before: list[int]) -> None:
+    """`longest_first`: a token at a time off the longer one, of equals off either."""
+    for first, second, limit in product(range(10), range(10), (3, 6, 7, 8, 20)):
+        one, two = list(range(10, 10 + first)), list(range(30, 30 + second))
+        found = joined([one, two], before, 2, limit)
+        place = found.index(2)
+        kept = [place - len(before), len(found) - place - 2]
+        assert found == [*before, *one[: kept[0]], 2, *two[: kept[1]], 2]
+        lengths = [first, second]
+        while sum(lengths) > max(0, limit - len(before) - 2):
+            lengths[lengths.index(max(lengths))] -= 1
+        assert abs(kept[0] - lengths[0]) <= (first > lengths[0] and second > lengths[1])
+        assert sum(kept) == sum(lengths)
+
+
+def test_one_text_is_cut_at_its_end() -> None:
+    assert joined([[5, 6, 7, 8]], [], 2, 3) == [5, 6, 2]
+    assert joined([[5, 6, 7, 8]], [1], 2, 9) == [1, 5, 6, 7, 8, 2]
+    assert joined([[]], [], 2, 9) == [2]
+
+
+def test_texts_read_as_they_were_with_an_end_behind_each(learner: Learner, suite_of) -> None:
+    _, mnli = load_suite(suite_of(tasks=tasks("cola", "mnli")))
+    encoded = encode_task(learner, mnli, 60)
+    decoded = learner.tokenizer.decode(encoded["train"].token_ids[0])
+    assert decoded == f" {LINES[0]}</s> {LINES[1]}</s>"
+    assert encoded["train"].labels[0] == VERBS.index(LINES[1].split()[2]) // 2
+
+
+def test_a_tokenizer_that_ends_no_text_is_refused(learner: Learner, suite_of) -> None:
+    learner.tokenizer.eos_token = None
+    with pytest.raises(DataError, match="got a tokenizer without a token that ends a text"):
+        fine_tune_suite(learner, suite_of(), load_suite(suite_of()))
+
+
+# -- what is learnt --------------------------------------------------------------------------------
+
+
+def tasks(*names: str) -> tuple[FineTunedTask, ...]:
+    return tuple(FineTunedTask(name=name) for name in names)
+
+
+def learnt(learner: Learner, suite: FineTuning, **options: Any) -> dict[str, Any]:
+    return fine_tune_suite(learner, suite, load_suite(suite), **options)
+
+
+def test_what_can_be_learnt_is_and_what_cannot_is_not(learner: Learner, suite_of) -> None:
+    result = learnt(learner, suite_of(epochs=25, patience=None))
+    assert json.loads(json.dumps(result)) == result
+    scores = {name: task["score"] for name, task in result["tasks"].items()}
+    assert scores["cola"] > 0.95
+    assert scores["mnli"] > 0.9
+    assert scores["coin"] < 0.85
+    assert result["score"] == pytest.approx(sum(scores.values()) / 4)
+    cola = result["tasks"]["cola"]
+    assert (cola["metric"], cola["examples"], cola["train_examples"]) == ("mcc", 32, 32)
+    assert cola["majority"] == 0
+    assert result["settings"]["per_task"] == {}
+
+
+def test_the_other_examples_of_a_task_are_scored_by_its_classifier(
+    learner: Learner, suite_of
+) -> None:
+    result = learnt(learner, suite_of(tasks=tasks("mnli", "mnli-mm")))
+    one, other = result["tasks"]["mnli"], result["tasks"]["mnli-mm"]
+    assert (other["examples"], len(other["predictions"][0])) == (5, 5)
+    assert other["epochs"] == one["epochs"]
+    assert other["metric"] == "accuracy"
+    # Its lines 2 and 4 are the first two that mnli is scored on.
+    assert other["predictions"][0][1::2] == one["predictions"][0][:2]
+
+
+def test_the_majority_is_that_of_the_training_examples(learner: Learner, tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for part, labels in {"train": "1110", "valid": "100"}.items():
+        lines = [json.dumps({"sentence": "a dog", "label": int(label)}) for label in labels]
+        (folder / f"mrpc.{part}.jsonl").write_text("\n".join(lines))
+        (folder / f"rte.{part}.jsonl").write_text("\n".join(lines))
+    result = learnt(learner, FineTuning(name="few", path=str(folder), epochs=1))
+    assert result["tasks"]["mrpc"]["majority"] == pytest.approx(0.5)  # F1: 1 of 3, and all
+    assert result["tasks"]["rte"]["majority"] == pytest.approx(1 / 3)
+
+
+def test_the_best_epoch_counts_and_patience_ends(
+    learner: Learner, suite_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are planted, one an epoch; an equal one is no better."""
+    told = iter([0.1, 0.4, 0.4, 0.2, 0.9])
+    calls: list[str] = []
+
+    def planted(metric: str, labels: str, predicted: str) -> float:
+        calls.append(predicted)
+        return next(told)
+
+    monkeypatch.setattr(fine_tuning, "score", planted)
+    suite = suite_of(tasks=tasks("cola"), epochs=9, patience=2)
+    (task,) = load_suite(suite)
+    outcome = fine_tuning.fine_tune(learner, suite, task, encode_task(learner, task, 40), seed=0)
+    assert outcome["epoch"] == 2
+    assert outcome["curve"] == [0.1, 0.4, 0.4, 0.2]
+    assert outcome["predictions"]["cola"] == calls[1]
+
+
+def test_seeds_differ_and_each_is_the_same_again(learner: Learner, suite_of) -> None:
+    suite = suite_of(tasks=tasks("mnli"), seeds=2, epochs=6, patience=None)
+    state = torch.get_rng_state()
+    once, again = learnt(learner, suite), learnt(learner, suite)
+    assert once == again
+    assert torch.equal(torch.get_rng_state(), state)
+    mnli = once["tasks"]["mnli"]
+    assert mnli["predictions"][0] != mnli["predictions"][1]
+    assert mnli["score"] == pytest.approx(sum(mnli["scores"]) / 2)
+    one = learnt(learner, suite.model_copy(update={"seeds": 1}))
+    assert one["tasks"]["mnli"]["predictions"] == mnli["predictions"][:1]
+
+
+def test_a_tasks_own_settings_are_taken(learner: Learner, suite_of) -> None:
+    own = FineTunedTask(name="cola", epochs=1, batch_size=32, learning_rate=1e-6)
+    steps: Counter[int] = Counter()
+    suite = suite_of(tasks=(own, *tasks("coin")))
+    result = learnt(learner, suite, on_step=lambda _, of: steps.update([of]))
+    assert steps == {1: 1, 8: 8}  # 32 examples: one step, and two epochs of four
+    assert result["settings"]["per_task"] == {
+        "cola": {"learning_rate": 1e-6, "batch_size": 32, "epochs": 1}
+    }
+    assert result["settings"]["epochs"] == 2
+
+
+def test_a_loss_that_is_not_finite_is_told_with_the_task(
+    learner: Learner, suite_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("babyllama_ds.evaluation.classifier.INITIAL_STD", float("inf"))
+    with pytest.raises(ModelError) as caught:
+        learnt(learner, suite_of(tasks=tasks("cola")))
+    assert "student: toy/cola: got a training loss of nan" in str(caught.value)
+    assert "lower learning_rate" in str(caught.value)
+
+
+# -- who does what, and what is kept ---------------------------------------------------------------
+
+
+def test_what_is_remembered_is_not_learnt_again(learner: Learner, suite_of) -> None:
+    kept: dict[str, dict[str, Any]] = {}
+    done: list[str] = []
+
+    def remember(fingerprint: str, learn: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if fingerprint not in kept:
+            kept[fingerprint] = learn()
+            done.append(fingerprint)
+        return kept[fingerprint]
+
+    first = learnt(learner, suite_of(), remember=remember)
+    assert len(done) == 3
+    assert learnt(learner, suite_of(), remember=remember) == first
+    assert len(done) == 3
+    for changes in (
+        {"learning_rate": 2e-2},
+        {"batch_size": 9},
+        {"epochs": 1},
+        {"patience": 1},
+        {"max_tokens": 9},
+        {"max_train_examples": 9},
+        {"max_examples": 9},
+    ):
+        before = len(done)
+        learnt(learner, suite_of(tasks=tasks("cola"), **changes), remember=remember)
+        assert len(done) == before + 1, changes
+    learnt(learner, suite_of(seeds=2), remember=remember)
+    assert len(done) == 3 + 7 + 3  # the second seed of each
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
+def test_trainings_are_dealt_out_whole_and_evenly(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = [5.0, 1.0, 9.0, 2.0, 2.0, 7.0, 1.0]
+    monkeypatch.setattr(ranks, "world_size", lambda: world_size)
+    shares = []
+    for rank in range(world_size):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        shares.append(fine_tuning._dealt(costs))
+    assert sorted(index for share in shares for index in share) == list(range(7))
+    loads = [sum(costs[index] for index in share) for share in shares]
+    # A greedy one is within 4/3 of the best (Graham 1969), which no rank's share can be below.
+    assert max(loads) <= 4 / 3 * max(max(costs), sum(costs) / world_size)
+
+
+def test_a_stop_ends_a_training_within_a_step(learner: Learner, suite_of) -> None:
+    steps: list[int] = []
+
+    def on_step(done: int, of: int) -> None:
+        steps.append(done)
+        if len(steps) == 3:
+            raise stopped("SIGTERM")
+
+    with pytest.raises(BaseException, match="SIGTERM"):
+        learnt(learner, suite_of(), on_step=on_step)
+    assert steps == [1, 2, 3]
+
+
+def test_a_tokenizers_own_ends_do_not_matter(learner: Learner, suite_of) -> None:
+    """Some add tokens of their own; what a model gets is what the docs say."""
+    suite = suite_of(tasks=tasks("cola"))
+    (task,) = load_suite(suite)
+    plain = encode_task(learner, task, 60)["train"].token_ids
+    assert isinstance(learner.tokenizer, PreTrainedTokenizerFast)
+    learner.tokenizer.backend_tokenizer.enable_truncation(3)
+    assert encode_task(learner, task, 60)["train"].token_ids == plain
