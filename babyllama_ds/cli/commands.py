@@ -296,7 +296,13 @@ def _suites(options: argparse.Namespace) -> tuple[FineTuning, ...]:
         FineTunedTask(name=name) for name in dict.fromkeys(options.tasks)
     )
     return tuple(
-        FineTuning(name=name, path=str(folder), tasks=tasks, seeds=options.seeds)
+        FineTuning(
+            name=name,
+            path=str(folder),
+            tasks=tasks,
+            seeds=options.seeds,
+            max_tokens=options.max_tokens,
+        )
         for name, folder in _by_name(options.fine_tune, "--fine-tune").items()
     )
 

@@ -276,6 +276,13 @@ def _add_evaluate(judge: argparse.ArgumentParser) -> None:
         help="of --fine-tune (default: all that have TASK.train.jsonl and TASK.valid.jsonl)",
     )
     judge.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="tokens of a task's example, of which longer ones are cut to so many (default: 128)",
+    )
+    judge.add_argument(
         "--seeds",
         type=_positive,
         default=1,

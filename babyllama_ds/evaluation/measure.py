@@ -129,6 +129,8 @@ def measure(
         model = load_causal_lm(directory, device=device)
         if sources.files:
             _check_length(model, wanted.length)
+        for suite in wanted.suites:
+            _check_length(model, suite.max_tokens, where="--max-tokens", what="examples")
         with tempfile.TemporaryDirectory(prefix="babyllama-ds-") as folder:
             result = evaluate_model(
                 model,
@@ -198,7 +200,7 @@ def _check_length(
             where,
             got=f"{what} of {length} tokens",
             expected=f"at most {positions}, the model's positions",
-            hint=f"give {where} {positions}, or less" if where == "--length" else None,
+            hint=f"give {where} {positions}, or less",
         )
 
 
@@ -240,8 +242,6 @@ def _learner(
     device: torch.device,
 ) -> Learner:
     in_16_bits = next(model.parameters()).dtype != torch.float32
-    for suite in wanted.suites:
-        _check_length(model, suite.max_tokens, where="--fine-tune", what="examples")
     return Learner(
         model=directory,
         tokenizer=tokenizer,

@@ -18,6 +18,8 @@ def assumptions(basis: Basis, counts: Sequence[RankCount]) -> list[str]:
         found += ["minimal pairs: left out of FLOPs", *basis.measured.notes]
     else:
         found += ["minimal pairs: left out of FLOPs and time", assumed_speed(basis)]
+    if basis.job.evaluation.fine_tuning:
+        found.append("fine-tuning: left out of FLOPs, time and memory, of a --within too")
     found += _early_ends(basis)
     possible = [count for count in counts if count.impossible is None]
     found += _settled_micro_batches(basis, possible)

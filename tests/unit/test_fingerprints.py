@@ -28,7 +28,7 @@ from babyllama_ds.fingerprints import (
 )
 from babyllama_ds.spec.corpus import WindowsSpec
 from babyllama_ds.spec.distillation import DistillationSpec
-from babyllama_ds.spec.evaluation import EvaluationSpec
+from babyllama_ds.spec.evaluation import EvaluationSpec, FineTuning
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, PretrainedModel
@@ -146,9 +146,8 @@ def test_the_tables_name_every_field() -> None:
     assert {*PRETRAINED_MATTERS, *MODEL_FREE, "kind", "path"} == set(PretrainedModel.model_fields)
     assert {*WINDOWS_MATTER} == set(WindowsSpec.model_fields)
     assert {*DISTILLATION_MATTERS, *DISTILLATION_FREE} == set(DistillationSpec.model_fields)
-    assert {*EVALUATION_MATTERS, "minimal_pairs", "batch_tokens"} == set(
-        EvaluationSpec.model_fields
-    )
+    others = {"minimal_pairs", "fine_tuning", "batch_tokens"}
+    assert {*EVALUATION_MATTERS, *others} == set(EvaluationSpec.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -482,7 +481,11 @@ def evaluated(tmp_path: Path, job_of: Callable[..., JobSpec]) -> Callable[..., s
     def make(*overrides: str, **changes: Any) -> str:
         values = {"model_dir": model, "tokens_key": "t", "pairs_dir": pairs, **changes}
         return evaluation_fingerprint(
-            values["model_dir"], job_of(*overrides), values["tokens_key"], values["pairs_dir"]
+            values["model_dir"],
+            job_of(*overrides),
+            values["tokens_key"],
+            values["pairs_dir"],
+            teacher=values.get("teacher", False),
         )
 
     return make
@@ -531,6 +534,42 @@ def test_weights_text_and_benchmarks_are_known_by_content(
     (moved / "task.jsonl").write_text("{}")
     assert evaluated(pairs_dir=moved) != before
     assert evaluated(f"evaluation.minimal_pairs=[{{name: more, path: {moved}}}]") != with_more[0]
+
+
+def test_suites_are_known_by_their_settings_and_files(
+    evaluated: Callable[..., str], tmp_path: Path
+) -> None:
+    """Every field of a suite matters but the two that are about where and for whom."""
+
+    def suite(folder: str = "suite", **fields: Any) -> str:
+        spec = {"name": "toy", "path": str(tmp_path / folder), **fields}
+        return f"evaluation.fine_tuning=[{json.dumps(spec)}]"
+
+    for folder in ("suite", "moved"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.train.jsonl").write_text("{}")
+    before = evaluated(suite())
+    assert evaluated() != before
+    assert evaluated(suite("moved")) == before
+    assert evaluated(suite(teachers=False)) == before
+    assert evaluated(suite(teachers=False), teacher=True) == evaluated()
+    assert evaluated(suite(), teacher=True) == before
+    matter = {
+        "name": "other",
+        "tasks": [{"name": "a"}],
+        "seeds": 2,
+        "learning_rate": 1e-3,
+        "batch_size": 3,
+        "epochs": 3,
+        "patience": None,
+        "max_tokens": 3,
+        "max_train_examples": 3,
+        "max_examples": 3,
+    }
+    assert {*matter, "path", "teachers"} == set(FineTuning.model_fields)
+    assert len({before, *(evaluated(suite(**{key: value})) for key, value in matter.items())}) == 11
+    (tmp_path / "suite" / "a.train.jsonl").write_text('{"more": 1}')
+    assert evaluated(suite()) != before
 
 
 def test_an_evaluation_that_says_more_is_made_anew(

@@ -350,7 +350,7 @@ def refused(path: Path | str, wanted: Wanted) -> str:
 
 
 def test_nothing_to_measure_is_told(model_dir: Path) -> None:
-    assert "got neither --text nor --pairs" in refused(model_dir, Wanted())
+    assert "got neither --text, --pairs nor --fine-tune" in refused(model_dir, Wanted())
 
 
 def test_no_model_is_told(tmp_path: Path, wanted: Wanted) -> None:
