@@ -204,15 +204,15 @@ def test_with_several_seeds_it_is_the_spread_over_examples_and_seeds(
     scores, variances = [], []
     for _ in range(500):
         labels = rng.random(size) < 0.5
-        ease = 1.0 * rng.standard_normal(size) + by_seed * rng.standard_normal((seeds, 1))
-        right = 0.7 + ease + 0.7 * rng.standard_normal((seeds, size)) > 0
+        ease = 0.3 * rng.standard_normal(size) + by_seed * rng.standard_normal((seeds, 1))
+        right = 0.7 + ease + 1.5 * rng.standard_normal((seeds, size)) > 0
         text = "".join(map(str, labels.astype(int)))
         said = ["".join(map(str, (labels == each).astype(int))) for each in right]
         scores.append(statistics.fmean(plain_score(metric, text, each) for each in said))
         error = fine_tuning_error(suite(task(metric, text, *said)))
         variances.append((error or 0.0) ** 2)
     # The clipping at 0 makes it somewhat too large where seeds bring nothing of their own.
-    high = 1.2 if by_seed else 1.3
+    high = 1.1 if by_seed else 1.5
     assert 0.85 < statistics.fmean(variances) / statistics.variance(scores) < high
 
 
