@@ -54,14 +54,14 @@ TASK_SCORES = ("score", "scores", "epochs")
 GAINS_NOTE = (
     "Student minus the other model. In dev cross-entropy (nats per token) negative is better; in "
     "minimal pairs (percentage points) positive is better, and ± is the standard error that the "
-    "choice of pairs brings. One run has one seed: a difference says little before it is seen over "
-    "several."
+    "choice of pairs brings."
 )
 FINE_TUNING_NOTE = (
     "In scores of fine-tuning (points) positive is better, and ± is the standard error that the "
     "choice of validation examples brings, and that of the fine-tuning's seeds where there are "
     "several."
 )
+ONE_SEED_NOTE = "One run has one seed: a difference says little before it is seen over several."
 
 
 def collect_report(run_dir: Path) -> dict[str, Any]:
@@ -233,9 +233,9 @@ def _gains(
     others = {name: model for name, model in models.items() if model["role"] != "student"}
     # The control first: it is the comparison that tells what distillation gave.
     order = sorted(others, key=lambda name: others[name]["role"] != "control")
-    fine_tuned = any(model["fine_tuning"] for model in models.values())
+    fine_tuned = [FINE_TUNING_NOTE] if any(m["fine_tuning"] for m in models.values()) else []
     return {
-        "note": f"{GAINS_NOTE} {FINE_TUNING_NOTE}" if fine_tuned else GAINS_NOTE,
+        "note": " ".join([GAINS_NOTE, *fine_tuned, ONE_SEED_NOTE]),
         "student_minus": {
             name: _difference(models["student"], others[name])
             | _difference_of_pairs(evaluations["student"], evaluations[name])

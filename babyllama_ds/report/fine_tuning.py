@@ -14,24 +14,24 @@ BEST_EPOCH = (
 )
 
 
-def protocol(settings: Mapping[str, Any]) -> str:
-    """How scores came about, what flatters them, and what the numbers are."""
+def notes(settings: Mapping[str, Any]) -> list[str]:
+    """How scores came about and what flatters them; what the numbers are."""
     several = settings["seeds"] > 1
-    means = f"a score is the mean over {settings['seeds']} seeds" if several else "one seed"
+    means = f"the mean over {settings['seeds']} seeds" if several else "one seed"
     seeds = " and from the seeds of fine-tuning" if several else ""
     own = "".join(
         f"; {task}: {', '.join(_training(changed))}"
         for task, changed in (settings.get("per_task") or {}).items()
     )
-    return (
+    return [
         "Fine-tuned on each task's training examples, scored on its validation examples "
-        f"({means}). {BEST_EPOCH} Settings: "
-        f"{', '.join(_training(settings))}, at most {settings['max_tokens']:,} tokens an "
-        f"example{own}. F1 is of label 1, MCC is Matthews' correlation (from −100 to 100); "
-        "majority is what always saying the training examples' most frequent label scores. ± is "
-        f"one standard error from the choice of validation examples{seeds}, not from the seed of "
-        "the model's own training."
-    )
+        f"({means}). {BEST_EPOCH} Settings: {', '.join(_training(settings))}, at most "
+        f"{settings['max_tokens']:,} tokens an example{own}.",
+        "F1 is of label 1, MCC is Matthews' correlation (from −100 to 100). Majority is the score "
+        "of always saying the training examples' most frequent label. ± is one standard error "
+        f"from the choice of validation examples{seeds}, not from the seed of the model's own "
+        "training.",
+    ]
 
 
 def _training(settings: Mapping[str, Any]) -> Iterator[str]:

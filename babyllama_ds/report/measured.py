@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from babyllama_ds.report.fine_tuning import METRICS, protocol
+from babyllama_ds.report.fine_tuning import METRICS, notes
 from babyllama_ds.report.formatting import (
     MISSING,
     count,
@@ -104,7 +104,7 @@ def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
     return [
         f"{name}: {estimate(suite['score'], fine_tuning_error(suite))} (mean over {len(tasks)} "
         "tasks of their scores, times 100)",
-        protocol(suite["settings"]),
+        *notes(suite["settings"]),
         table(
             ["task", "metric", *counts, "majority", "score", *by_seed, "epoch"],
             [*rows, mean],

@@ -241,7 +241,7 @@ def presentation(benchmark: Mapping[str, Any]) -> str:
 
 def fine_tuning(suite: Mapping[str, Any]) -> list[str]:
     """How the scores of a suite came about, and whether their means compare."""
-    return [tuned.protocol(suite["settings"]), *filter(None, [tuned.unlike(suite)])]
+    return [*tuned.notes(suite["settings"]), *filter(None, [tuned.unlike(suite)])]
 
 
 # -- what is missing ------------------------------------------------------------------------------
