@@ -14,7 +14,6 @@ from babyllama_ds.report.formatting import (
     MISSING,
     count,
     duration,
-    estimate,
     flat,
     number,
     percent,
@@ -232,18 +231,16 @@ def fine_tuning(report: Report, name: str) -> Table:
     """A suite's tasks by model, the best of each known where several have it; and the means."""
     suite = report["fine_tuning"][name]
     measured = [model for model in report["models"] if model in suite["score"]]
-    errors = {model: report["models"][model]["fine_tuning_standard_error"] for model in measured}
-    means = Row(
-        role="total",
-        cells=[
-            "mean over tasks",
-            "",
-            "",
-            "",
-            *(estimate(suite["score"][model], errors[model][name]) for model in measured),
-        ],
-        best=frozenset() if tasks_lacking(suite) else _best_scores(suite["score"], measured),
-    )
+    errors = [report["models"][model]["fine_tuning_standard_error"][name] for model in measured]
+    blank = [""] * 3
+    sums = [
+        Row(
+            role="total",
+            cells=["mean over tasks", *blank, *(percent(suite["score"][m]) for m in measured)],
+            best=frozenset() if tasks_lacking(suite) else _best_scores(suite["score"], measured),
+        ),
+        Row(role="total", cells=["its standard error", *blank, *map(percent, errors)]),
+    ]
     return Table(
         caption="Score of each task, times 100. A star marks the best.",
         header=["task", "metric", "validation examples", "majority", *measured],
@@ -261,7 +258,7 @@ def fine_tuning(report: Report, name: str) -> Table:
                 )
                 for task, facts in suite["tasks"].items()
             ),
-            means,
+            *sums,
         ],
         left=2,
     )
