@@ -18,7 +18,7 @@ def notes(settings: Mapping[str, Any]) -> list[str]:
     """How scores came about and what flatters them; what the numbers are."""
     several = settings["seeds"] > 1
     means = f"the mean over {settings['seeds']} seeds" if several else "one seed"
-    seeds = " and from the seeds of fine-tuning" if several else ""
+    seeds = " and of the seeds of fine-tuning" if several else ""
     own = "".join(
         f"; {task}: {', '.join(_training(changed))}"
         for task, changed in (settings.get("per_task") or {}).items()
@@ -28,8 +28,8 @@ def notes(settings: Mapping[str, Any]) -> list[str]:
         f"({means}). {BEST_EPOCH} Settings: {', '.join(_training(settings))}, at most "
         f"{settings['max_tokens']:,} tokens an example{own}.",
         "F1 is of label 1, MCC is Matthews' correlation (from −100 to 100). Majority is the score "
-        "of always saying the training examples' most frequent label. ± is one standard error "
-        f"from the choice of validation examples{seeds}, not from the seed of the model's own "
+        "of always saying the training examples' most frequent label. The standard error (±) is "
+        f"that of the choice of validation examples{seeds}, not of the seed of the model's own "
         "training.",
     ]
 

@@ -210,7 +210,7 @@ def test_a_section_has_every_task_and_says_how_it_was_measured(run: Path) -> Non
             "scored on its validation examples (one seed)",
             "learning rate 5e-05, 64 examples a batch, 10 epochs, no early end, at most 512 tokens",
             "; rte: learning rate 1e-05, 1,000 epochs, ended after 4 epochs without a better score",
-            "± is one standard error from the choice of validation examples, not from the seed",
+            "standard error (±) is that of the choice of validation examples, not of the seed",
         ):
             assert words in section, words
 
@@ -240,7 +240,7 @@ def test_several_seeds_are_told_and_have_another_error(run: Path) -> None:
         put(run, model, {})
     page = render_markdown(collect_report(run))
     assert "(the mean over 2 seeds)" in page
-    assert "from the choice of validation examples and from the seeds of fine-tuning, not" in page
+    assert "of the choice of validation examples and of the seeds of fine-tuning, not" in page
 
 
 def test_means_over_different_tasks_are_not_compared(run: Path) -> None:
