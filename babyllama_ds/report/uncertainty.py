@@ -19,7 +19,8 @@ of a difference:
 e_t: the variance of the task's score over the B draws; v_t: the sample variance over seeds of the
 scores as measured; w_t: what of it the choice of examples brings, which is in e_t already. Both are
 grown by n / (n − 1), as a sample variance is. One seed has no v and w: then it is the examples'
-error alone. Each task's fine-tunings are taken as independent of the other tasks'.
+error alone. Each task's fine-tunings are taken as independent of the other tasks'; of MNLI's two
+validation files, which are scored with the same fine-tunings, that is not quite true.
 
 Nothing of it tells what another seed of the model's own training would have given.
 """
