@@ -68,10 +68,11 @@ def hyperparameters(report: Report, name: str) -> HParams:
 
 
 def final_measures(report: Report, name: str) -> dict[str, float]:
-    """The finished model's measures; accuracies are shares in [0, 1]."""
+    """The finished model's measures; accuracies and scores are not in per cent."""
     model = report["models"][name]
     scores = {key: model[key] for key in ("dev_ce", "perplexity", "bits_per_byte")}
     scores |= {f"minimal_pairs/{pairs}": value for pairs, value in model["minimal_pairs"].items()}
+    scores |= {f"fine_tuning/{suite}": value for suite, value in model["fine_tuning"].items()}
     return {f"final/{key}": value for key, value in scores.items() if value is not None}
 
 

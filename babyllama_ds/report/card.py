@@ -15,9 +15,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from babyllama_ds import __version__
 from babyllama_ds.report import words
+from babyllama_ds.report.fine_tuning import METRICS
 from babyllama_ds.report.formatting import MISSING, count, duration, flat, number, table
 from babyllama_ds.report.loss import in_words, name_of_divergence, weights_in_words
 from babyllama_ds.report.markdown import (
+    fine_tuning_sections,
     gains_table,
     headline,
     loading_snippet,
@@ -51,6 +53,7 @@ LIMITS = """\
 - The numbers are of one run with one seed."""
 
 MOST_DOMAINS_SHOWN = 20
+HUB_METRICS = {"accuracy": "accuracy", "f1": "f1", "mcc": "matthews_correlation"}
 
 
 def render_model_card(
@@ -152,6 +155,19 @@ def _eval_results(report: Mapping[str, Any], model_name: str) -> Iterator[EvalRe
             metric_name="accuracy (mean over tasks)",
             metric_value=accuracy,
         )
+    for name, suite in report["fine_tuning"].items():
+        for task, facts in suite["tasks"].items():
+            if model_name in facts["score"]:
+                yield EvalResult(
+                    task_type="text-classification",
+                    dataset_type=name,
+                    dataset_name=f"{name}: {task}, after fine-tuning",
+                    dataset_config=task,
+                    dataset_split="validation",
+                    metric_type=HUB_METRICS[facts["metric"]],
+                    metric_name=f"{METRICS[facts['metric']]} (best epoch on the same examples)",
+                    metric_value=facts["score"][model_name],
+                )
 
 
 # -- sections -------------------------------------------------------------------------------------
@@ -271,6 +287,7 @@ def _results(report: Mapping[str, Any]) -> list[str]:
         *words.trainings(report),
         gains_table(report),
         report["gains"]["note"],
+        *fine_tuning_sections(report, "###"),
     ]
 
 

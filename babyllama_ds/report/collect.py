@@ -1,7 +1,8 @@
 """A run's directory enters, the dictionary that becomes `report.json` leaves.
 
-Cross-entropies are nats per token, accuracies shares in [0, 1], differences of accuracies
-percentage points. What a run does not have (yet) is null or absent, never guessed.
+Cross-entropies are nats per token, accuracies shares in [0, 1], as are the scores of fine-tuning
+(Matthews' correlations lie in [−1, 1]); differences of both are points, hundredths. What a run does
+not have (yet) is null or absent, never guessed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,15 @@ import yaml
 
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import hash_json, read_json, read_manifest
+from babyllama_ds.report.fine_tuning import TASK_FACTS
 from babyllama_ds.report.loss import loss_facts
 from babyllama_ds.report.metrics import read_metrics
-from babyllama_ds.report.uncertainty import accuracy_error, difference_error
+from babyllama_ds.report.uncertainty import (
+    accuracy_error,
+    difference_error,
+    fine_tuning_difference_error,
+    fine_tuning_error,
+)
 from babyllama_ds.report.unfinished import how_it_stands, what_is_missing
 from babyllama_ds.teachers.watch import warnings_of
 
@@ -43,12 +50,18 @@ TRAINING_FACTS = (
     "best_dev_ce",
     "final_dev_ce",
 )
+TASK_SCORES = ("score", "scores", "epochs")
 GAINS_NOTE = (
     "Student minus the other model. In dev cross-entropy (nats per token) negative is better; in "
     "minimal pairs (percentage points) positive is better, and ± is the standard error that the "
-    "choice of pairs brings. One run has one seed: a difference says little before it is seen over "
+    "choice of pairs brings."
+)
+FINE_TUNING_NOTE = (
+    "In scores of fine-tuning (points) positive is better, and ± is the standard error that the "
+    "choice of validation examples brings, and that of the fine-tuning's seeds where there are "
     "several."
 )
+ONE_SEED_NOTE = "One run has one seed: a difference says little before it is seen over several."
 
 
 def collect_report(run_dir: Path) -> dict[str, Any]:
@@ -96,6 +109,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         "gains": _gains(models, measured),
         "domains": _domains(measured),
         "minimal_pairs": _benchmarks(measured),
+        "fine_tuning": _suites(measured),
         "last_logged_step": last_logged,
         "samples": _samples(measured),
     }
@@ -188,6 +202,7 @@ def _model(role: str, training: Mapping[str, Any], evaluation: Mapping[str, Any]
         facts["params"] = evaluation.get("params")
     dev = evaluation.get("dev") or {}
     benchmarks = evaluation.get("minimal_pairs") or {}
+    suites = evaluation.get("fine_tuning") or {}
     return {
         "role": role,
         **facts,
@@ -197,6 +212,10 @@ def _model(role: str, training: Mapping[str, Any], evaluation: Mapping[str, Any]
         "minimal_pairs": {name: scores["accuracy"] for name, scores in benchmarks.items()},
         "minimal_pairs_standard_error": {
             name: accuracy_error(scores) for name, scores in benchmarks.items()
+        },
+        "fine_tuning": {name: suite["score"] for name, suite in suites.items()},
+        "fine_tuning_standard_error": {
+            name: fine_tuning_error(suite) for name, suite in suites.items()
         },
     }
 
@@ -214,11 +233,13 @@ def _gains(
     others = {name: model for name, model in models.items() if model["role"] != "student"}
     # The control first: it is the comparison that tells what distillation gave.
     order = sorted(others, key=lambda name: others[name]["role"] != "control")
+    fine_tuned = [FINE_TUNING_NOTE] if any(m["fine_tuning"] for m in models.values()) else []
     return {
-        "note": GAINS_NOTE,
+        "note": " ".join([GAINS_NOTE, *fine_tuned, ONE_SEED_NOTE]),
         "student_minus": {
             name: _difference(models["student"], others[name])
             | _difference_of_pairs(evaluations["student"], evaluations[name])
+            | _difference_of_suites(evaluations["student"], evaluations[name])
             for name in order
         },
     }
@@ -238,6 +259,25 @@ def _difference_of_pairs(student: Mapping[str, Any], other: Mapping[str, Any]) -
             name: 100 * (one[name]["accuracy"] - two[name]["accuracy"]) for name in both
         },
         "minimal_pairs_points_standard_error": {
+            name: None if error is None else 100 * error for name, error in errors.items()
+        },
+    }
+
+
+def _difference_of_suites(student: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Of suites whose tasks are the same: means over different tasks do not compare."""
+    one, two = (evaluation.get("fine_tuning") or {} for evaluation in (student, other))
+    both = [
+        name
+        for name in one
+        if name in two and one[name]["tasks"].keys() == two[name]["tasks"].keys()
+    ]
+    errors = {name: fine_tuning_difference_error(one[name], two[name]) for name in both}
+    return {
+        "fine_tuning_points": {
+            name: 100 * (one[name]["score"] - two[name]["score"]) for name in both
+        },
+        "fine_tuning_points_standard_error": {
             name: None if error is None else 100 * error for name, error in errors.items()
         },
     }
@@ -277,6 +317,23 @@ def _benchmarks(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 entry["accuracy"][model] = score["accuracy"]
                 entry["ties"][model] = score["ties"]
     return benchmarks
+
+
+def _suites(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Per suite of fine-tuning: its settings, each task's facts, and the scores by model."""
+    suites: dict[str, Any] = {}
+    for model, evaluation in evaluations.items():
+        for name, measured in (evaluation.get("fine_tuning") or {}).items():
+            nothing = {"settings": measured["settings"], "score": {}, "tasks": {}}
+            suite = suites.setdefault(name, nothing)
+            suite["score"][model] = measured["score"]
+            for task, of_model in measured["tasks"].items():
+                facts = {key: of_model[key] for key in TASK_FACTS}
+                by_model: dict[str, Any] = {key: {} for key in TASK_SCORES}
+                entry = suite["tasks"].setdefault(task, facts | by_model)
+                for key in TASK_SCORES:
+                    entry[key][model] = of_model[key]
+    return suites
 
 
 def _samples(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, str]]]:

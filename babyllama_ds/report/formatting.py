@@ -38,6 +38,11 @@ def percent(share: float | None) -> str:
     return number(None if share is None else 100 * share, 2)
 
 
+def estimate(share: float | None, error: float | None) -> str:
+    """A share as `percent` shows it, and its standard error, where that is known."""
+    return percent(share) + ("" if share is None or error is None else f" ± {percent(error)}")
+
+
 def points(difference: float | None, error: float | None) -> str:
     """A difference in percentage points and its standard error, where that is known."""
     around = "" if difference is None or error is None else f" ± {error:.2f}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from babyllama_ds import files
 from babyllama_ds.errors import DataError, Problem
+from babyllama_ds.report.fine_tuning import BEST_EPOCH, TASK_FACTS
 from babyllama_ds.report.formatting import number, percent
 from babyllama_ds.rundir import differing_keys
 
@@ -55,7 +56,7 @@ def render_gains(run_dirs: Sequence[Path]) -> str:
     _check_measured(run_dirs, reports)
     _check_independent(run_dirs, reports)
     tables = [*_runs_table(reports), "", *_gains_table(collect_gains(reports))]
-    return "\n".join([*tables, *_other_jobs(reports), ""])
+    return "\n".join([*tables, *_suites(reports), *_other_jobs(reports), ""])
 
 
 def collect_gains(reports: Sequence[dict[str, Any]]) -> list[Gain]:
@@ -66,7 +67,10 @@ def collect_gains(reports: Sequence[dict[str, Any]]) -> list[Gain]:
         gain
         for other in others
         if other != "student"
-        for gain in _gains_over(other, [report["models"] for report in reports])
+        for gain in (
+            *_gains_over(other, [report["models"] for report in reports]),
+            *_gains_in_suites(other, reports),
+        )
     ]
 
 
@@ -90,16 +94,48 @@ def _gains_over(other: str, models: Sequence[dict[str, Any]]) -> Iterator[Gain]:
         )
 
 
+def _gains_in_suites(other: str, reports: Sequence[dict[str, Any]]) -> Iterator[Gain]:
+    """Of fine-tuning suites that are the same in every run, and in which both models have scores
+    of the same tasks: such differences are in the reports themselves."""
+    of_runs = [_points_of_suites(report, other) for report in reports]
+    for suite in of_runs[0]:
+        if all(suite in each for each in of_runs) and suite not in _changed_suites(reports):
+            values = tuple(each[suite] for each in of_runs)
+            yield Gain(other, f"{suite} (score, points)", values)
+
+
+def _points_of_suites(report: dict[str, Any], other: str) -> dict[str, float]:
+    """None of a report of before these were measured."""
+    minus: dict[str, Any] = (report.get("gains") or {}).get("student_minus") or {}
+    points: dict[str, float] = (minus.get(other) or {}).get("fine_tuning_points") or {}
+    return points
+
+
+def _changed_suites(reports: Sequence[dict[str, Any]]) -> list[str]:
+    """Suites that several runs have, with other tasks, examples or settings."""
+    found: dict[str, list[object]] = {}
+    for report in reports:
+        for name, suite in (report.get("fine_tuning") or {}).items():
+            tasks = {
+                task: [facts[key] for key in TASK_FACTS] for task, facts in suite["tasks"].items()
+            }
+            found.setdefault(name, []).append([suite["settings"], tasks])
+    return [name for name, kinds in found.items() if any(kind != kinds[0] for kind in kinds)]
+
+
 def _runs_table(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     benchmarks = list(
         dict.fromkeys(name for one in reports for name in one["models"]["student"]["minimal_pairs"])
     )
-    header = ["run", "model", "dev CE (nats/token)", *(f"{name} (%)" for name in benchmarks)]
-    yield "| " + " | ".join(header) + " |"
-    yield "|---|---|" + "---:|" * (1 + len(benchmarks))
+    suites = list(dict.fromkeys(name for one in reports for name in one.get("fine_tuning") or ()))
+    titles = [*(f"{name} (%)" for name in benchmarks), *(f"{name} (score)" for name in suites)]
+    yield "| " + " | ".join(["run", "model", "dev CE (nats/token)", *titles]) + " |"
+    yield "|---|---|" + "---:|" * (1 + len(titles))
     for report in reports:
         for name, model in report["models"].items():
             scores = [percent(model["minimal_pairs"].get(name)) for name in benchmarks]
+            of_suite = model.get("fine_tuning") or {}  # a report of before has none
+            scores += [percent(of_suite.get(name)) for name in suites]
             row = [report["name"], name, f"{model['dev_ce']:.4f}", *scores]
             yield "| " + " | ".join(row) + " |"
 
@@ -113,6 +149,22 @@ def _gains_table(gains: Sequence[Gain]) -> Iterator[str]:
         yield (
             f"| {gain.other} | {gain.measure} | {gain.mean:+.4f} | {error} "
             f"| {low:+.4f} | {high:+.4f} | {len(gain.values)} |"
+        )
+
+
+def _suites(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What scores of fine-tuning are, and which do not compare between these runs."""
+    if any(report.get("fine_tuning") for report in reports):
+        yield ""
+        yield (
+            "Scores of fine-tuning (times 100) are means over tasks, each on its validation "
+            f"examples. {BEST_EPOCH}"
+        )
+    if changed := _changed_suites(reports):
+        yield ""
+        yield (
+            f"No gain is told in {', '.join(changed)}: its tasks, examples or settings are not the "
+            "same in these runs."
         )
 
 

@@ -26,6 +26,7 @@ from babyllama_ds.report.figures import (
     styles_of,
     variables,
 )
+from babyllama_ds.report.fine_tuning import METRICS
 from babyllama_ds.report.loss import in_words
 from babyllama_ds.report.metrics import Curve
 from babyllama_ds.report.tables import Table
@@ -56,6 +57,16 @@ class Benchmark:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A suite of fine-tuning tasks: its figure, its scores, how they came about."""
+
+    name: str
+    figure: Figure
+    tasks: Table
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class View:
     """What the page shows beside the report itself; the template leaves out what is empty."""
 
@@ -63,13 +74,15 @@ class View:
     curves: Sequence[Figure]
     curves_notes: Sequence[str]
     benchmarks: Sequence[Benchmark]
+    suites: Sequence[Suite]
     domains: Figure | None
 
     @property
     def figures(self) -> list[Figure]:
         """All of the page's."""
         of_domains = [self.domains] if self.domains else []
-        return [*self.curves, *(one.figure for one in self.benchmarks), *of_domains]
+        of_suites = [one.figure for one in self.suites]
+        return [*self.curves, *(one.figure for one in self.benchmarks), *of_suites, *of_domains]
 
 
 def view_of(report: Report, curves: Mapping[str, Mapping[str, Curve]]) -> View:
@@ -81,6 +94,7 @@ def view_of(report: Report, curves: Mapping[str, Mapping[str, Curve]]) -> View:
         curves=[_curves(measure, of_model, styles) for measure, of_model in drawn.items()],
         curves_notes=_curves_notes(report, drawn),
         benchmarks=_benchmarks(report, styles),
+        suites=_suites(report, styles),
         domains=_domains(report, styles),
     )
 
@@ -191,6 +205,27 @@ def _by_term(benchmark: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         }
         for term, of_tasks in accuracies.items()
     }
+
+
+def _suites(report: Report, styles: Mapping[str, Style]) -> list[Suite]:
+    suites: list[Suite] = []
+    for name, suite in report["fine_tuning"].items():
+        rows = {
+            f"{task} ({METRICS[facts['metric']]})": {
+                model: 100 * score for model, score in facts["score"].items()
+            }
+            for task, facts in suite["tasks"].items()
+        }
+        figure = draw_dots(
+            _file_name(f"fine_tuning-{name}", [other.figure.name for other in suites]),
+            f"{name} after fine-tuning",
+            rows,
+            styles,
+            unit="score, times 100",
+        )
+        scores = tables.fine_tuning(report, name)
+        suites.append(Suite(name=name, figure=figure, tasks=scores, notes=words.fine_tuning(suite)))
+    return suites
 
 
 def _domains(report: Report, styles: Mapping[str, Style]) -> Figure | None:

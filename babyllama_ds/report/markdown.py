@@ -32,6 +32,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         *_speed(report),
         *_domains(report),
         *_tasks(report),
+        *fine_tuning_sections(report),
         *_environment(report),
         *_loading(),
         *_job(report),
@@ -58,6 +59,19 @@ def models_table(report: Mapping[str, Any]) -> str:
 def gains_table(report: Mapping[str, Any]) -> str:
     """The student's difference from every other model."""
     return _laid_out(tables.gains(report))
+
+
+def fine_tuning_sections(report: Mapping[str, Any], heading: str = "##") -> list[str]:
+    """Each suite's scores by task, and how they came about."""
+    return [
+        part
+        for name, suite in report["fine_tuning"].items()
+        for part in (
+            f"{heading} Fine-tuning: {name} (score, times 100)",
+            _laid_out(tables.fine_tuning(report, name)),
+            *words.fine_tuning(suite),
+        )
+    ]
 
 
 # -- sections -----------------------------------------------------------------------------------

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from babyllama_ds.report.formatting import MISSING, count, duration, number, percent, table
-from babyllama_ds.report.uncertainty import accuracy_error
+from babyllama_ds.report.fine_tuning import METRICS, notes
+from babyllama_ds.report.formatting import (
+    MISSING,
+    count,
+    duration,
+    estimate,
+    number,
+    percent,
+    table,
+)
+from babyllama_ds.report.uncertainty import accuracy_error, fine_tuning_error
 
 
 def render_measured(result: Mapping[str, Any]) -> str:
-    """Text for a terminal: the model, the texts, and the benchmarks by term and by task."""
+    """Text for a terminal: the model, the texts, the benchmarks by term and by task, the suites of
+    fine-tuning by task."""
     sections = [
         f"{result['model']}: {count(result['params'])} parameters, {result['dtype']}, on "
         f"{result['device']}, attention {result['attention']}, {duration(result['seconds'])}"
@@ -19,6 +29,8 @@ def render_measured(result: Mapping[str, Any]) -> str:
         sections += _texts(result["dev"])
     for name, benchmark in result["minimal_pairs"].items():
         sections += _benchmark(name, benchmark)
+    for name, suite in (result.get("fine_tuning") or {}).items():
+        sections += _suite(name, suite)
     return "\n\n".join(sections) + "\n"
 
 
@@ -50,8 +62,7 @@ def _benchmark(name: str, benchmark: Mapping[str, Any]) -> list[str]:
         if benchmark["prefix"] is None
         else f"behind {benchmark['prefix']}"
     )
-    error = accuracy_error(benchmark)
-    around = "" if error is None else f" ± {percent(error)}"
+    accuracy = estimate(benchmark["accuracy"], accuracy_error(benchmark))
     whole = [
         ["mean over tasks", "", number(pairs, 0), percent(benchmark["accuracy"])],
         ["share of all pairs", "", number(pairs, 0), percent(benchmark["pooled_accuracy"])],
@@ -65,8 +76,38 @@ def _benchmark(name: str, benchmark: Mapping[str, Any]) -> list[str]:
         for task, score in tasks.items()
     ]
     return [
-        f"{name}: {percent(benchmark['accuracy'])}{around} % (mean over {len(tasks)} tasks; "
+        f"{name}: {accuracy} % (mean over {len(tasks)} tasks; "
         f"{space}; {scored}; ties: {ties}, which count as wrong)",
         *([table(["term", "tasks", "pairs", "accuracy (%)"], by_term)] if terms else []),
         table(["task", "term", "pairs", "accuracy (%)"], [*by_task, *whole], left=2),
+    ]
+
+
+def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
+    tasks, several = suite["tasks"], suite["settings"]["seeds"] > 1
+    rows = [
+        [
+            task,
+            METRICS[scores["metric"]],
+            number(scores["train_examples"], 0),
+            number(scores["examples"], 0),
+            percent(scores["majority"]),
+            percent(scores["score"]),
+            *([", ".join(map(percent, scores["scores"]))] if several else []),
+            ", ".join(map(str, scores["epochs"])),
+        ]
+        for task, scores in tasks.items()
+    ]
+    by_seed = ["by seed"] if several else []
+    mean = ["mean over tasks", *[""] * 4, percent(suite["score"]), *[""] * (1 + several)]
+    counts = ["training examples", "validation examples"]
+    return [
+        f"{name}: {estimate(suite['score'], fine_tuning_error(suite))} (mean over {len(tasks)} "
+        "tasks of their scores, times 100)",
+        *notes(suite["settings"]),
+        table(
+            ["task", "metric", *counts, "majority", "score", *by_seed, "epoch"],
+            [*rows, mean],
+            left=2,
+        ),
     ]

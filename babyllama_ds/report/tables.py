@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from babyllama_ds.report.fine_tuning import METRICS, tasks_lacking
 from babyllama_ds.report.formatting import (
     MISSING,
     count,
@@ -31,7 +32,7 @@ class Row:
     role: str = ""
     """A model's role; `total` sums up the rows above."""
     best: frozenset[int] = frozenset()
-    """Cells that are the best of their column."""
+    """Cells that are the best of their measure."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class _Quality:
     shown: Callable[[float | None], str]
     better: Callable[[list[float]], float]
     """`min` or `max`."""
+    comparable: bool = True
+    """Whether it is of the same tasks for every model that has it."""
 
 
 def models(report: Report) -> Table:
@@ -107,23 +110,34 @@ def _qualities(report: Report) -> list[_Quality]:
             better=max,
         )
 
+    def of_suite(name: str) -> _Quality:
+        return _Quality(
+            title=f"{name} (score)",
+            of=lambda m: m["fine_tuning"].get(name),
+            shown=percent,
+            better=max,
+            comparable=not tasks_lacking(report["fine_tuning"][name]),
+        )
+
     return [
         of_key("dev_ce", "dev CE (nats/token)", 4),
         of_key("perplexity", "perplexity", 2),
         of_key("bits_per_byte", "bits/byte", 4),
         *map(of_benchmark, report["minimal_pairs"]),
+        *map(of_suite, report["fine_tuning"]),
     ]
 
 
 def _best(quality: _Quality, models: Any) -> float | None:
     values = [value for model in models if (value := quality.of(model)) is not None]
-    return quality.better(values) if len(values) > 1 else None
+    return quality.better(values) if len(values) > 1 and quality.comparable else None
 
 
 def gains(report: Report) -> Table:
     """The student's difference from every other model."""
-    benchmarks = list(report["minimal_pairs"])
+    benchmarks, suites = list(report["minimal_pairs"]), list(report["fine_tuning"])
     titles = [f"{name} (points)" for name in benchmarks]
+    titles += [f"{name} (score, points)" for name in suites]
     return Table(
         caption="The student's difference from every other model.",
         header=["student minus", "dev CE (nats/token)", *titles],
@@ -139,6 +153,13 @@ def gains(report: Report) -> Table:
                             gain["minimal_pairs_points_standard_error"].get(benchmark),
                         )
                         for benchmark in benchmarks
+                    ),
+                    *(
+                        points(
+                            gain["fine_tuning_points"].get(suite),
+                            gain["fine_tuning_points_standard_error"].get(suite),
+                        )
+                        for suite in suites
                     ),
                 ],
             )
@@ -204,6 +225,51 @@ def terms(benchmark: Mapping[str, Any], models: Sequence[str]) -> Table:
             for term, scores in benchmark["terms"].items()
         ],
     )
+
+
+def fine_tuning(report: Report, name: str) -> Table:
+    """A suite's tasks by model, the best of each known where several have it; and the means."""
+    suite = report["fine_tuning"][name]
+    measured = [model for model in report["models"] if model in suite["score"]]
+    errors = [report["models"][model]["fine_tuning_standard_error"][name] for model in measured]
+    blank = [""] * 3
+    sums = [
+        Row(
+            role="total",
+            cells=["mean over tasks", *blank, *(percent(suite["score"][m]) for m in measured)],
+            best=frozenset() if tasks_lacking(suite) else _best_scores(suite["score"], measured),
+        ),
+        Row(role="total", cells=["its standard error", *blank, *map(percent, errors)]),
+    ]
+    return Table(
+        caption="Score of each task, times 100. A star marks the best.",
+        header=["task", "metric", "validation examples", "majority", *measured],
+        rows=[
+            *(
+                Row(
+                    cells=[
+                        task,
+                        METRICS[facts["metric"]],
+                        number(facts["examples"], 0),
+                        percent(facts["majority"]),
+                        *(percent(facts["score"].get(model)) for model in measured),
+                    ],
+                    best=_best_scores(facts["score"], measured),
+                )
+                for task, facts in suite["tasks"].items()
+            ),
+            *sums,
+        ],
+        left=2,
+    )
+
+
+def _best_scores(scores: Mapping[str, float], measured: Sequence[str]) -> frozenset[int]:
+    """The cells of the best models' scores, of two or more."""
+    if len(scores) < 2:
+        return frozenset()
+    best = max(scores.values())
+    return frozenset(4 + place for place, model in enumerate(measured) if scores.get(model) == best)
 
 
 def domains(report: Report) -> Table:

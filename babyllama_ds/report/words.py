@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from babyllama_ds.report import fine_tuning as tuned
 from babyllama_ds.report.formatting import MISSING, count, number, percent, points
 
 CAVEAT = (
@@ -32,7 +33,7 @@ def result(report: Mapping[str, Any]) -> list[str]:
     """What came out, a sentence for each measure; the first is the dev cross-entropy's if any."""
     student = report["models"]["student"]
     size = f" ({count(student['params'])} parameters)" if student["params"] is not None else ""
-    if student["dev_ce"] is None and not student["minimal_pairs"]:
+    if student["dev_ce"] is None and not student["minimal_pairs"] and not student["fine_tuning"]:
         return [f"The student{size} has not been evaluated."]
     sentences = []
     if student["dev_ce"] is not None:
@@ -41,18 +42,25 @@ def result(report: Mapping[str, Any]) -> list[str]:
             f"nats/token{_compared(report)}."
         )
     for benchmark, accuracy in student["minimal_pairs"].items():
-        against = _points_over_control(report, benchmark)
+        against = _points_over_control(report, "minimal_pairs", benchmark)
         compared = f" ({against})" if against else ""
         # Not of all pairs: a task of few weighs as much as one of many.
         mean = f"{100 * accuracy:.2f} %, the mean over its tasks"
         sentences.append(f"Its accuracy on {benchmark} is {mean}{compared}.")
+    for suite, score in student["fine_tuning"].items():
+        against = _points_over_control(report, "fine_tuning", suite)
+        compared = f" ({against})" if against else ""
+        sentences.append(
+            f"Fine-tuned on {suite}, it scores {percent(score)} points, the mean over its "
+            f"tasks{compared}."
+        )
     return sentences
 
 
 def key_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The student's measures: value, what it is, and how it stands to the control's ("" without).
 
-    Dev cross-entropy first, then each set of minimal pairs.
+    Dev cross-entropy first, then each set of minimal pairs, then each suite of fine-tuning.
     """
     student = report["models"]["student"]
     gain = report["gains"]["student_minus"].get("control", {})
@@ -62,9 +70,13 @@ def key_numbers(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         against = "" if difference is None else f"{_than(difference)} the control"
         numbers.append((f"{student['dev_ce']:.4f}", "dev cross-entropy, nats/token", against))
     for benchmark, accuracy in student["minimal_pairs"].items():
-        against = _points_over_control(report, benchmark)
+        against = _points_over_control(report, "minimal_pairs", benchmark)
         label = f"accuracy on {benchmark}, mean over tasks"
         numbers.append((f"{100 * accuracy:.2f} %", label, against))
+    for suite, score in student["fine_tuning"].items():
+        against = _points_over_control(report, "fine_tuning", suite)
+        label = f"score on {suite} after fine-tuning, mean over tasks"
+        numbers.append((percent(score), label, against))
     return numbers
 
 
@@ -91,12 +103,13 @@ def _than(difference: float) -> str:
     return f"{abs(difference):.4f} {word} than"
 
 
-def _points_over_control(report: Mapping[str, Any], benchmark: str) -> str:
+def _points_over_control(report: Mapping[str, Any], measure: str, name: str) -> str:
+    """`measure` is `minimal_pairs` or `fine_tuning`, `name` one of its benchmarks or suites."""
     gain = report["gains"]["student_minus"].get("control")
-    if gain is None or benchmark not in gain["minimal_pairs_points"]:
+    if gain is None or name not in gain[f"{measure}_points"]:
         return ""
-    error = gain["minimal_pairs_points_standard_error"][benchmark]
-    return f"{points(gain['minimal_pairs_points'][benchmark], error)} points against the control"
+    error = gain[f"{measure}_points_standard_error"][name]
+    return f"{points(gain[f'{measure}_points'][name], error)} points against the control"
 
 
 def trainings(report: Mapping[str, Any]) -> list[str]:
@@ -224,6 +237,11 @@ def presentation(benchmark: Mapping[str, Any]) -> str:
             ties[model] = ties.get(model, 0) + number_of_ties
     counted = ", ".join(f"{model} {n}" for model, n in ties.items() if n) or "none"
     return f"Sum of log-probabilities; {scored}; {space}. Ties count as wrong (ties: {counted})."
+
+
+def fine_tuning(suite: Mapping[str, Any]) -> list[str]:
+    """How the scores of a suite came about, and whether their means compare."""
+    return [*tuned.notes(suite["settings"]), *filter(None, [tuned.unlike(suite)])]
 
 
 # -- what is missing ------------------------------------------------------------------------------

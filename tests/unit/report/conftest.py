@@ -97,8 +97,44 @@ def evaluation(model: str) -> dict[str, Any]:
         "params": 999,
         "dev": {"ce": ce, "perplexity": math.exp(ce), "bits_per_byte": ce / 3, "tokens": 1270},
         "minimal_pairs": {"blimp": pairs, SCRIPT: pairs},
+        "fine_tuning": {"glue": fine_tuning(model)},
         "samples": [{"prompt": "The dog", "text": f" sees {SCRIPT}\nand & runs."}],
     }
+
+
+def fine_tuning(model: str) -> dict[str, Any]:
+    """A suite of three tasks, two seeds each; the student says most of them rightly."""
+    num_wrong = round(10 * ENDS[model] - 14)
+    labels = "0110100110" * 4
+    tasks: dict[str, Any] = {}
+    for place, (task, metric) in enumerate((("cola", "mcc"), ("rte", "accuracy"), (SCRIPT, "f1"))):
+        said = [
+            "".join("10"[int(x)] for x in labels[:n]) + labels[n:]
+            for n in (num_wrong + place, num_wrong + place + 1)
+        ]
+        scores = [1 - n / 20 for n in (num_wrong + place, num_wrong + place + 1)]
+        tasks[task] = {
+            "metric": metric,
+            "score": sum(scores) / 2,
+            "scores": scores,
+            "majority": 0.5 * place,
+            "examples": len(labels),
+            "train_examples": 1234,
+            "epochs": [3, 10],
+            "labels": labels,
+            "predictions": said,
+        }
+    settings = {
+        "learning_rate": 5e-5,
+        "batch_size": 64,
+        "epochs": 10,
+        "patience": 3,
+        "max_tokens": 128,
+        "seeds": 2,
+        "per_task": {"rte": {"learning_rate": 1e-5, "patience": None}},
+    }
+    score = sum(task["score"] for task in tasks.values()) / len(tasks)
+    return {"score": score, "tasks": tasks, "settings": settings}
 
 
 def metrics() -> Iterator[dict[str, Any]]:

@@ -77,6 +77,7 @@ def test_the_page_of_a_whole_run(make_run: Callable[..., Path], domains: dict[st
         "Models",
         "Training",
         "Minimal pairs",
+        "Fine-tuning",
         "Development text by domain",
         "What the models write",
         "The ensemble",
@@ -99,7 +100,7 @@ def test_the_page_of_a_whole_run(make_run: Callable[..., Path], domains: dict[st
         "30.5 (59%)",
     ):
         assert words in page.said, words
-    assert len(page.all("figure")) == 4 + 2 + 1  # curves, benchmarks, domains
+    assert len(page.all("figure")) == 4 + 2 + 1 + 1  # curves, benchmarks, fine-tuning, domains
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in page.all("figure"))
 
 
@@ -113,7 +114,7 @@ def test_student_and_control_stand_out_and_the_best_is_marked(make_run: Any) -> 
         role: re.findall(r'<strong class="best">([\d.]+)<span class="unseen"> \(best\)', row)
         for role, row in rows
     }
-    assert marked["student"] == ["2.1200", "8.33", "0.7067", "67.58", "67.58"]
+    assert marked["student"] == ["2.1200", "8.33", "0.7067", "67.58", "67.58", "62.50"]
     assert marked["control"] == marked["teacher"] == []
 
 
@@ -197,7 +198,7 @@ def test_without_evaluations(make_run: Any) -> None:
     assert "The student (1.29 M parameters) has not been evaluated." in page.said
     assert "Missing: the evaluation of the student." in page.said
     assert "Missing: the evaluation of teacher wide." in page.said
-    assert "Minimal pairs" not in page.of("h2")
+    assert not {"Minimal pairs", "Fine-tuning"} & {*page.of("h2")}
     assert len(page.all("figure")) == 4
 
 
@@ -212,7 +213,7 @@ def test_without_metrics(make_run: Any) -> None:
     page = page_of(make_run("metrics.jsonl"))
     assert "No metrics are logged in this run, so there are no curves." in page.said
     assert "Missing: the metrics of its trainings" in page.said
-    assert len(page.all("figure")) == 2  # the benchmarks
+    assert len(page.all("figure")) == 3  # the benchmarks and fine-tuning
     assert "The ensemble" not in page.of("h2")
 
 
@@ -279,6 +280,7 @@ def test_files_beside_the_page_and_its_size(make_run: Any) -> None:
     assert sorted(path.name for path in folder.iterdir()) == [
         "ce.svg",
         "dev_ce.svg",
+        "fine_tuning-glue.svg",
         "kl.svg",
         "minimal_pairs--script-document-title-taken-script-.svg",
         "minimal_pairs-blimp.svg",

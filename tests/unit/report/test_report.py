@@ -207,6 +207,8 @@ def test_models_side_by_side(run_dir: Path) -> None:
         "minimal_pairs_standard_error": {
             "blimp": pytest.approx(0.5 * math.sqrt(0.63 * 0.37 / 99 + 0.53 * 0.47 / 199))
         },
+        "fine_tuning": {},
+        "fine_tuning_standard_error": {},
     }
     assert report["name"] == "demo-11"
     assert report["job"] == make_job()
@@ -484,6 +486,8 @@ def test_a_run_with_nothing_but_its_job(tmp_path: Path) -> None:
         "dev_ce": None,
         "minimal_pairs_points": {},
         "minimal_pairs_points_standard_error": {},
+        "fine_tuning_points": {},
+        "fine_tuning_points_standard_error": {},
     }
     page = (tmp_path / "report" / "report.md").read_text()
     assert "The student has not been evaluated." in page
