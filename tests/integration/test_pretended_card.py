@@ -59,6 +59,13 @@ def test_what_is_computed_for_the_card_stays_on_it(
     assert cases["filling the card"] == {"waits": {}}
 
 
+def test_a_classifier_learns_without_a_wait_and_answers_with_one(
+    cases: Mapping[str, Mapping[str, Any]],
+) -> None:
+    assert cases["classifier, learning"] == {"waits": {}}
+    assert cases["classifier"] == {"waits": {"classifier.py": 1}}
+
+
 @pytest.mark.parametrize(
     ("kind", "where"),
     [("step", "lean.py"), ("evaluation", "cross_entropy.py"), ("sentences", "sentences.py")],

@@ -27,6 +27,7 @@ from babyllama_ds.engine import distributed  # noqa: E402
 from babyllama_ds.engine.inference import FrozenModel  # noqa: E402
 from babyllama_ds.engine.proof.models import small_model  # noqa: E402
 from babyllama_ds.engine.training import TrainingEngine  # noqa: E402
+from babyllama_ds.evaluation.classifier import Classifier, Encoded, Update  # noqa: E402
 from babyllama_ds.evaluation.cross_entropy import Domains, evaluate_cross_entropy  # noqa: E402
 from babyllama_ds.evaluation.sentences import score_sentences  # noqa: E402
 from babyllama_ds.losses.topk import top_k_targets  # noqa: E402
@@ -218,6 +219,22 @@ def sentence_waits() -> dict[str, int]:
     )
 
 
+def classifier_waits(*, learning: bool) -> dict[str, int]:
+    """Of the third update in two passes, or of a prediction."""
+    classifier = Classifier(model(GPT2, "sdpa").bfloat16(), num_labels=3).to(DEVICE)
+    examples = Encoded(token_ids=[[1, 2, 3], [4, 5, 6, 7], [3], [8, 7, 6]], labels=[0, 2, 1, 0])
+    if not learning:
+        return dict(card.waits(lambda: classifier.predict(examples, batch_tokens=8)))
+    update = Update(classifier.train(), 1e-3, steps=9)
+
+    def step() -> None:
+        update(examples, range(4), batch_tokens=8)
+
+    step()
+    step()
+    return dict(card.waits(step))
+
+
 def filling_waits(place: torch.device) -> dict[str, int]:
     """Of a cache that is computed into memory, by teachers that nobody waits for."""
     wanted = layout(LENGTH * 8)
@@ -286,6 +303,8 @@ CASES: dict[str, Callable[[], dict[str, int]]] = {
     "evaluation: domains": lambda: evaluation_waits(documents=False, domains=True),
     "evaluation: documents": lambda: evaluation_waits(documents=True, domains=True),
     "sentences": sentence_waits,
+    "classifier, learning": lambda: classifier_waits(learning=True),
+    "classifier": lambda: classifier_waits(learning=False),
 }
 
 
