@@ -1,7 +1,7 @@
 """The stack on real English: a few-minute version of `babylm_tiny`, and text through the shards.
 
 Needs BABYLM_DATA: train/*.train, dev/*.dev, eval/blimp_filtered/*.jsonl,
-eval/supplement_filtered/*.jsonl.
+eval/supplement_filtered/*.jsonl, eval/glue/*.jsonl.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parents[2]
+GLUE = {
+    "name": "glue",
+    "path": "${BABYLM_DATA}/eval/glue",
+    "epochs": 1,
+    "max_train_examples": 128,
+    "max_examples": 100,
+}
 SHORT = [f"{key}.training.max_steps=80" for key in ("teachers.0", "teachers.1", "student")] + [
     f"{key}.training.warmup_steps=10" for key in ("teachers.0", "teachers.1", "student")
 ]
@@ -44,6 +51,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("--master_port", str(port), "launcher/run.py", "launcher/jobs/babylm_tiny.yaml"),
         *("--runs", str(runs), "tokenizer.vocab_size=4096", *SHORT),
         *("evaluation.max_pairs_per_task=20", "evaluation.dev_windows=512"),
+        f"evaluation.fine_tuning=[{json.dumps(GLUE)}]",
     ]
     done = subprocess.run(
         command,
@@ -81,6 +89,21 @@ def test_every_model_is_measured_on_all_tasks(run_dir: Path) -> None:
         assert domains.keys() >= {"childes", "gutenberg", "open_subtitles", "simple_wiki"}
         tokens = sum(part["tokens"] for part in domains.values())
         assert tokens == result["dev"]["tokens"] == 512 * 127
+
+
+def test_every_model_learns_the_tasks_that_are_whole(run_dir: Path) -> None:
+    """BoolQ and MultiRC have no training text there, QNLI and MNLI's second part no text at all."""
+    for name in report_of(run_dir)["models"]:
+        result = json.loads((run_dir / "evaluation" / f"{name}.json").read_text())
+        tasks = result["fine_tuning"]["glue"]["tasks"]
+        assert set(tasks) == {"cola", "mnli", "mrpc", "qqp", "rte", "sst2", "wsc"}
+        metrics = {task: found["metric"] for task, found in tasks.items()}
+        assert (metrics["cola"], metrics["mrpc"], metrics["mnli"]) == ("mcc", "f1", "accuracy")
+        for task, found in tasks.items():
+            assert found["train_examples"] == 128
+            assert found["examples"] == (52 if task == "wsc" else 100)
+            assert len(set(found["labels"])) == (3 if task == "mnli" else 2)
+            assert set(found["predictions"][0]) <= {"0", "1", "2"}
 
 
 def test_models_beat_word_frequencies(run_dir: Path) -> None:
