@@ -1,4 +1,4 @@
-"""Fine-tuning in a run: every model learns every task, once, and goes on where it was ended."""
+"""Fine-tuning in a run and at the command line: every model learns every task, once."""
 
 from __future__ import annotations
 
@@ -10,39 +10,9 @@ from typing import Any
 import pytest
 
 from babyllama_ds import cli
-from babyllama_ds.errors import DataError, JobError
-from babyllama_ds.evaluation import fine_tuning
-from babyllama_ds.pipeline import run_job
-from babyllama_ds.spec.loading import load_job
+from suites import TASKS, asked, write_suite
 
 MODELS = ("gpt2", "llama", "student", "control")
-TASKS = ("cola", "rte", "wsc")
-
-
-def write_suite(folder: Path, *, lines: int = 24) -> Path:
-    """Three tasks of the tiny job's language: is it paint, the same person twice, and whose."""
-    folder.mkdir(parents=True)
-    people, acts = ("mara", "old tim"), ("paints", "hides")
-    for part in ("train", "valid"):
-        records: dict[str, list[dict[str, Any]]] = {task: [] for task in TASKS}
-        for i in range(lines):
-            who, act, other = people[i % 2], acts[i // 2 % 2], people[i // 4 % 2]
-            text = f"{who} {act} the long ladder {i}."
-            records["cola"].append({"sentence": text, "label": int(act == "paints")})
-            twice = {"sentence1": text, "sentence2": f"{other} laughs."}
-            records["rte"].append({**twice, "label": int(who == other)})
-            spans = {"text": text, "span1_text": other, "span2_text": act}
-            records["wsc"].append({**spans, "label": int(who == other)})
-        for task, of_task in records.items():
-            text = "".join(json.dumps(record) + "\n" for record in of_task)
-            (folder / f"{task}.{part}.jsonl").write_text(text)
-    return folder
-
-
-def asked(folder: Path, **fields: Any) -> str:
-    # The tiny models have 64 positions.
-    suite = {"name": "toy", "path": str(folder), "max_tokens": 60, **fields}
-    return f"evaluation.fine_tuning=[{json.dumps(suite)}]"
 
 
 # -- on two ranks, and again on one ----------------------------------------------------------------
@@ -100,88 +70,7 @@ def test_a_model_by_itself_learns_what_it_did_in_the_run(
     assert alone == of_run
 
 
-# -- ended and started again -----------------------------------------------------------------------
-
-
-@pytest.fixture
-def begin(
-    tmp_path: Path, tiny_job: Callable[..., Path], process_as_it_was: None
-) -> Callable[..., Path]:
-    """One rank, one teacher `one`, a suite for the student alone unless asked otherwise."""
-    model = {"kind": "llama", "hidden_size": 16, "num_layers": 1, "num_heads": 2}
-    model |= {"intermediate_size": 24, "max_positions": 64}
-    training = {"batch_windows": 8, "epochs": 1.0, "max_steps": 2, "learning_rate": 1e-2}
-    job = tiny_job(
-        tmp_path / "job",
-        teachers=[{"name": "one", "model": model, "training": training}],
-        student={"model": model, "training": training},
-        control=None,
-        evaluation={"dev_windows": 8},
-    )
-    return lambda *overrides: run_job(load_job(job, list(overrides)), runs=tmp_path / "runs")
-
-
-def test_trainings_that_had_ended_are_not_done_again(
-    begin: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    suite = asked(write_suite(tmp_path / "suite"), epochs=2, teachers=False)
-    learn, begun = fine_tuning.fine_tune, []
-
-    def killed_at_the_third(learner: Any, of: Any, task: Any, *words: Any, **more: Any) -> Any:
-        begun.append(task.name)
-        if len(begun) == 3:
-            raise KeyboardInterrupt
-        return learn(learner, of, task, *words, **more)
-
-    monkeypatch.setattr(fine_tuning, "fine_tune", killed_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        begin(suite)
-    run = begin(suite)
-    assert len(begun) == 4
-    assert begun[2] == begun[3]
-    assert "fine_tuning" not in evaluation(run, "one")
-    whole = evaluation(run, "student")["fine_tuning"]["toy"]
-    assert set(whole["tasks"]) == set(TASKS)
-
-
-# -- what is wrong, told before anything is trained ------------------------------------------------
-
-
-def told_at_once(begin: Callable[..., Path], tmp_path: Path, *overrides: str) -> str:
-    with pytest.raises((JobError, DataError)) as caught:
-        begin(*overrides)
-    assert not list((tmp_path / "runs").rglob("model.safetensors"))
-    return str(caught.value)
-
-
-def test_files_that_are_wrong(begin: Callable[..., Path], tmp_path: Path) -> None:
-    folder = write_suite(tmp_path / "suite")
-    with (folder / "rte.valid.jsonl").open("a") as stream:
-        stream.write('{"sentence1": "a"}\n')
-    told = told_at_once(begin, tmp_path, asked(folder))
-    assert f"{folder}/rte.valid.jsonl:25: sentence2: got nothing" in told
-
-
-def test_examples_longer_than_the_models_positions(
-    begin: Callable[..., Path], tmp_path: Path
-) -> None:
-    suite = asked(write_suite(tmp_path / "suite"), max_tokens=100)
-    told = told_at_once(begin, tmp_path, suite)
-    assert "evaluation.fine_tuning.toy.max_tokens: got 100, expected at most 64" in told
-    assert "raise student.model.max_positions" in told
-    student = [suite, "student.model.max_positions=128"]
-    assert "the positions of teachers/one" in told_at_once(begin, tmp_path, *student)
-
-
-def test_a_model_that_diverges_is_told_with_the_task(
-    begin: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("babyllama_ds.evaluation.classifier.INITIAL_STD", float("inf"))
-    suite = asked(write_suite(tmp_path / "suite"), teachers=False)
-    with pytest.raises(Exception, match=r"student: toy/.*: got a training loss of nan"):
-        begin(suite)
-    (state,) = (tmp_path / "runs").glob("*/state.json")
-    assert json.loads(state.read_text())["status"] == "failed"
+# -- at the command line --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

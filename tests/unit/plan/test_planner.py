@@ -162,6 +162,16 @@ def test_no_speed_no_time(nursery: Job, tmp_path: Path) -> None:
     assert "time: not known; name a card with --gpu or give a measured --rate" in plan.assumptions
 
 
+def test_fine_tuning_is_not_planned_and_that_is_told(nursery: Job, tmp_path: Path) -> None:
+    asked = "evaluation.fine_tuning=[{name: glue, path: nowhere}]"
+    with_it, without = (
+        plan_job(nursery(*more, ON_CPU), Question(tokens=6_500, runs=tmp_path))
+        for more in ((asked,), ())
+    )
+    (told,) = set(with_it.assumptions) - set(without.assumptions)
+    assert told.startswith("fine-tuning: left out of FLOPs, time and memory")
+
+
 def test_a_card_has_no_speed_in_fp32(nursery: Job, tmp_path: Path) -> None:
     config = tmp_path / "fp32.json"
     config.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")

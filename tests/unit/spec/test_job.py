@@ -178,6 +178,30 @@ def test_a_micro_batch_is_not_tried_out_with_a_split_teacher() -> None:
     assert "training.micro_batch: got auto, expected a number, since teachers.one is" in message
 
 
+def test_a_split_teacher_is_not_fine_tuned() -> None:
+    """A copy has to fit one rank."""
+    suite = {"name": "glue", "path": "x"}
+    alone = {"fine_tuning": [{**suite, "teachers": False}]}
+    assert with_split(2, evaluation=alone).evaluation.suites_of(teacher=True) == ()
+    assert with_split(1, evaluation={"fine_tuning": [suite]}).evaluation.suites_of(teacher=True)
+    ((loc, message),) = problems(evaluation={"fine_tuning": [suite]})
+    assert loc == ("evaluation",)
+    assert "fine_tuning.0.teachers: got true, expected false, since teachers.one is" in message
+
+
+def test_a_task_has_its_own_settings_or_else_the_suites() -> None:
+    tasks = [{"name": "cola", "epochs": 3}, {"name": "wsc", "learning_rate": 5e-7, "batch_size": 1}]
+    suite = {"name": "glue", "path": "x", "tasks": tasks, "epochs": 6}
+    (read,) = job(evaluation={"fine_tuning": [suite]}).evaluation.fine_tuning
+    assert read.settings_of("cola") == (5e-5, 64, 3)
+    assert read.settings_of("wsc") == (5e-7, 1, 6)
+    assert read.settings_of("rte") == (5e-5, 64, 6)
+    with pytest.raises(ValidationError, match=r"1\.name: got 'cola', expected a name of its own"):
+        job(evaluation={"fine_tuning": [{**suite, "tasks": [{"name": "cola"}] * 2}]})
+    with pytest.raises(ValidationError, match=r"1\.name: got 'glue', expected a name of its own"):
+        job(evaluation={"fine_tuning": [suite, suite]})
+
+
 @pytest.mark.parametrize("compiled", ["auto", "none", "student"])
 def test_split_teachers_are_not_compiled(compiled: str) -> None:
     assert with_split(1, deepspeed={"compile": "all"}).deepspeed.compile == "all"
