@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from babyllama_ds.corpus.prepare import Corpus
-from babyllama_ds.engine.tensor_parallel import RankGroup
 from babyllama_ds.evaluation.evaluate import SplitModel, evaluate_model
 from babyllama_ds.evaluation.forward import Share
 from babyllama_ds.evaluation.stored import store_key, stored_evaluation
 from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.spec.job import TeacherSpec
-from babyllama_ds.stopping import StopRequest, stopped
+from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 
 
@@ -72,10 +71,11 @@ class Measurer:
             device=self.parts.device,
             attention=attention,
             samples=evaluation.samples,
+            on_batch=lambda _done, _all: self.stop.check(),
         )
         group = None if teacher is None else self.parts.group(teacher)
         if teacher is None or group is None:
-            result = measure(path.resolve(), on_batch=lambda _done, _all: self.stop.check())
+            result = measure(path.resolve())
         else:
             frozen = frozen_teacher(self.parts, teacher, path)
             try:
@@ -84,17 +84,8 @@ class Measurer:
                         module=frozen.module,
                         params=frozen.params,
                         share=Share(group.number, group.count, counts=group.index == 0),
-                    ),
-                    on_batch=lambda _done, _all: self._stop_together(group),
+                    )
                 )
             finally:
                 frozen.destroy()
         return {**result, "seconds": time.monotonic() - started}
-
-    def _stop_together(self, group: RankGroup) -> None:
-        """Raise `Stopped` on all ranks of a group if one of them was asked to stop.
-
-        Its ranks meet in every layer: one that left alone would leave the others waiting.
-        """
-        if (reason := self.stop.agreed(group.max_int)) is not None:
-            raise stopped(reason)
