@@ -14,6 +14,7 @@ from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.evaluation.evaluate import SplitModel, evaluate_model
 from babyllama_ds.evaluation.forward import Share
 from babyllama_ds.evaluation.stored import store_key, stored_evaluation
+from babyllama_ds.patience import Patience
 from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.spec.job import TeacherSpec
@@ -46,18 +47,29 @@ class Measurer:
             attention=attention,
             tensor_parallel=1 if teacher is None else teacher.tensor_parallel,
         )
-        return stored_evaluation(
-            self.store,
-            key,
-            lambda: self._measure_now(name, path, corpus, attention, teacher),
-            name=name,
-        )
+
+        def measure() -> dict[str, Any]:
+            with Patience(f"evaluation of {name}") as patience:
+                return self._measure_now(name, path, corpus, attention, teacher, patience)
+
+        return stored_evaluation(self.store, key, measure, name=name)
 
     def _measure_now(
-        self, name: str, path: Path, corpus: Corpus, attention: str, teacher: TeacherSpec | None
+        self,
+        name: str,
+        path: Path,
+        corpus: Corpus,
+        attention: str,
+        teacher: TeacherSpec | None,
+        patience: Patience,
     ) -> dict[str, Any]:
         """`teacher`: the one that it is. One that is split is measured as it taught, in groups."""
         started = time.monotonic()
+
+        def on_batch(done: int, batches: int) -> None:
+            patience.alive(f"batch {done} of {batches}")
+            self.stop.check()
+
         evaluation = self.parts.job.evaluation
         measure = partial(
             evaluate_model,
@@ -71,7 +83,7 @@ class Measurer:
             device=self.parts.device,
             attention=attention,
             samples=evaluation.samples,
-            on_batch=lambda _done, _all: self.stop.check(),
+            on_batch=on_batch,
         )
         group = None if teacher is None else self.parts.group(teacher)
         if teacher is None or group is None:

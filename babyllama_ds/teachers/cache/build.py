@@ -56,6 +56,8 @@ class Work:
     """What people see: `cache of teachers/gpt2`."""
     layout: Layout
     stop: StopRequest
+    alive: Callable[[str], None] = lambda _what: None
+    """Told what has just been done."""
     in_step: bool = False
     """Whether ranks run their forward passes together, as those of a split teacher must."""
     storages: Storages = field(default_factory=Storages)
@@ -198,12 +200,15 @@ def compute_shard(
 
     for start in range(0, layout.shard_windows, size):
         ranks.on_every_rank(partial(make_pass, start))
+        work.alive("a forward pass")
     return records
 
 
 def _examined(work: Work, directory: Path, shard: int) -> FileFacts | str | None:
     work.stop.check()
-    return examine_shard(directory, work.layout, shard)
+    facts = examine_shard(directory, work.layout, shard)
+    work.alive(f"reading shard {shard}")
+    return facts
 
 
 def _rounds(work: Work, missing: list[int]) -> Iterator[int | None]:
