@@ -244,6 +244,19 @@ def test_a_stop_within_an_evaluation_ends_it(new_run: Callable[..., Run]) -> Non
     assert seen == [2]
 
 
+def test_an_evaluation_that_was_put_off_is_made_once(new_run: Callable[..., Run]) -> None:
+    """A checkpoint after it is an ordinary one."""
+    undisturbed, run = new_run("undisturbed"), new_run("stopped")
+    undisturbed.train()
+    with pytest.raises(Stopped, match="the evaluation at step 4"):
+        run.train(dev=asked_at_batch(1))
+    with pytest.raises(Stopped, match="step 5"):
+        run.train(stop_after=1)
+    run.train()
+    assert_equal_weights(run.weights(), undisturbed.weights())
+    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+
+
 @pytest.mark.parametrize("step", [4, 8])
 def test_killed_after_an_evaluation_that_was_put_off_it_is_told_once(
     step: int, new_run: Callable[..., Run]
