@@ -204,12 +204,13 @@ def _sum_batches(
             counts_D2 += _counts(domain_N, labels_BT[counted_BT], num_domains, byte_lengths)
 
         each_batch(batches, score, on_batch)
-    nll_of_domains = ranks.on_every_rank(nll_D.tolist)
-    return [
-        float(value)
-        for nll, counts in zip(nll_of_domains, counts_D2.tolist(), strict=True)
-        for value in (nll, *counts)
-    ]
+    return ranks.on_every_rank(
+        lambda: [
+            float(value)
+            for nll, counts in zip(nll_D.tolist(), counts_D2.tolist(), strict=True)
+            for value in (nll, *counts)
+        ]
+    )
 
 
 def _counts(
