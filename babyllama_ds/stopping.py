@@ -3,14 +3,14 @@
 Enters: SIGTERM, SIGINT, the end of the parent process. Leaves: a reason, asked for where stopping
 is safe. The `deepspeed` launcher signals its ranks one after another, and when it is killed it
 signals none; so a handler only sets a flag, and the training loop asks `agreed()` at each step
-boundary: every rank gets the same answer, and they write their checkpoint together.
+boundary: every rank gets the same answer, and they write their checkpoint together. Within an
+evaluation each rank asks `check()`, and what it raises reaches the others at the batch's end.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -65,13 +65,10 @@ class StopRequest:
             self._learnt = _LAUNCHER_GONE_CODE
         return _reason(self._code())
 
-    def agreed(self, max_int: Callable[[int], int] | None = None) -> str | None:
-        """The reason that any rank knows, the same on every rank, or none; one small all-reduce.
-
-        `max_int`: that of some ranks (none: of all), who go on together without the others.
-        """
+    def agreed(self) -> str | None:
+        """The reason that any rank knows, the same on every rank, or none; one small all-reduce."""
         self.requested()
-        self._learnt = common = (max_int or ranks.max_int)(self._code())
+        self._learnt = common = ranks.max_int(self._code())
         return _reason(common)  # not what has come since: the other ranks do not know it
 
     def check(self) -> None:

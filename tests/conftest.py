@@ -200,6 +200,10 @@ class Running:
         assert len(set(codes)) == 1, f"ranks ended with {codes}:\n{ended.err}"
         return ended
 
+    def said(self) -> str:
+        """What they have written to standard error so far."""
+        return self._read(1)
+
     def signal_all(self, number: signal.Signals) -> None:
         """Signal every process, as a terminal's Ctrl-C or a scheduler does."""
         for process in self._processes:

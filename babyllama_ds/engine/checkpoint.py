@@ -50,6 +50,8 @@ class Progress:
     """What early stopping compares with: the lowest dev cross-entropy that counted."""
     evaluations_waited: int = 0
     """Evaluations since then."""
+    evaluation_due: bool = False
+    """Whether the evaluation after `step` was cut short by a request to stop: it is yet to come."""
 
 
 COPIES_TO = (1,)

@@ -69,12 +69,6 @@ class RankGroup:
         """
         return of_all.chunk(self.size)[self.index].clone()
 
-    def max_int(self, value: int) -> int:
-        """The largest `value` of its ranks. A collective of the group, which waits for it."""
-        largest = torch.tensor(value, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.members)
-        return int(largest.item())
-
 
 # (world, its groups by size): a new world needs new groups.
 _groups: tuple[dist.ProcessGroup, dict[int, RankGroup]] | None = None

@@ -25,7 +25,7 @@ from torch import nn
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
-from babyllama_ds.evaluation.forward import OnBatch, Share, likelihood_of
+from babyllama_ds.evaluation.forward import OnBatch, Share, each_batch, likelihood_of
 from babyllama_ds.memory import sent
 from babyllama_ds.models.documents import Pieces
 
@@ -111,18 +111,16 @@ def evaluate_cross_entropy(
     share = share or Share.of_rank()
     mine = range(share.number, num_windows, share.count)
     batches = [mine[start : start + batch_windows] for start in range(0, len(mine), batch_windows)]
-    local = ranks.on_every_rank(
-        lambda: _sum_batches(
-            model,
-            windows_of,
-            batches,
-            device,
-            vocab_size,
-            byte_lengths,
-            domains,
-            begins_of,
-            on_batch,
-        )
+    local = _sum_batches(
+        model,
+        windows_of,
+        batches,
+        device,
+        vocab_size,
+        byte_lengths,
+        domains,
+        begins_of,
+        on_batch,
     )
     sums = ranks.sum_floats(*(value if share.counts else 0.0 for value in local))
     if sum(sums[1::3]) < 1 and begins_of is not None:
@@ -175,14 +173,16 @@ def _sum_batches(
 ) -> list[float]:
     """This rank's summed NLL in nats, labelled tokens and bytes, of one domain after the other.
 
-    Without domains all text is one; without byte lengths there are 0 bytes.
+    Without domains all text is one; without byte lengths there are 0 bytes. A collective.
     """
     num_domains = 1 if domains is None else len(domains.names)
     # Kept on the device, so that a batch does not wait for the one before.
     nll_D = torch.zeros(num_domains, dtype=torch.float64, device=device)
     counts_D2 = np.zeros((num_domains, 2), dtype=np.int64)
     with likelihood_of(model, vocab_size=vocab_size) as likelihood:
-        for done, batch in enumerate(batches, start=1):
+
+        def score(batch: range) -> None:
+            nonlocal nll_D, counts_D2
             windows_BS = np.asarray(windows_of(batch)).astype(np.int64)
             labels_BT = windows_BS[:, 1:]
             counted_BT = np.ones(labels_BT.shape, dtype=np.bool_)
@@ -202,13 +202,15 @@ def _sum_batches(
                 domain_N = domain_BT[counted_BT].astype(np.int64)
                 nll_D.index_add_(0, sent(torch.from_numpy(domain_N), device), nll_N)
             counts_D2 += _counts(domain_N, labels_BT[counted_BT], num_domains, byte_lengths)
-            if on_batch is not None:
-                on_batch(done, len(batches))
-    return [
-        float(value)
-        for nll, counts in zip(nll_D.tolist(), counts_D2.tolist(), strict=True)
-        for value in (nll, *counts)
-    ]
+
+        each_batch(batches, score, on_batch)
+    return ranks.on_every_rank(
+        lambda: [
+            float(value)
+            for nll, counts in zip(nll_D.tolist(), counts_D2.tolist(), strict=True)
+            for value in (nll, *counts)
+        ]
+    )
 
 
 def _counts(

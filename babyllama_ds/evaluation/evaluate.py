@@ -118,11 +118,10 @@ def evaluate_model(
     """Everything a model is measured on; called by every rank, the same on every rank.
 
     A directory is loaded in the dtype it was exported in, with `attention` as kernel; a module is
-    taken as it is. So is a split one, of which each group of ranks measures what else a rank does;
-    `on_batch` must then raise on all ranks of a group, or on none. `benchmarks` are lists of tasks
-    by name, `samples` the number of texts that it writes (on rank 0) from beginnings of `dev`. Rows
-    of the embedding from `vocab_size` on (none: the tokenizer's size) are no tokens and get no
-    probability.
+    taken as it is. So is a split one, of which each group of ranks measures what else a rank does.
+    `benchmarks` are lists of tasks by name, `samples` the number of texts that it writes (on rank
+    0) from beginnings of `dev`. Rows of the embedding from `vocab_size` on (none: the tokenizer's
+    size) are no tokens and get no probability.
 
     Raises:
         ModelError: the directory holds no loadable model, or its scores are not finite.

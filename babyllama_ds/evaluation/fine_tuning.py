@@ -16,8 +16,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from babyllama_ds.evaluation.labelled_files import (
     load_labelled_tasks,
 )
 from babyllama_ds.evaluation.sentences import prefix_ids, sentence_encoder
-from babyllama_ds.evaluation.stored import Remember
+from babyllama_ds.evaluation.stored import Remember, Steps
 from babyllama_ds.files import hash_json
 from babyllama_ds.models.build import load_model
 from babyllama_ds.spec.evaluation import FineTuning, Prefix
@@ -49,6 +49,8 @@ logger = logging.getLogger(__name__)
 
 METHOD = 1
 """Raised when a change of the code changes what a training comes to."""
+MEETING_S = 5.0
+"""Seconds of work between meetings of the ranks, each of which waits for the others' steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def fine_tune_suite(
     suite: FineTuning,
     tasks: Sequence[LabelledTask],
     *,
-    remember: Remember = lambda _, work: work(),
+    remember: Remember = lambda _, learn: learn(),
     on_step: OnBatch | None = None,
 ) -> dict[str, Any]:
     """A suite's scores as JSON; called by every rank, the same on every rank.
@@ -99,22 +101,34 @@ def fine_tune_suite(
     encoded = {task.name: encode_task(learner, task, suite.max_tokens) for task in tasks}
     trainings = [(task, seed) for task in tasks for seed in range(suite.seeds)]
     mine = _dealt([_cost(suite, encoded[task.name], task) for task, _ in trainings])
+    outcomes: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def learn(task: LabelledTask, seed: int) -> dict[str, Any]:
+    def learn(task: LabelledTask, seed: int) -> Steps:
         return fine_tune(learner, suite, task, encoded[task.name], seed=seed, on_step=on_step)
 
-    def work() -> dict[tuple[str, int], dict[str, Any]]:
-        return {
-            (task.name, seed): remember(
-                _fingerprint(suite, task, seed, learner), partial(learn, task, seed)
-            )
-            for task, seed in (trainings[index] for index in mine)
-        }
+    def work() -> Generator[None]:
+        for task, seed in (trainings[index] for index in mine):
+            known_by = _fingerprint(suite, task, seed, learner)
+            outcomes[task.name, seed] = yield from remember(known_by, partial(learn, task, seed))
 
-    outcomes: dict[tuple[str, int], dict[str, Any]] = {}
-    for of_rank in ranks.gather_objects(ranks.on_every_rank(work)):
+    _together(work())
+    for of_rank in ranks.gather_objects(outcomes):
         outcomes |= of_rank
     return _as_json(suite, tasks, outcomes)
+
+
+def _together(steps: Generator[None]) -> None:
+    """Take this rank's steps, to the end of all ranks'. Every few seconds they meet, whatever each
+    is at, so that what ends the work on one ends it on all: an error, or a request to stop, of
+    which the `deepspeed` launcher tells one rank half a minute before the next."""
+
+    def some() -> bool:
+        until = time.monotonic() + MEETING_S
+        return any(time.monotonic() >= until for _ in steps)
+
+    with closing(steps):
+        while ranks.max_int(ranks.on_every_rank(some)):
+            pass
 
 
 def kernel_to_learn(attention: str) -> str:
@@ -187,8 +201,8 @@ def fine_tune(
     *,
     seed: int,
     on_step: OnBatch | None = None,
-) -> dict[str, Any]:
-    """Train a copy of the model on one task, and predict; on this rank alone.
+) -> Steps:
+    """Train a copy of the model on one task, and predict; on this rank alone, step by step.
 
     Leaves the best `epoch`, the score after each one (`curve`), and of the best one the
     `predictions` by the name of the validation examples.
@@ -213,6 +227,7 @@ def fine_tune(
                 update(encoded["train"], chosen, learner.batch_tokens)
                 if on_step is not None:
                     on_step(update.done, steps)
+                yield
             update.check_finite(f"{learner.where}: {suite.name}/{task.name}")
             predicted = classifier.predict(encoded[task.name], learner.batch_tokens)
             curve.append(score(metric, labels, predicted))

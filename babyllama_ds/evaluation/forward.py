@@ -5,10 +5,11 @@ Shapes: B sequences, S positions, D width, N scored positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,11 @@ from babyllama_ds.memory import sent
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.models.parts import split_causal_lm
 
+T = TypeVar("T")
+
 OnBatch = Callable[[int, int], None]
-"""Called after each batch with (batches done, batches) of this rank: for progress, and to stop."""
+"""Called after each batch with (batches done, batches) of the rank that has most: for progress, and
+to stop. What it raises on one rank is raised by all."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,24 @@ class Share:
     def of_rank(cls) -> Share:
         """Every rank by itself, with a whole model."""
         return cls(ranks.rank(), ranks.world_size())
+
+
+def each_batch(batches: Sequence[T], score: Callable[[T], None], on_batch: OnBatch | None) -> None:
+    """Score this rank's batches. After each of them all ranks meet, also those without one more.
+
+    So what ends the work on one rank ends it on all within a batch: an error, or a request to stop
+    that no other rank was told of. Nothing waits for the device: the ranks' hosts meet.
+    """
+    most = ranks.max_int(len(batches))
+
+    def take(number: int) -> None:
+        if number < len(batches):
+            score(batches[number])
+        if on_batch is not None:
+            on_batch(number + 1, most)
+
+    for number in range(most):
+        ranks.on_every_rank(partial(take, number))
 
 
 class Likelihood(Protocol):

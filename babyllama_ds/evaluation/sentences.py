@@ -19,7 +19,13 @@ from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import DataError, ModelError
-from babyllama_ds.evaluation.forward import Likelihood, OnBatch, Share, likelihood_of
+from babyllama_ds.evaluation.forward import (
+    Likelihood,
+    OnBatch,
+    Share,
+    each_batch,
+    likelihood_of,
+)
 from babyllama_ds.memory import sent
 from babyllama_ds.models.families import positions_of
 from babyllama_ds.models.probe import embedding_rows
@@ -127,9 +133,7 @@ def score_sentences(
     batches = length_batches([len(ids) for ids in unique], batch_tokens)
     share = share or Share.of_rank()
     mine = batches[share.number :: share.count]
-    local = ranks.on_every_rank(
-        lambda: _score_batches(model, unique, mine, device, vocab_size, on_batch)
-    )
+    local = _score_batches(model, unique, mine, device, vocab_size, on_batch)
     scores = dict.fromkeys(unique, 0.0)
     for of_rank in ranks.gather_objects(local):
         scores.update((unique[index], score) for index, score in of_rank.items())
@@ -189,15 +193,16 @@ def _score_batches(
     vocab_size: int,
     on_batch: OnBatch | None,
 ) -> dict[int, float]:
-    """Index of sentence to score, for this rank's batches."""
+    """Index of sentence to score, for this rank's batches. A collective."""
     scores: list[Tensor] = []
     with likelihood_of(model, vocab_size=vocab_size) as likelihood:
-        for done, batch in enumerate(batches, start=1):
+
+        def score(batch: Sequence[int]) -> None:
             scores.append(_score_batch(likelihood, [sentences[index] for index in batch], device))
-            if on_batch is not None:
-                on_batch(done, len(batches))
+
+        each_batch(batches, score, on_batch)
     # One device synchronisation for all batches.
-    values = torch.cat(scores).tolist() if scores else []
+    values = ranks.on_every_rank(lambda: torch.cat(scores).tolist() if scores else [])
     indices = [index for batch in batches for index in batch]
     return dict(zip(indices, values, strict=True))
 

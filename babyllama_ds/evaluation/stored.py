@@ -9,7 +9,7 @@ What a suite's fine-tunings came to lies in `classifiers` likewise, one by one.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from babyllama_ds import files, ranks
@@ -23,7 +23,9 @@ KIND, CLASSIFIERS = "evaluations", "classifiers"
 FILE = "evaluation.json"
 
 Measure = Callable[[], dict[str, Any]]
-Remember = Callable[[str, Measure], dict[str, Any]]
+Steps = Generator[None, None, dict[str, Any]]
+"""Work of many steps, and what it comes to."""
+Remember = Callable[[str, Callable[[], Steps]], Steps]
 """What is known of a training by its fingerprint; or the work, done now."""
 
 
@@ -67,13 +69,13 @@ def remembering(
     `RunError` (the disk refuses), and whatever the work raises.
     """
 
-    def remember(training: str, learn: Measure) -> dict[str, Any]:
+    def remember(training: str, learn: Callable[[], Steps]) -> Steps:
         fingerprint = classifier_fingerprint(weights, training, tokenizer)
         key = store_key(fingerprint, device=device, attention=attention)
         with store.lock(CLASSIFIERS, key):
             found = _read(store, CLASSIFIERS, key)
             if found is None:
-                found = learn()
+                found = yield from learn()
                 _publish(store, CLASSIFIERS, key, found)
             else:
                 logger.info("%s/%s: learnt before, found in the store", CLASSIFIERS, key[:12])

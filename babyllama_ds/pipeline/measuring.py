@@ -13,16 +13,16 @@ from typing import Any
 from babyllama_ds import ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.corpus.tokenizer import tokenizer_fingerprint
-from babyllama_ds.engine.tensor_parallel import RankGroup
 from babyllama_ds.evaluation.evaluate import SplitModel, evaluate_model
 from babyllama_ds.evaluation.fine_tuning import Learner, fine_tune_suite, kernel_to_learn
-from babyllama_ds.evaluation.forward import Share
+from babyllama_ds.evaluation.forward import OnBatch, Share
 from babyllama_ds.evaluation.stored import remembering, store_key, stored_evaluation
 from babyllama_ds.fingerprints import model_hashes
+from babyllama_ds.patience import Patience
 from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.spec.job import TeacherSpec
-from babyllama_ds.stopping import StopRequest, stopped
+from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 
 
@@ -51,18 +51,33 @@ class Measurer:
             attention=attention,
             tensor_parallel=1 if teacher is None else teacher.tensor_parallel,
         )
-        return stored_evaluation(
-            self.store,
-            key,
-            lambda: self._measure_now(name, path, corpus, attention, teacher),
-            name=name,
-        )
+
+        def measure() -> dict[str, Any]:
+            with Patience(f"evaluation of {name}") as patience:
+                return self._measure_now(name, path, corpus, attention, teacher, patience)
+
+        return stored_evaluation(self.store, key, measure, name=name)
 
     def _measure_now(
-        self, name: str, path: Path, corpus: Corpus, attention: str, teacher: TeacherSpec | None
+        self,
+        name: str,
+        path: Path,
+        corpus: Corpus,
+        attention: str,
+        teacher: TeacherSpec | None,
+        patience: Patience,
     ) -> dict[str, Any]:
         """`teacher`: the one that it is. One that is split is measured as it taught, in groups."""
         started = time.monotonic()
+
+        def on_batch(done: int, batches: int) -> None:
+            patience.alive(f"batch {done} of {batches}")
+            self.stop.check()
+
+        def on_step(done: int, steps: int) -> None:
+            patience.alive(f"step {done} of {steps} of fine-tuning")
+            self.stop.check()
+
         evaluation = self.parts.job.evaluation
         measure = partial(
             evaluate_model,
@@ -76,10 +91,11 @@ class Measurer:
             device=self.parts.device,
             attention=attention,
             samples=evaluation.samples,
+            on_batch=on_batch,
         )
         group = None if teacher is None else self.parts.group(teacher)
         if teacher is None or group is None:
-            result = measure(path.resolve(), on_batch=lambda _done, _all: self.stop.check())
+            result = measure(path.resolve())
         else:
             frozen = frozen_teacher(self.parts, teacher, path)
             try:
@@ -88,17 +104,21 @@ class Measurer:
                         module=frozen.module,
                         params=frozen.params,
                         share=Share(group.number, group.count, counts=group.index == 0),
-                    ),
-                    on_batch=lambda _done, _all: self._stop_together(group),
+                    )
                 )
             finally:
                 frozen.destroy()
         if evaluation.suites_of(teacher=teacher is not None):
-            result["fine_tuning"] = self._fine_tune(name, path, corpus, teacher)
+            result["fine_tuning"] = self._fine_tune(name, path, corpus, teacher, on_step)
         return {**result, "seconds": time.monotonic() - started}
 
     def _fine_tune(
-        self, name: str, path: Path, corpus: Corpus, teacher: TeacherSpec | None
+        self,
+        name: str,
+        path: Path,
+        corpus: Corpus,
+        teacher: TeacherSpec | None,
+        on_step: OnBatch,
     ) -> dict[str, Any]:
         """Every suite's scores; each training is in the store as soon as it has ended."""
         evaluation = self.parts.job.evaluation
@@ -126,20 +146,6 @@ class Measurer:
             attention=attention,
         )
         return {
-            suite_name: fine_tune_suite(
-                learner,
-                suite,
-                tasks,
-                remember=remember,
-                on_step=lambda _done, _all: self.stop.check(),
-            )
+            suite_name: fine_tune_suite(learner, suite, tasks, remember=remember, on_step=on_step)
             for suite_name, (suite, tasks) in self.parts.suites(teacher=teacher is not None).items()
         }
-
-    def _stop_together(self, group: RankGroup) -> None:
-        """Raise `Stopped` on all ranks of a group if one of them was asked to stop.
-
-        Its ranks meet in every layer: one that left alone would leave the others waiting.
-        """
-        if (reason := self.stop.agreed(group.max_int)) is not None:
-            raise stopped(reason)

@@ -1,14 +1,14 @@
 """The loop: a model, its data and its teachers enter; the trained model and a summary leave.
 
-It resumes from the newest checkpoint by itself, evaluates, keeps the best weights, and stops at a
-step boundary when it is asked to, all ranks at the same one.
+It resumes from the newest checkpoint by itself, evaluates, keeps the best weights, and stops when
+it is asked to, all ranks at the same step boundary, or within an evaluation, which comes first when
+it goes on.
 
     step        one optimizer step
     telling     what is logged of it
     profiling   where its time goes, on request
     limits      what ends the training before its last step
     not_finite  numbers that are not finite, and whose they are
-    patience    steps that do not come, because a rank hangs
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from babyllama_ds import ranks
 from babyllama_ds.engine.checkpoint import BestWeights
 from babyllama_ds.engine.schedule import learning_rate
 from babyllama_ds.engine.training import TrainingEngine
-from babyllama_ds.errors import ModelError
+from babyllama_ds.errors import ModelError, Stopped
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.evaluation.evaluate import DevWindows
+from babyllama_ds.evaluation.forward import OnBatch
 from babyllama_ds.models.build import count_parameters
 from babyllama_ds.models.compiled import forget_compiled
+from babyllama_ds.patience import Patience
 from babyllama_ds.rundir import METRICS_NAME
 from babyllama_ds.stopping import stopped
 from babyllama_ds.teachers.ensemble import Ensemble
@@ -38,7 +40,6 @@ from babyllama_ds.training.limits import Limits
 from babyllama_ds.training.metrics import MetricsLog
 from babyllama_ds.training.not_finite import NotFinite
 from babyllama_ds.training.objective import objective_of
-from babyllama_ds.training.patience import Patience
 from babyllama_ds.training.profiling import ProfiledSteps
 from babyllama_ds.training.stage import Stage, Surroundings
 from babyllama_ds.training.step import train_step
@@ -163,20 +164,24 @@ class Trainer:
 
     def run(self) -> None:
         """Steps until a limit is reached, with evaluations and checkpoints where they are due."""
-        first, total = self.progress.step, self.batches.total_steps
         with (
             Patience(self.stage.name) as patience,
             MetricsLog(
-                self.around.run_dir, self.stage.name, first_step=first, total_steps=total
+                self.around.run_dir,
+                self.stage.name,
+                first_step=self.progress.step,
+                total_steps=self.batches.total_steps,
+                evaluation_due=self.progress.evaluation_due,
             ) as metrics,
         ):
+            if self.progress.evaluation_due:
+                self._evaluate(metrics, patience)
             while self.limits.ended_by(self.progress) is None:
                 self._stop_if_asked()
                 self.step(metrics)
                 patience.alive(f"step {self.progress.step}")
                 if self._due_evaluation():
-                    self._evaluate(metrics)
-                    patience.alive(f"the evaluation at step {self.progress.step}")
+                    self._evaluate(metrics, patience)
                 if self._due_checkpoint():
                     self.checkpoint()
                     patience.alive(f"the checkpoint of step {self.progress.step}")
@@ -255,10 +260,22 @@ class Trainer:
             self.checkpoint()
         raise stopped(reason, at=f"{self.stage.name}, step {self.progress.step}")
 
-    def _evaluate(self, metrics: MetricsLog) -> None:
+    def _evaluate(self, metrics: MetricsLog, patience: Patience) -> None:
+        step = self.progress.step
+
+        def on_batch(done: int, batches: int) -> None:
+            patience.alive(f"batch {done} of {batches} of the evaluation at step {step}")
+            self.around.stop.check()
+
         with self.engine.averaged():
-            dev_ce, step = self.dev_ce(), self.progress.step
-            self.progress = replace(self.progress, last_dev_ce=dev_ce)
+            try:
+                dev_ce = self.dev_ce(on_batch)
+            except Stopped as asked:  # of all ranks, after the same batch
+                self.progress = replace(self.progress, evaluation_due=True)
+                self.checkpoint()
+                where = f"{self.stage.name}, the evaluation at step {step}"
+                raise stopped(asked.reason, at=where) from None
+            self.progress = replace(self.progress, last_dev_ce=dev_ce, evaluation_due=False)
             if self.progress.best_dev_ce is None or dev_ce < self.progress.best_dev_ce:
                 self.progress = replace(self.progress, best_dev_ce=dev_ce, best_step=step)
                 self.best.take(self.objective)
@@ -266,7 +283,7 @@ class Trainer:
         metrics.write(step, {"tokens": self.progress.tokens, "dev_ce": dev_ce})
         log.info("%s  step %d  dev cross-entropy %.4f", self.stage.name, step, dev_ce)
 
-    def dev_ce(self) -> float:
+    def dev_ce(self, on_batch: OnBatch | None = None) -> float:
         """Nats per token, of the weights that the module holds."""
         try:
             return evaluate_cross_entropy(
@@ -277,6 +294,7 @@ class Trainer:
                 batch_windows=self.dev.batch_windows,
                 vocab_size=self.stage.vocab_size,
                 begins_of=self.dev.begins_of,
+                on_batch=on_batch,
             ).cross_entropy
         except ModelError as error:
             raise self.not_finite.in_evaluation(step=self.progress.step) from error

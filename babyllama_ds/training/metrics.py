@@ -37,17 +37,26 @@ class MetricsLog:
     disk refuses.
     """
 
-    def __init__(self, run_dir: Path, stage: str, *, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        stage: str,
+        *,
+        first_step: int,
+        total_steps: int,
+        evaluation_due: bool = False,
+    ) -> None:
+        """After `first_step` steps; `evaluation_due`: but before the evaluation behind them."""
         self.stage = stage
         self._total_steps = total_steps
         self._bar: tqdm[Any] | None = None
         self._board: SummaryWriter | None = None
         self._run_dir = run_dir
         self._file = run_dir / METRICS_NAME
-        self._on_rank_zero(lambda: self._open(first_step))
+        self._on_rank_zero(lambda: self._open(first_step, evaluation_due))
 
-    def _open(self, first_step: int) -> None:
-        forget_later_steps(self._file, self.stage, first_step)
+    def _open(self, first_step: int, evaluation_due: bool) -> None:
+        forget_later_steps(self._file, self.stage, first_step, evaluation_too=evaluation_due)
         boards = self._run_dir / "tensorboard"
         restore_boards(self._file, boards)
         self._board = SummaryWriter(str(boards / self.stage), purge_step=first_step + 1)
@@ -138,14 +147,22 @@ class MetricsLog:
         )
 
 
-def forget_later_steps(path: Path, stage: str, last_step: int) -> None:
-    """Drop the lines of `stage` after `last_step`, and a last line cut short by a kill."""
+def forget_later_steps(
+    path: Path, stage: str, last_step: int, *, evaluation_too: bool = False
+) -> None:
+    """Drop the lines of `stage` after `last_step`, and a last line cut short by a kill.
+
+    `evaluation_too`: that of `last_step` as well.
+    """
     if not path.exists():
         return
+
+    def later(entry: dict[str, Any]) -> bool:
+        evaluated_there = entry["step"] == last_step and "dev_ce" in entry
+        return entry["step"] > last_step or (evaluation_too and evaluated_there)
+
     kept = [
-        line
-        for line, entry in _whole_lines(path)
-        if entry["stage"] != stage or entry["step"] <= last_step
+        line for line, entry in _whole_lines(path) if entry["stage"] != stage or not later(entry)
     ]
     files.write_atomic(path, "".join(line + "\n" for line in kept))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,13 +29,23 @@ TRAINING = {
 
 
 @pytest.fixture
-def begin(tmp_path: Path, tiny_job: Callable[..., Path]) -> Callable[..., Path]:
-    """Starts the run below `tmp_path / "runs"`, or goes on with it: one rank, one teacher `one`."""
-    job = tiny_job(
-        tmp_path / "job",
-        teachers=[{"name": "one", "model": MODEL, "training": TRAINING}],
-        student={"model": MODEL, "training": TRAINING},
-        control=None,
-        evaluation={"dev_windows": 8},
-    )
+def smallest_job(tiny_job: Callable[..., Path]) -> Callable[..., Path]:
+    """Writes the job into a folder: one teacher `one` and a student, six steps each."""
+
+    def write(folder: Path, **changes: Any) -> Path:
+        sections = {
+            "teachers": [{"name": "one", "model": MODEL, "training": TRAINING}],
+            "student": {"model": MODEL, "training": TRAINING},
+            "control": None,
+            "evaluation": {"dev_windows": 8},
+        }
+        return tiny_job(folder, **sections | changes)
+
+    return write
+
+
+@pytest.fixture
+def begin(tmp_path: Path, smallest_job: Callable[..., Path]) -> Callable[..., Path]:
+    """Starts the run below `tmp_path / "runs"`, or goes on with it: one rank."""
+    job = smallest_job(tmp_path / "job")
     return lambda *overrides: run_job(load_job(job, list(overrides)), runs=tmp_path / "runs")

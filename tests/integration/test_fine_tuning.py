@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,36 @@ def test_a_model_by_itself_learns_what_it_did_in_the_run(
     alone = json.loads(ended.out)["fine_tuning"]["toy"]["tasks"]["rte"]
     of_run = evaluation(fine_tuned.run_dir, "student")["fine_tuning"]["toy"]["tasks"]["rte"]
     assert alone == of_run
+
+
+# -- asked to stop ---------------------------------------------------------------------------------
+
+
+@pytest.mark.launch
+def test_what_the_launcher_tells_one_rank_ends_both(
+    once: Any, copy_of_finished: Any, start_launcher: Callable[..., Any], run_alone: Any
+) -> None:
+    """It tells the second only half a minute later, when it has killed the first."""
+
+    def make(scene: Any) -> list[Any]:
+        copy_of_finished(scene)
+        suite = write_suite(scene.folder / "suite", lines=200)
+        long = asked(suite, epochs=100_000, patience=None, teachers=False)
+        running = start_launcher(scene.job, "--runs", scene.runs, long)
+        kept = scene.runs / "store" / "classifiers"
+        running.wait_until(lambda: len(list(kept.glob(".*.lock.json"))) == 2, "two trainings")
+        os.kill(running.pid_of("deepspeed.launcher.launch"), signal.SIGTERM)
+        stopped = running.end()
+        state = (scene.run_dir / "state.json").read_text()
+        (scene.folder / "state.json").write_text(state)
+        short = asked(suite, epochs=1, teachers=False)
+        return [stopped, run_alone("run", scene.job, "--runs", scene.runs, short)]
+
+    scene = once("fine_tuning_stopped", make)
+    state = json.loads((scene.folder / "state.json").read_text())
+    assert (state["status"], state["reason"]) == ("stopped", "SIGTERM")
+    scene.ended[1].assert_done()
+    assert "fine_tuning" in evaluation(scene.run_dir, "student")
 
 
 # -- at the command line --------------------------------------------------------------------------

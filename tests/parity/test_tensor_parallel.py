@@ -307,7 +307,6 @@ def on_two() -> dict[str, Any]:
         "step": a_step(group),
         "measured": measured(group),
         "not gathering": without_gathering(group),
-        "largest": group.max_int(ranks.rank() + 5),
         "refused": refused(group),
     }
 
@@ -319,7 +318,6 @@ def on_four() -> dict[str, Any]:
         "llama": a_family("llama", group),
         "step": a_step(group),
         "measured": measured(group),
-        "largest": group.max_int(ranks.rank()),
         "sizes": two_sizes(),
     }
 
@@ -425,11 +423,6 @@ def test_teachers_split_over_other_numbers_of_ranks(four: list[Any]) -> None:
     for of_rank in four:
         for turn in of_rank["sizes"].values():
             assert all(error <= FP32_TOLERANCE for error in turn.values())
-
-
-def test_a_group_agrees_without_the_others(two: list[Any], four: list[Any]) -> None:
-    assert [of_rank["largest"] for of_rank in two] == [6, 6]
-    assert [of_rank["largest"] for of_rank in four] == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("family", WRONGLY_SPLIT)

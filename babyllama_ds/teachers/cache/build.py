@@ -1,12 +1,11 @@
 """Computing the records: what is whole stays, the rest is made by all ranks, shard by shard.
 
 Enters: a layout, a directory or memory, and how records are computed. Leaves: every shard. In a
-round each rank makes one shard; between rounds the ranks agree on stopping and on errors, over
-the control group, whose time-out is weeks. A kill costs the shards of a round.
+round each rank makes one shard; after each forward pass the ranks agree on stopping and on errors,
+over the control group, whose time-out is weeks. A kill or a stop costs the shards of a round.
 
-Teachers that are split over ranks run on several at once. With one of these all ranks go in step:
-as many forward passes in each round, a rank without work beside the others, and agreement after
-every pass.
+Teachers that are split over ranks run on several at once: there a rank without work makes the
+others' passes beside them.
 
 On several storages a shard is computed once in all and sent to the others: they hold the same
 bytes, and what one of them has lost comes from another.
@@ -57,6 +56,8 @@ class Work:
     """What people see: `cache of teachers/gpt2`."""
     layout: Layout
     stop: StopRequest
+    alive: Callable[[str], None] = lambda _what: None
+    """Told what has just been done."""
     in_step: bool = False
     """Whether ranks run their forward passes together, as those of a split teacher must."""
     storages: Storages = field(default_factory=Storages)
@@ -180,34 +181,34 @@ def compute_shard(
     """The records [n, record_bytes] of a shard, at `place` (none: on the CPU); of none, no records.
 
     Every forward pass has `forward_windows` windows, the last one filled up with window 0: the
-    same shape everywhere, so the same rounding. In step, every rank makes the passes of a whole
-    shard.
+    same shape everywhere, so the same rounding. A collective: all ranks meet after each pass of a
+    whole shard, for one that was asked to stop alone must not wait for the others' shards.
     """
     layout = work.layout
     windows = np.empty(0, np.int64) if shard is None else layout.windows(shard)
     records = torch.empty(len(windows), layout.record_bytes, dtype=torch.uint8, device=place)
     size = layout.forward_windows
-    passed = layout.shard_windows if work.in_step else len(windows)
-    for start in range(0, passed, size):
+
+    def make_pass(start: int) -> None:
         part = windows[start : start + size]
-        filled = np.concatenate([part, np.zeros(size - len(part), np.int64)])
-        records[start : start + size] = _passed(work, filled, compute)[: len(part)]
+        if len(part) or work.in_step:
+            filled = np.concatenate([part, np.zeros(size - len(part), np.int64)])
+            records[start : start + size] = compute(filled)[: len(part)]
+        # Not before the pass, in which ranks of a split teacher would wait for this one.
+        if (reason := work.stop.requested()) is not None:
+            raise stopped(reason, at=work.name)
+
+    for start in range(0, layout.shard_windows, size):
+        ranks.on_every_rank(partial(make_pass, start))
+        work.alive("a forward pass")
     return records
-
-
-def _passed(work: Work, windows: NDArray[np.int64], compute: Compute) -> Tensor:
-    """The records of one forward pass. In step it is a collective: ranks stop and fail together."""
-    if not work.in_step:
-        work.stop.check()
-        return compute(windows)
-    if (reason := work.stop.agreed()) is not None:
-        raise stopped(reason, at=work.name)
-    return ranks.on_every_rank(partial(compute, windows))
 
 
 def _examined(work: Work, directory: Path, shard: int) -> FileFacts | str | None:
     work.stop.check()
-    return examine_shard(directory, work.layout, shard)
+    facts = examine_shard(directory, work.layout, shard)
+    work.alive(f"reading shard {shard}")
+    return facts
 
 
 def _rounds(work: Work, missing: list[int]) -> Iterator[int | None]:

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 
 from babyllama_ds import files, ranks
+from babyllama_ds.patience import Patience
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
@@ -74,14 +75,15 @@ def open_cache(
         RunError: the disk is full, or does not let itself be written.
         Stopped: the run was asked to stop; the next start goes on.
     """
-    with around.storages.held(around.store.lock(KIND, wanted.key)):
-        return _Opening(wanted, around).records(make_compute)
+    lock = around.store.lock(KIND, wanted.key)
+    with around.storages.held(lock), Patience(wanted.name) as patience:
+        return _Opening(wanted, around, patience).records(make_compute)
 
 
 class _Opening:
     """One cache on its way, under its lock."""
 
-    def __init__(self, wanted: Wanted, around: Surroundings) -> None:
+    def __init__(self, wanted: Wanted, around: Surroundings, patience: Patience) -> None:
         self.wanted, self.around = wanted, around
         self.entry, self.place, layout = self._places()
         self.work = Work(
@@ -89,6 +91,7 @@ class _Opening:
             layout=layout,
             stop=around.stop,
             storages=around.storages,
+            alive=patience.alive,
             in_step=wanted.in_step,
         )
 

@@ -117,6 +117,7 @@ def test_ranks_share_the_windows_exactly(world, monkeypatch) -> None:
 
     monkeypatch.setattr(ranks, "world_size", lambda: world)
     monkeypatch.setattr(ranks, "on_every_rank", lambda work: work())
+    monkeypatch.setattr(ranks, "max_int", lambda value: value)
     # Each simulated rank contributes its own sums; the real sum is taken below.
     monkeypatch.setattr(ranks, "sum_floats", lambda *values: parts.append(values) or list(values))
     for rank in range(world):
@@ -139,6 +140,7 @@ def test_ranks_share_the_windows_exactly(world, monkeypatch) -> None:
 
 RANK_SCRIPT = """
 import json, sys
+from functools import partial
 import numpy as np, torch, torch.distributed as dist
 torch.set_num_threads(1)
 from transformers import LlamaForCausalLM
@@ -153,15 +155,28 @@ options = dict(device="cpu", vocab_size=61)
 score = evaluate_cross_entropy(model, lambda i: windows[list(i)], 7, batch_windows=2, **options)
 sentences = json.load(open(folder + "/sentences.json"))
 scores = score_sentences(model, sentences, batch_tokens=12, **options)
-def stop(done, batches):
-    if rank == 1:
-        raise Stopped("asked to")
-try:
-    score_sentences(model, sentences, batch_tokens=12, on_batch=stop, **options)
-    stopped = None
-except Stopped as error:
-    stopped = error.reason
-result = {"nll": score.nll_nats, "tokens": score.num_tokens, "scores": scores, "stopped": stopped}
+def fails_at(batch, error, work):
+    calls = []
+    def on_batch(*call):
+        calls.append(call)
+        if (rank, len(calls)) == (1, batch):
+            raise error
+    try:
+        work(on_batch=on_batch)
+    except Exception as error:
+        return calls, type(error).__name__
+# Of seven windows rank 0 has four and rank 1 three: at the last it has none.
+windows_of = lambda i: windows[list(i)]
+dev = partial(evaluate_cross_entropy, model, windows_of, 7, batch_windows=1, **options)
+pairs = partial(score_sentences, model, sentences, batch_tokens=12, **options)
+ended = {
+    "whole": fails_at(0, None, lambda **given: dev(**given) and 1 / 0),
+    "dev": fails_at(2, Stopped("asked to"), dev),
+    "dev, none left": fails_at(4, Stopped("asked to"), dev),
+    "pairs": fails_at(3, Stopped("asked to"), pairs),
+    "error": fails_at(1, KeyError("k"), pairs),
+}
+result = {"nll": score.nll_nats, "tokens": score.num_tokens, "scores": scores, "ended": ended}
 json.dump(result, open(f"{folder}/rank{rank}.json", "w"))
 dist.destroy_process_group()
 """
@@ -181,13 +196,21 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    ended, other = first.pop("ended"), second.pop("ended")
     assert first == second
     assert first["nll"] == pytest.approx(evaluate(model).nll_nats, rel=1e-6)
     assert first["tokens"] == 7 * (S - 1)
     alone = score_sentences(model, sentences, device="cpu", batch_tokens=12, vocab_size=V)
     # The batches are the same, only who runs them differs.
     assert first["scores"] == pytest.approx(alone, rel=1e-6)
-    assert first["stopped"] == "asked to"  # asked of one rank, raised by both
+    # What one rank raises ends the work of both, after the same batch.
+    assert ended.pop("error") == [[[1, 8]], "RemoteError"]
+    assert other.pop("error") == [[[1, 8]], "KeyError"]
+    assert ended == other
+    assert ended["whole"] == [[[1, 4], [2, 4], [3, 4], [4, 4]], "ZeroDivisionError"]
+    assert ended["dev"] == [[[1, 4], [2, 4]], "Stopped"]
+    assert ended["dev, none left"] == [[[1, 4], [2, 4], [3, 4], [4, 4]], "Stopped"]
+    assert ended["pairs"] == [[[1, 8], [2, 8], [3, 8]], "Stopped"]
 
 
 def test_each_modules_training_mode_is_restored_also_after_an_error() -> None:
@@ -323,6 +346,7 @@ def test_ranks_share_the_domains_exactly(world, monkeypatch) -> None:
     whole = by_domain(model)
     monkeypatch.setattr(ranks, "world_size", lambda: world)
     monkeypatch.setattr(ranks, "on_every_rank", lambda work: work())
+    monkeypatch.setattr(ranks, "max_int", lambda value: value)
     monkeypatch.setattr(ranks, "sum_floats", lambda *values: parts.append(values) or list(values))
     for rank in range(world):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)

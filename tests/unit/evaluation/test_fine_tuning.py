@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from babyllama_ds.evaluation.fine_tuning import (
     joined,
     load_suite,
 )
+from babyllama_ds.evaluation.stored import Steps
 from babyllama_ds.spec.corpus import TrainedTokenizer
 from babyllama_ds.spec.evaluation import FineTunedTask, FineTuning
 from babyllama_ds.stopping import stopped
@@ -131,6 +133,15 @@ def tasks(*names: str) -> tuple[FineTunedTask, ...]:
     return tuple(FineTunedTask(name=name) for name in names)
 
 
+def ended(steps: Steps) -> dict[str, Any]:
+    """What they come to."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return dict(end.value)
+
+
 def learnt(learner: Learner, suite: FineTuning, **options: Any) -> dict[str, Any]:
     return fine_tune_suite(learner, suite, load_suite(suite), **options)
 
@@ -187,7 +198,9 @@ def test_the_best_epoch_counts_and_patience_ends(
     monkeypatch.setattr(fine_tuning, "score", planted)
     suite = suite_of(tasks=tasks("cola"), epochs=9, patience=2)
     (task,) = load_suite(suite)
-    outcome = fine_tuning.fine_tune(learner, suite, task, encode_task(learner, task, 40), seed=0)
+    outcome = ended(
+        fine_tuning.fine_tune(learner, suite, task, encode_task(learner, task, 40), seed=0)
+    )
     assert outcome["epoch"] == 2
     assert outcome["curve"] == [0.1, 0.4, 0.4, 0.2]
     assert outcome["predictions"]["cola"] == calls[1]
@@ -235,9 +248,9 @@ def test_what_is_remembered_is_not_learnt_again(learner: Learner, suite_of) -> N
     kept: dict[str, dict[str, Any]] = {}
     done: list[str] = []
 
-    def remember(fingerprint: str, learn: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def remember(fingerprint: str, learn: Callable[[], Steps]) -> Steps:
         if fingerprint not in kept:
-            kept[fingerprint] = learn()
+            kept[fingerprint] = yield from learn()
             done.append(fingerprint)
         return kept[fingerprint]
 
@@ -288,6 +301,47 @@ def test_a_stop_ends_a_training_within_a_step(learner: Learner, suite_of) -> Non
     with pytest.raises(BaseException, match="SIGTERM"):
         learnt(learner, suite_of(), on_step=on_step)
     assert steps == [1, 2, 3]
+
+
+@pytest.mark.parametrize("numbers", [(0, 0), (3, 0), (0, 3), (5, 2)])
+def test_ranks_meet_until_all_have_ended(
+    numbers: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ranks in two threads, at a meeting after each step: none is left alone, or left out."""
+    meetings: dict[int, int] = {0: 0, 1: 0}
+    taken: dict[int, int] = {0: 0, 1: 0}
+    gate = threading.Barrier(2, timeout=20)
+    more: dict[int, int] = {}
+    me = threading.local()
+
+    def max_int(value: int) -> int:
+        more[me.rank] = int(value)
+        gate.wait()
+        meetings[me.rank] += 1
+        found = max(more.values())
+        gate.wait()
+        return found
+
+    monkeypatch.setattr(fine_tuning, "MEETING_S", 0.0)
+    monkeypatch.setattr(ranks, "on_every_rank", lambda work: work())
+    monkeypatch.setattr(ranks, "max_int", max_int)
+
+    def steps(rank: int) -> Generator[None]:
+        for _ in range(numbers[rank]):
+            taken[rank] += 1
+            yield
+
+    def run(rank: int) -> None:
+        me.rank = rank
+        fine_tuning._together(steps(rank))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert taken == {0: numbers[0], 1: numbers[1]}
+    assert meetings == {0: max(numbers) + 1, 1: max(numbers) + 1}
 
 
 def test_a_tokenizers_own_ends_do_not_matter(learner: Learner, suite_of) -> None:

@@ -131,6 +131,7 @@ def test_ranks_share_the_batches(world, monkeypatch) -> None:
     expected = score(model, sentences)
     monkeypatch.setattr(ranks, "world_size", lambda: world)
     monkeypatch.setattr(ranks, "on_every_rank", lambda work: work())
+    monkeypatch.setattr(ranks, "max_int", lambda value: value)
     # Simulated ranks hand in their shares one after another; the last sees all of them.
     monkeypatch.setattr(ranks, "gather_objects", lambda share: [*shares, shares.append(share)][:-1])
     for rank in range(world):

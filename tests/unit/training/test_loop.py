@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import shutil
+import signal
 import sys
 import time
 import weakref
@@ -161,11 +162,12 @@ def test_stopped_and_started_again_ends_with_the_same_weights(
     torch.manual_seed(99)  # nothing may depend on what this process drew before
     summary = run.train()
     assert_equal_weights(run.weights(), undisturbed.weights())
-    timing = ("seconds", "tokens_per_s")
-    assert {k: v for k, v in summary.items() if k not in timing} == {
-        k: v for k, v in expected.items() if k not in timing
-    }
+    assert without_times(summary) == without_times(expected)
     assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+
+
+def without_times(summary: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in summary.items() if k not in ("seconds", "tokens_per_s")}
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -183,6 +185,99 @@ def test_stopped_before_the_first_step_nothing_is_written(new_run: Callable[...,
 
 class Killed(BaseException):
     """Stands for SIGKILL: nothing is written after it."""
+
+
+def asked_at_batch(number: int | None) -> DevWindows:
+    """Three batches an evaluation; at one of them, counted from 1, this process gets a SIGTERM."""
+    dev, turns = dev_windows(), itertools.count(1)
+
+    def windows_of(ids: Sequence[int]) -> NDArray[np.int64]:
+        if next(turns) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return np.asarray(dev.windows_of(ids))
+
+    return replace(dev, windows_of=windows_of)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"of_model": DROPOUT, "distilled": True},
+        {"checkpoint_every_steps": 3, "ema": MovingAverage(decay=0.9)},
+        {"epochs": 6.0, "learning_rate": 2e-2, "early_stopping": EarlyStopping(patience=2)},
+    ],
+    ids=["plain", "average", "early stopping"],
+)
+@pytest.mark.parametrize("stops", [(1,), (3,), (5,), (2, 1, 4)])
+def test_a_stop_within_an_evaluation_loses_nothing(
+    stops: tuple[int, ...], options: dict[str, Any], new_run: Callable[..., Run]
+) -> None:
+    """In the first evaluation, after it was made whole, and more than once."""
+    options = {"log_every_steps": 1, **options}
+    undisturbed, run = new_run("undisturbed", **options), new_run("stopped", **options)
+    expected = undisturbed.train()
+    step = 0
+    for batch in stops:
+        step += 4 * math.ceil(batch / 3) if step == 0 else 4 * ((batch - 1) // 3)
+        dev = asked_at_batch(batch)
+        with pytest.raises(Stopped) as caught:
+            run.train(dev=dev)
+        assert (caught.value.reason, caught.value.exit_code) == ("SIGTERM", 143)
+        assert caught.value.at == f"student, the evaluation at step {step}"
+        assert run.folder.saved[-1] == step
+        assert step in run.logged()
+        assert step not in run.dev_ce()
+    torch.manual_seed(99)
+    summary = run.train()
+    assert_equal_weights(run.weights(), undisturbed.weights())
+    assert without_times(summary) == without_times(expected)
+    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+
+
+def test_a_stop_within_an_evaluation_ends_it(new_run: Callable[..., Run]) -> None:
+    """Of its three batches the second and third are not looked at."""
+    run, seen = new_run(), []
+    dev = asked_at_batch(1)
+    counted = replace(dev, windows_of=lambda ids: (seen.append(len(ids)), dev.windows_of(ids))[1])
+    with pytest.raises(Stopped):
+        run.train(dev=counted)
+    assert seen == [2]
+
+
+def test_an_evaluation_that_was_put_off_is_made_once(new_run: Callable[..., Run]) -> None:
+    """A checkpoint after it is an ordinary one."""
+    undisturbed, run = new_run("undisturbed"), new_run("stopped")
+    undisturbed.train()
+    with pytest.raises(Stopped, match="the evaluation at step 4"):
+        run.train(dev=asked_at_batch(1))
+    with pytest.raises(Stopped, match="step 5"):
+        run.train(stop_after=1)
+    run.train()
+    assert_equal_weights(run.weights(), undisturbed.weights())
+    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_killed_after_an_evaluation_that_was_put_off_it_is_told_once(
+    step: int, new_run: Callable[..., Run]
+) -> None:
+    undisturbed, run = new_run("undisturbed"), new_run("killed")
+    undisturbed.train()
+    with pytest.raises(Stopped):
+        run.train(dev=asked_at_batch(1 if step == 4 else 4))
+    if step == 4:
+
+        def kill(epoch: int, k: int) -> None:
+            raise Killed
+
+        with pytest.raises(Killed):
+            run.train(before=kill)
+        assert list(run.dev_ce()) == [4], "it was told, and no checkpoint is of after it"
+    else:
+        run.train()  # it was the last: killed before the export
+    run.train()
+    assert_equal_weights(run.weights(), undisturbed.weights())
+    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
 
 
 @pytest.mark.parametrize("at", [(0, 3), (1, 0), (1, 3)])
@@ -618,6 +713,8 @@ def test_a_signal_on_one_rank_stops_both_and_the_same_start_goes_on(two_ranks: P
         result = json.loads((two_ranks / f"rank{rank}.json").read_text())
         assert result["stopped"] == ["SIGTERM", 143]
         assert result["saved"] == [3, 5]
+        assert result["stopped_again"] == "student, the evaluation at step 8"
+        assert result["saved_again"] == 8
     undisturbed = load_file(two_ranks / "undisturbed.safetensors")
     assert_equal_weights(load_file(two_ranks / "resumed.safetensors"), undisturbed)
 
@@ -695,6 +792,12 @@ def run_as_rank(folder: Path) -> None:
         result["stopped"], result["saved"] = (stop.reason, stop.exit_code), run.folder.saved
     if ranks.rank() == 0:
         shutil.copytree(run.directory, folder / "handed_over")
+    # An evaluation has two batches on rank 0 and one on rank 1. In that at step 8, which is its
+    # second, rank 0 is asked in the last batch, when rank 1 has none left.
+    try:
+        run.train(dev=asked_at_batch(4) if ranks.rank() == 0 else None)
+    except Stopped as stop:
+        result["stopped_again"], result["saved_again"] = stop.at, run.folder.saved[-1]
     run.train()
     if ranks.rank() == 0:
         save_file(run.weights(), folder / "resumed.safetensors")

@@ -51,14 +51,14 @@ class Numbers:
 
 
 class StoppedHere(StopRequest):
-    """Asked to stop on rank 1 alone, at the third question; the ranks agree on it."""
+    """Asked to stop on rank 1 alone, in the middle of a shard; the ranks agree on it."""
 
     asked = 0
 
     def requested(self) -> str | None:
         if ranks.rank() == 1:
             StoppedHere.asked += 1
-            if StoppedHere.asked == 9:  # within a shard of the second round
+            if StoppedHere.asked == 8:  # at the first pass of the second round, of shards 2 and 3
                 self._signalled = 15
         return super().requested()
 
@@ -119,7 +119,9 @@ def goes_on_after(folder: Path) -> Any:
 
 
 def one_is_stopped(folder: Path) -> Any:
-    return opened(folder, "stopped", Numbers(), stop=StoppedHere())
+    numbers = Numbers()
+    found = opened(folder, "stopped", numbers, stop=StoppedHere())
+    return {**found, "last": max(numbers.asked)}
 
 
 def goes_on_with_other_work(folder: Path) -> Any:
@@ -360,22 +362,23 @@ def test_nothing_is_computed_again(of_ranks: Callable[[str], list[dict[str, Any]
         assert of_rank == {"read": ALL, "asked": []}
 
 
-def test_the_error_of_one_is_everyones_and_costs_its_shard_alone(
+def test_the_error_of_one_is_everyones_and_costs_the_shards_of_a_round(
     of_ranks: Callable[[str], list[dict[str, Any]]],
 ) -> None:
     zero, one = of_ranks("one_fails")
     assert zero == one == {"error": "teachers/a: got a failure, expected none"}
     zero, one = of_ranks("goes_on_after")
     assert zero["read"] == one["read"] == ALL
-    # Shards 0, 1 and 2 stood; 3 to 6 are dealt out anew.
-    assert zero["asked"] == shards(3, 5)
-    assert one["asked"] == sorted({0, *shards(4, 6)})
+    # Shards 0 and 1 stood; 2 to 6 are dealt out anew.
+    assert zero["asked"] == sorted({0, *shards(2, 4, 6)})
+    assert one["asked"] == shards(3, 5)
 
 
 def test_a_signal_to_one_stops_both(of_ranks: Callable[[str], list[dict[str, Any]]]) -> None:
     zero, one = of_ranks("one_is_stopped")
-    assert zero["error"].startswith("SIGTERM")
-    assert zero == one
+    # After the same pass: the rank that was not asked does not finish its shard.
+    assert zero == {"error": "SIGTERM, at cache of teachers/a", "last": 9}
+    assert one == {"error": "SIGTERM, at cache of teachers/a", "last": 13}
     zero, one = of_ranks("goes_on_with_other_work")
     assert zero["read"] == one["read"] == ALL
     assert 0 < len(set(zero["asked"]) | set(one["asked"])) < 27

@@ -1,4 +1,4 @@
-"""Steps that do not come: signs of life enter; a warning leaves where there has been none for long.
+"""Work that does not come on: signs of life enter; a warning leaves where there was none for long.
 
 A rank that hangs (a process that was stopped, a driver, a disk that does not answer) leaves the
 others waiting in a collective, some of which have no time-out to speak of. Nobody can tell from
@@ -19,10 +19,10 @@ FIRST_S = 600.0
 
 
 class Patience:
-    """Of one training on this rank: `with Patience(stage) as patience: … patience.alive("…")`."""
+    """Of some work on this rank: `with Patience(name) as patience: … patience.alive("…")`."""
 
-    def __init__(self, stage: str, *, first_s: float = FIRST_S) -> None:
-        self._stage, self._first_s = stage, first_s
+    def __init__(self, name: str, *, first_s: float = FIRST_S) -> None:
+        self._name, self._first_s = name, first_s
         self._last = (time.monotonic(), "it began")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="patience", daemon=True)
@@ -58,8 +58,8 @@ class Patience:
         log.warning(
             "%s: nothing more in the %g minutes since %s. If what comes next never took so long, a "
             "rank hangs: one that does not say this, or all wait for a disk or driver. End the "
-            "run; the same command goes on from the last checkpoint",
-            self._stage,
+            "run; the same command goes on from what is saved",
+            self._name,
             silent_s / 60,
             what,
         )

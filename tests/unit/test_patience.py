@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from babyllama_ds.training.patience import Patience
+from babyllama_ds.patience import Patience
 
 LIMIT_S = 30
 
