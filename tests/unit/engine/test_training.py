@@ -202,7 +202,8 @@ TRAINING = {"batch_windows": BATCH, "weight_decay": 3.0, "betas": (0.8, 0.95), "
 
 def split_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What makes the model, and what makes its training."""
-    of_model = {key: case[key] for key in ("kind", "tie_word_embeddings") if key in case}
+    made_by = ("kind", "tie_word_embeddings", "num_hidden_layers", "n_layer")
+    of_model = {key: case[key] for key in made_by if key in case}
     of_training = {key: value for key, value in case.items() if key not in of_model}
     return of_model, {**TRAINING, **of_training}
 
@@ -550,8 +551,15 @@ TWO_RANK_CASES = {
     "gpt2": {"kind": "gpt2", "clip_norm": 0.5, "micro_batch": 1},
     "gpt2_unclipped": {"kind": "gpt2", "clip_norm": None},
     "gpt2_averaged": {"kind": "gpt2", "micro_batch": 2, "ema": MovingAverage(decay=0.9)},
-    "llama_muon": {"kind": "llama", "clip_norm": 0.5, "micro_batch": 2, "muon": MUON},
-    "gpt2_muon_averaged": {"kind": "gpt2", "muon": MUON, "ema": MovingAverage(decay=0.9)},
+    # Three layers: of two, each rank's slice would be one, and no matrix lie in both.
+    "llama_muon": {
+        **{"kind": "llama", "num_hidden_layers": 3},
+        **{"clip_norm": 0.5, "micro_batch": 2, "muon": MUON},
+    },
+    "gpt2_muon_averaged": {
+        **{"kind": "gpt2", "n_layer": 3},
+        **{"muon": MUON, "ema": MovingAverage(decay=0.9)},
+    },
 }
 
 
@@ -666,6 +674,9 @@ def train_case(folder: Path, name: str, device: torch.device) -> dict[str, Any]:
         return TrainingEngine(module, training=training, config=config, device=device)
 
     engine = new_engine()
+    if training.muon is not None:
+        (matrices,) = engine._engine.optimizer.optimizer._matrices.values()
+        assert any(matrix.shared for matrix in matrices), "no matrix lies on both ranks"
     norms = train(engine, batches["first"], RATES)
     checkpoints.save(engine, Progress(step=len(RATES)), BestWeights())
     norms += train(engine, batches["then"], RATES)
