@@ -416,11 +416,11 @@ def _teacher_states(stage: StageShape) -> int:
 def _matched_states(stage: StageShape) -> int:
     """A teacher's layer, and what backward needs of the pair.
 
-    That is the student's masked layer, and in fp32 the difference of an MSE, or both sides of a
-    cosine as they are and masked; and one more in passing.
+    That is the student's masked layer, and in fp32 the difference of an MSE, or for a cosine the
+    student's side and the teacher's directions; and one more in passing.
     """
     e, width = stage.micro.element_bytes, stage.model.hidden_size
-    in_fp32 = {"mse": 2, "cosine": 5}
+    in_fp32 = {"mse": 2, "cosine": 3}
     return stage.micro.tokens * sum(
         e * (pair.teacher_width + width) + in_fp32[pair.loss] * _FP32 * pair.teacher_width
         for pair in stage.matched

@@ -6,7 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from babyllama_ds.losses.matching import hidden_distance_sum
 from babyllama_ds.models.sizes import ModelSizes
 from babyllama_ds.plan.activations import MicroBatchShape, recomputed_bytes, saved_bytes
 from babyllama_ds.plan.memory import (
@@ -223,12 +226,35 @@ def test_matched_layers_cost_their_matrices_and_states() -> None:
     items = rank_memory(stage).moments["forward"]
     assert items["parameters"] == 2 * stage.trained
     assert items["moments, fp32"] == 2 * 4 * stage.trained // 4
-    # 32 positions: both layers in bf16; the difference of one pair, both sides of the other twice,
+    # 32 positions: both layers in bf16; the difference of one pair, both sides of the other,
     # and one more of each, in fp32.
-    of_mse, of_cosine = 2 * (32 + 16) + 2 * 4 * 32, 2 * (24 + 16) + 5 * 4 * 24
+    of_mse, of_cosine = 2 * (32 + 16) + 2 * 4 * 32, 2 * (24 + 16) + 3 * 4 * 24
     assert items["states of matched layers"] == 32 * (of_mse + of_cosine)
     assert rank_memory(STAGE).moments["forward"]["states of matched layers"] == 0
     assert rank_memory(stage).host_bytes == 12 * stage.trained + 2 * stage.trained
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_matched_layers_keep_what_autograd_is_handed(loss: Any) -> None:
+    """Of one pair, beside the teacher's layer and one more in passing."""
+    num, width, teacher_width = 32, 16, 1000
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    student = torch.randn(num, width, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(teacher_width, width, dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(num, teacher_width, dtype=torch.bfloat16)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden_distance_sum(student, weight, teacher, torch.ones(num, dtype=torch.bool), loss)
+    del kept[weight.untyped_storage()._cdata]
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    stage = replace(STAGE, matched=[MatchedPair(teacher_width=teacher_width, loss=loss)])
+    planned = rank_memory(stage).moments["forward"]["states of matched layers"]
+    # Norms, one number for each position, are left out.
+    assert found == pytest.approx(planned - teacher.nbytes - 2 * teacher.nbytes, rel=0.01)
 
 
 # -- options ---------------------------------------------------------------------------------------
