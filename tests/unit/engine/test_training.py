@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from babyllama_ds import ranks
-from babyllama_ds.engine import distributed
+from babyllama_ds.engine import distributed, muon
 from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder, Progress
 from babyllama_ds.engine.training import TrainingEngine, adamw
 from babyllama_ds.spec.training import MovingAverage, Muon, TrainingSpec
@@ -295,6 +295,29 @@ def test_bf16_gradients_are_accumulated_in_fp32(
     summed, once = moments
     for key in once:
         torch.testing.assert_close(summed[key], once[key], rtol=1e-6, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_muon_computes_in_the_jobs_precision(
+    precision: str,
+    tiny_model: Callable[..., Any],
+    training_spec: Callable[..., TrainingSpec],
+    make_engine: Callable[..., TrainingEngine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, found = muon.orthogonalised, []
+
+    def seen(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        made = real(matrix, dtype)
+        found.append((matrix.dtype, made.dtype))
+        return made
+
+    monkeypatch.setattr(muon, "orthogonalised", seen)
+    training = training_spec(batch_windows=BATCH, muon=MUON)
+    engine = make_engine(NextTokenLoss(tiny_model("llama")), training, precision=precision)
+    train(engine, batches_of(1)[:1], RATES[:1])
+    in_steps = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert found == [(torch.float32, in_steps)] * (2 * 7)
 
 
 def test_a_model_that_comes_in_eval_mode_is_trained_with_its_dropout(
