@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,22 @@ def test_a_cache_of_tier_auto_goes_where_it_fits(
     asked = planned(small, "TINY", "distillation.cache_tier=host").counts[0]
     assert asked.memory["student"].moments["forward"]["teacher cache"] == 0
     assert asked.memory["student"].host_cache_bytes == 2 * small * 2 * 192 * 2
+
+
+def test_a_cache_that_lies_elsewhere_takes_no_room_from_the_next(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first teacher's cache is too large for the memory that computes, the second's is not."""
+    monkeypatch.setitem(CARDS, "TINY", (1, 1.0))
+    wide, tokens = "teachers.gpt2.model.hidden_size=384", 64 * 16_000
+    large, small = tokens * 384 * 2, tokens * 192 * 2
+    question = Question(tokens=tokens, runs=tmp_path, gpu="TINY", ranks=(1,))
+    on_card = plan_job(nursery(*CACHED, wide), question).counts[0]
+    assert on_card.cached == {"host": large, "device": small}
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: (large + small) // 2 * 5 // 4)
+    question = replace(question, gpu=None)
+    on_cpu = plan_job(nursery(ON_CPU, *CACHED, wide), question).counts[0]
+    assert on_cpu.cached == {"disk": large, "host": small}
 
 
 def test_a_cache_of_tier_auto_on_a_cpu(
