@@ -149,6 +149,18 @@ def test_an_evaluation_has_its_own_windows_and_no_teachers() -> None:
     assert items["logits of a chunk"] == 64 * 100 * 2
     chunked = rank_memory(replace(stage, chunk_tokens=5)).moments["evaluation"]
     assert chunked["logits of a chunk"] == items["logits of a chunk"]
+    # At least a window of 8, were there fewer tokens in a pass.
+    least = rank_memory(replace(stage, evaluation_tokens=5)).moments["evaluation"]
+    assert least["logits of a chunk"] == 8 * 100 * 2
+
+
+def test_teachers_are_there_before_the_student_is_cast() -> None:
+    stage = replace(STAGE, teachers=[HeldTeacher(sizes=TEACHER, live=True)], cache_bytes=7)
+    assert rank_memory(stage).moments["start"] == {
+        "model before it is cast": 4 * 10_000,
+        "teachers": 2 * 40_000,
+        "teacher cache": 7,
+    }
 
 
 def test_every_rank_holds_a_copy_of_a_cache_in_the_hosts_memory() -> None:
@@ -199,6 +211,9 @@ def test_on_a_cpu_the_allocator_keeps_a_share_of_what_is_freed(windows: int) -> 
     backward = rank_memory(replace(STAGE, micro=micro)).moments["backward"]
     assert backward["activations"] == items["activations"]  # nor is it given back
     assert backward["kept by the allocator"] == items["kept by the allocator"]
+    update = rank_memory(replace(STAGE, micro=micro)).moments["update"]
+    assert update["activations"] == items["activations"]
+    assert rank_memory(STAGE).moments["update"]["activations"] == 0
 
 
 def test_filling_a_cache() -> None:

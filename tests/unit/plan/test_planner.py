@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.errors import JobError
+from babyllama_ds.models.recomputing import recompute_layers
+from babyllama_ds.models.sizes import meta_model
 from babyllama_ds.plan.machines import CARDS, USABLE, UTILISATION, Machine
 from babyllama_ds.plan.planned import Plan, Question
 from babyllama_ds.plan.planner import plan_job
@@ -65,6 +69,56 @@ def test_evaluations_are_counted(nursery: Job, tmp_path: Path) -> None:
     student = next(stage for stage in plan.work.stages if stage.name == "student")
     windows = 3 * 5 + 8  # after steps 3, 6 and 7; at the end
     assert student.flops.evaluation == windows * 64 * student.sizes.forward_flops(64, 800)
+
+
+def test_no_more_development_windows_than_there_are(nursery: Job, tmp_path: Path) -> None:
+    job = nursery(
+        ON_CPU,
+        "corpus.words=4000",
+        "corpus.dev_words=1000",
+        "student.training.evaluate_windows=1000",
+        "evaluation.dev_windows=1000",
+        "student.training.epochs=2",
+        "student.training.warmup_steps=1",
+        "control={training: {batch_windows: 64, epochs: 1.0, learning_rate: 1.0e-3}}",
+    )
+    plan = plan_job(job, Question(runs=tmp_path))
+    assert plan.corpus.dev_tokens is not None
+    available = plan.corpus.dev_tokens // 64
+    assert 1 < available < 1000
+    student, control = plan.work.stages[2:]
+    a_window = 64 * student.sizes.forward_flops(64, 800)
+    assert (
+        student.flops.evaluation == (2 + 1) * available * a_window
+    )  # after epochs, and at the end
+    assert control.flops.evaluation == (1 + 1) * available * a_window
+    assert control.tokens == -(-plan.work.num_windows // 64) * 64 * 64
+
+
+def test_layers_that_are_computed_again_are_counted(nursery: Job, tmp_path: Path) -> None:
+    """Against PyTorch's own count of a window's products.
+
+    Those of the head are not made again; nor the last one of each layer, as the plan has it.
+    """
+    question = Question(tokens=64 * 101, runs=tmp_path)
+    counts = {}
+    for again in (False, True):
+        job = nursery(ON_CPU, f"student.training.gradient_checkpointing={str(again).lower()}")
+        student = plan_job(job, question).work.stages[2]
+        model = meta_model(student.spec, 800, where="student").to_empty(device="cpu").train()
+        model.set_attn_implementation("eager")
+        if again:
+            recompute_layers(model)
+        with FlopCounterMode(display=False) as counter:
+            ids_BS = torch.zeros(1, 64, dtype=torch.int64)
+            model(input_ids=ids_BS, use_cache=False).logits.sum().backward()
+        counts[again] = counter.get_total_flops()
+        sizes = student.sizes
+        spared = again * 64 * sizes.num_layers * 2 * sizes.hidden_size * sizes.intermediate_size
+        # LLaMA turns positions into angles by a small product of its own, which is no layer's.
+        planned = student.flops.training / student.tokens * 64
+        assert planned == pytest.approx(counts[again] + spared, rel=1e-3)
+    assert counts[True] > 1.2 * counts[False]
 
 
 def test_a_cache_runs_the_backbones_once(nursery: Job, tmp_path: Path) -> None:
