@@ -185,6 +185,34 @@ def test_disk(nursery: Job, tmp_path: Path) -> None:
     assert items["teacher cache"] == 100 * 64 * 64 * (4 + 2)  # fp32 and a 16-bit id, k = 64
 
 
+def test_what_options_add_to_the_disk(nursery: Job, tmp_path: Path) -> None:
+    """A checkpoint of each kind; ids of 16 bits up to 65,536 tokens; text for development."""
+
+    def items(*overrides: str) -> tuple[dict[str, int], Plan]:
+        large = "student.model.num_layers=24"  # than which no teacher is larger
+        job = nursery(ON_CPU, large, *overrides)
+        plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
+        return {item.name.split()[0]: item.bytes for item in plan.disk}, plan
+
+    plain, plan = items()
+    student = plan.work.stages[2].sizes
+    assert plain["checkpoints"] == 3 * 14 * student.params
+    averaged, _ = items("student.training.ema={decay: 0.9}")
+    assert averaged["checkpoints"] == 3 * 18 * student.params
+    muon, _ = items("student.training.muon={learning_rate: 0.02}")
+    assert muon["checkpoints"] == 3 * (14 * student.params - 4 * student.backbone_weights)
+    layers = "[{teacher: gpt2, teacher_layer: 1, student_layer: 1}]"
+    matched, _ = items(f"distillation.hidden_matching={{weight: 0.5, layers: {layers}}}")
+    matrix = plan.work.teachers[0].sizes.hidden_size * student.hidden_size
+    assert matched["checkpoints"] == 3 * 14 * (student.params + matrix)
+    for vocab_size, id_bytes in ((65_536, 2), (65_537, 4)):
+        found, _ = items(f"tokenizer.vocab_size={vocab_size}")
+        assert found["token"] == id_bytes * 6_400
+    text = f"corpus={{kind: files, train: ['{tmp_path}/*'], split: {{kind: tail, fraction: 0.2}}}}"
+    found, _ = items(text)
+    assert found["token"] == 2 * (6_400 + 1_600)
+
+
 def test_time_at_a_measured_rate(nursery: Job, tmp_path: Path) -> None:
     question = Question(tokens=6_500, runs=tmp_path, rate=Rate(1_000, "tok/s"))
     plan = plan_job(nursery(ON_CPU, "control=null"), question)
@@ -337,6 +365,61 @@ def test_a_cache_of_tier_auto_on_a_cpu(
     count = plan_job(job, question).counts[0]
     assert count.cached == {"disk": 6_400 * 2 * 192 * 2}
     assert count.memory["student"].moments["forward"]["teacher cache"] == 0
+
+
+def test_what_options_change_in_memory(nursery: Job, tmp_path: Path) -> None:
+    """Each of them reaches the student's memory, and no other stage's."""
+
+    def planned(*overrides: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        question = Question(tokens=65_000, runs=tmp_path, gpu="H100", ranks=(1,))
+        job = nursery("control.training=null", "windows.offsets=fixed", *overrides)
+        memory = plan_job(job, question).counts[0].memory
+        return memory["student"].moments, memory["teachers/llama"].moments
+
+    plain, of_teacher = planned()
+    job = nursery("windows.offsets=fixed")
+    work = plan_job(job, Question(tokens=65_000, runs=tmp_path)).work
+    student, teachers = work.stages[2].sizes, [one.sizes for one in work.teachers]
+    e, windows = 2, job.student.training.batch_windows
+    assert plain["forward"]["teachers"] == e * sum(one.params for one in teachers)
+    assert plain["forward"]["moments, fp32"] == 2 * 4 * student.params
+    assert plain["forward"]["moving average, fp32"] == 0
+    assert plain["forward"]["states of matched layers"] == 0
+    assert of_teacher["forward"]["teachers"] == 0
+    assert "cache" not in plain
+
+    averaged, _ = planned("student.training.ema={decay: 0.9}")
+    assert averaged["forward"]["moving average, fp32"] == 4 * student.params
+    muon, _ = planned("student.training.muon={learning_rate: 0.02}")
+    numbers = 2 * student.params - student.backbone_weights
+    assert muon["forward"]["moments, fp32"] == 4 * numbers
+    again, _ = planned("student.training.gradient_checkpointing=true")
+    assert again["forward"]["activations"] < plain["forward"]["activations"] / 2
+
+    layers = "[{teacher: gpt2, teacher_layer: 1, student_layer: 1}]"
+    matched, other = planned(f"distillation.hidden_matching={{weight: 0.5, layers: {layers}}}")
+    matrix = teachers[0].hidden_size * student.hidden_size
+    assert matched["forward"]["parameters"] == e * (student.params + matrix)
+    assert other == of_teacher
+    chunked, other = planned("distillation.chunk_tokens=16")
+    # Of the student and of the sum of its teachers, whose votes are equal.
+    assert chunked["forward"]["logits of a chunk"] == 16 * 800 * 2 * e
+    assert other == of_teacher
+    wider, _ = planned("evaluation.batch_tokens=64")
+    assert wider["evaluation"]["logits of a chunk"] == 64 * 800 * e
+
+    hidden, other = planned("distillation.cache=hidden")
+    assert hidden["forward"]["teachers"] == e * sum(one.head_weights for one in teachers)
+    assert hidden["cache"]["teachers"] == e * max(one.params for one in teachers)
+    assert other == of_teacher
+    top_k, _ = planned("distillation.cache=topk")
+    assert top_k["forward"]["teachers"] == 0
+    assert top_k["cache"]["teachers"] == e * sum(one.params for one in teachers)
+    assert windows * 64 * 800 * (e + 2 * 4) == top_k["forward"]["logits of a chunk"]
+    of_documents = ("corpus.documents=lines", "windows.attention=document")
+    apart, _ = planned("student.model.attention=eager", *of_documents)
+    inside, _ = planned("student.model.attention=eager")
+    assert apart["backward"]["work of a layer"] > inside["backward"]["work of a layer"]
 
 
 # -- ranks -----------------------------------------------------------------------------------------
