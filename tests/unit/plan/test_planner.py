@@ -330,6 +330,10 @@ def test_a_cache_of_tier_auto_goes_where_it_fits(
         "teacher cache: tier auto, the first that fits: device and host; "
         "enough room on the disk and in the host's memory" in text
     )
+    # Nor do 18 bytes for each parameter of a deep student leave room beside what is spared.
+    deep = planned(small, "TINY", "student.model.num_layers=320")
+    assert 18 * deep.work.stages[2].sizes.params > (942 - 205) * 2**20
+    assert deep.counts[0].cached == {"host": small * 2 * 192 * 2}
     asked = planned(small, "TINY", "distillation.cache_tier=host").counts[0]
     assert asked.memory["student"].moments["forward"]["teacher cache"] == 0
     assert asked.memory["student"].host_cache_bytes == 2 * small * 2 * 192 * 2
@@ -361,6 +365,8 @@ def test_a_cache_of_tier_auto_on_a_cpu(
     assert count.cached == {"host": 6_400 * 2 * 192 * 2}
     assert count.memory["student"].moments["forward"]["teacher cache"] == 6_400 * 2 * 192 * 2
     assert count.memory["student"].host_cache_bytes == 0
+    asked = nursery(ON_CPU, *CACHED, "distillation.cache_tier=device")
+    assert plan_job(asked, question).counts[0].cached == count.cached
     monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: 2_000_000)
     count = plan_job(job, question).counts[0]
     assert count.cached == {"disk": 6_400 * 2 * 192 * 2}
