@@ -11,7 +11,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from babyllama_ds.losses.matching import hidden_distance_sum
 from babyllama_ds.models.sizes import ModelSizes
-from babyllama_ds.plan.activations import MicroBatchShape, recomputed_bytes, saved_bytes
+from babyllama_ds.plan.activations import (
+    MicroBatchShape,
+    recomputed_bytes,
+    saved_bytes,
+    working_bytes,
+)
 from babyllama_ds.plan.memory import (
     HeldTeacher,
     MatchedPair,
@@ -188,6 +193,22 @@ def test_the_peak_is_the_highest_point() -> None:
     sums = {moment: sum(items.values()) for moment, items in memory.moments.items()}
     assert memory.peak_bytes == max(sums.values()) == sums[memory.peak]
     assert memory.items == memory.moments[memory.peak]
+
+
+def test_the_work_of_a_layer_is_that_of_its_larger_half() -> None:
+    """Of the MLP three tensors of 32 columns; of eager attention two of 4 heads' 64 x 64 scores.
+
+    Beside either half is the mask that keeps documents apart, as booleans and as numbers.
+    """
+    long = replace(MICRO, windows=1, length=64)
+    assert working_bytes(STUDENT, long) == 3 * 2 * 64 * 32
+    eager = replace(long, kernel="eager")
+    assert working_bytes(STUDENT, eager) == 2 * 2 * 4 * 64 * 64
+    mask = (1 + 2) * 64 * 64
+    assert working_bytes(STUDENT, replace(eager, documents=True)) == 2 * 2 * 4 * 64 * 64 + mask
+    assert working_bytes(STUDENT, replace(long, documents=True)) == 3 * 2 * 64 * 32 + mask
+    flash = replace(long, kernel="flash_attention_2", documents=True)
+    assert working_bytes(STUDENT, flash) == 3 * 2 * 64 * 32
 
 
 def test_a_checkpoint_is_gathered_in_host_memory() -> None:
