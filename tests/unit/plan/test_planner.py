@@ -411,8 +411,8 @@ def test_what_options_change_in_memory(nursery: Job, tmp_path: Path) -> None:
     # Of the student and of the sum of its teachers, whose votes are equal.
     assert chunked["forward"]["logits of a chunk"] == 16 * 800 * 2 * e
     assert other == of_teacher
-    wider, _ = planned("evaluation.batch_tokens=64")
-    assert wider["evaluation"]["logits of a chunk"] == 64 * 800 * e
+    wider, _ = planned("evaluation.batch_tokens=640")
+    assert wider["evaluation"]["logits of a chunk"] == 640 * 800 * e
 
     hidden, other = planned("distillation.cache=hidden")
     assert hidden["forward"]["teachers"] == e * sum(one.head_weights for one in teachers)
