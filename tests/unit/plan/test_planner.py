@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2Config
+from transformers import GPT2Config, Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
-from babyllama_ds.errors import JobError
+from babyllama_ds.errors import JobError, ModelError
 from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.models.sizes import meta_model
+from babyllama_ds.plan import shapes
 from babyllama_ds.plan.machines import CARDS, USABLE, UTILISATION, Machine
 from babyllama_ds.plan.planned import Plan, Question
 from babyllama_ds.plan.planner import plan_job
@@ -441,6 +442,31 @@ def test_rank_counts_that_do_not_divide_the_batch_are_told(nursery: Job, tmp_pat
     assert "–" in render_plan(plan)
     with pytest.raises(JobError, match=r"--ranks: got 4, 8, expected at least one number"):
         plan_job(job, Question(tokens=6_500, runs=tmp_path, ranks=(4, 8)))
+
+
+def test_what_a_run_would_refuse_is_not_planned(nursery: Job, tmp_path: Path) -> None:
+    question = Question(tokens=6_500, runs=tmp_path, ranks=(2,))
+    long = nursery(ON_CPU, "student.training.warmup_steps=100")
+    with pytest.raises(JobError, match=r"student\.training\.warmup_steps: got 100, expected fewer"):
+        plan_job(long, question)
+    GPT2Config(vocab_size=800, n_embd=64, n_layer=1, n_head=4).save_pretrained(tmp_path / "b")
+    loaded = f"{{kind: pretrained, path: {tmp_path / 'b'}}}"
+    split = nursery(ON_CPU, f"teachers=[{{name: b, model: {loaded}, tensor_parallel: 2}}]")
+    with pytest.raises(ModelError, match=r"teachers\.b\.tensor_parallel: got 2 for a model of "):
+        plan_job(split, question)
+
+
+def test_a_family_without_fused_attention_is_planned_with_eager(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = Question(tokens=6_500, runs=tmp_path, gpu="H100", ranks=(1,))
+    fused, eager = (
+        plan_job(nursery(f"student.model.attention={kernel}"), question).counts[0]
+        for kernel in ("auto", "eager")
+    )
+    monkeypatch.setattr(shapes, "absent_kernels", lambda *_, **__: frozenset({"sdpa"}))
+    without = plan_job(nursery(), question).counts[0]
+    assert without.memory["student"] == eager.memory["student"] != fused.memory["student"]
 
 
 # -- text ------------------------------------------------------------------------------------------

@@ -205,6 +205,16 @@ def test_one_rank_count_that_fits_is_enough(
     check_fits(plan, reload)
 
 
+def test_a_rank_count_that_cannot_be_does_not_fit(
+    refused: Callable[..., tuple[str, Reload, Question]],
+) -> None:
+    text, _, _ = refused(
+        *(LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1"),
+        ranks=(1, 7),
+    )
+    assert text.startswith("nursery-1 on 1 rank of L4: got peaks of student ")
+
+
 # -- machines and rates ----------------------------------------------------------------------------
 
 
