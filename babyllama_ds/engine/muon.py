@@ -124,7 +124,7 @@ class AdamWWithMuon(torch.optim.AdamW):
         # DeepSpeed, too, steps group by group, by giving each in turn.
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
-            return super().step(closure) if self.param_groups else None
+            return super().step(closure)
         finally:
             self.param_groups = groups
 

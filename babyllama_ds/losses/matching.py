@@ -34,8 +34,5 @@ def hidden_distance_sum(
     projected_NE, target_NE = projected_NE.to(dtype), teacher_NE.masked_fill(unused_N1, 0).to(dtype)
     if loss == "mse":
         return (projected_NE - target_NE).square().mean(-1).sum()
-    # Both a vector of ones where nothing counts: zeros have no direction.
-    cosines_N = cosine_similarity(
-        projected_NE.masked_fill(unused_N1, 1), target_NE.masked_fill(unused_N1, 1), dim=-1
-    )
+    cosines_N = cosine_similarity(projected_NE, target_NE, dim=-1)  # of zeros 0, as its gradient
     return (1 - cosines_N).masked_fill(~valid_N, 0).sum()

@@ -9,7 +9,7 @@ from typing import Literal
 from babyllama_ds.engine.checkpoint import KEPT
 from babyllama_ds.engine.training import MOMENTS
 from babyllama_ds.plan.corpus import PlannedCorpus
-from babyllama_ds.plan.stages import PlannedStages
+from babyllama_ds.plan.stages import PlannedStage, PlannedStages
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.teachers.cache.layout import padded_bytes
 from babyllama_ds.teachers.cache.topk import record_bytes
@@ -38,13 +38,11 @@ def disk_items(
 ) -> Sequence[DiskItem]:
     """Every kind of file above a few megabytes.
 
-    Checkpoints hold master weights and both moments in fp32, a moving average where there is one,
-    and the best weights so far. A new one is whole before the oldest of those kept goes, so that
+    A new checkpoint is whole before the oldest of those kept goes, so that
     there are at times one more.
     """
     checkpoint = max(
-        ((1 + len(MOMENTS) + (stage.training.ema is not None)) * _FP32 + element_bytes)
-        * (stage.sizes.params + (_projections(job, work) if stage.distilled else 0))
+        _checkpoint_bytes(stage, _projections(job, work) if stage.distilled else 0, element_bytes)
         for stage in work.stages
     )
     models = sum(stage.sizes.params for stage in work.stages)
@@ -95,6 +93,16 @@ def cache_bytes(
     if loss.cache == "topk":
         return [windows * record_bytes(loss.cache_top_k, length, corpus.vocab_size)]
     return []
+
+
+def _checkpoint_bytes(stage: PlannedStage, projections: int, element_bytes: int) -> int:
+    """Master weights, both moments (of Muon's matrices one) and a moving average where there is
+    one, in fp32; and the best weights so far."""
+    params, training = stage.sizes.params + projections, stage.training
+    states = (1 + len(MOMENTS) + (training.ema is not None)) * params
+    if training.muon is not None:
+        states -= stage.sizes.backbone_weights
+    return _FP32 * states + element_bytes * params
 
 
 def _projections(job: JobSpec, work: PlannedStages) -> int:

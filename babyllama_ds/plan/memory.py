@@ -167,8 +167,8 @@ class RankMemory:
 
     moments: Mapping[Moment, Mapping[Item, int]]
     host_bytes: int
-    """Of rank 0, at most: the fp32 model at the start, or a gathered checkpoint, the best weights
-    and an offloaded optimizer. 0 on a CPU, where the device's numbers hold them."""
+    """Of rank 0, at most: a gathered checkpoint, the best weights, an offloaded optimizer. 0 on a
+    CPU, where the device's numbers hold them."""
     host_cache_bytes: int
     """The copies of a teacher cache that all ranks hold in the host's memory; likewise 0 on a
     CPU."""
@@ -215,7 +215,7 @@ def rank_memory(stage: StageShape) -> RankMemory:
         moments["checkpoint"] = always | {"gathered checkpoint": gathered}
     return RankMemory(
         moments,
-        host_bytes=0 if on_cpu else max(_FP32 * params, gathered + best + in_host),
+        host_bytes=0 if on_cpu else gathered + best + in_host,
         host_cache_bytes=stage.ranks * stage.host_cache_bytes,
     )
 
@@ -416,11 +416,11 @@ def _teacher_states(stage: StageShape) -> int:
 def _matched_states(stage: StageShape) -> int:
     """A teacher's layer, and what backward needs of the pair.
 
-    That is the student's masked layer, and in fp32 the difference of an MSE, or both sides of a
-    cosine as they are and masked; and one more in passing.
+    That is the student's masked layer, and in fp32 the difference of an MSE, or for a cosine the
+    student's side and the teacher's directions; and one more in passing.
     """
     e, width = stage.micro.element_bytes, stage.model.hidden_size
-    in_fp32 = {"mse": 2, "cosine": 5}
+    in_fp32 = {"mse": 2, "cosine": 3}
     return stage.micro.tokens * sum(
         e * (pair.teacher_width + width) + in_fp32[pair.loss] * _FP32 * pair.teacher_width
         for pair in stage.matched

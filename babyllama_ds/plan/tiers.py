@@ -45,7 +45,8 @@ def _tier(basis: Basis, size_bytes: int, ranks: int, held: Mapping[Tier, int]) -
         student_bytes=TRAINED_BYTES_A_PARAMETER * basis.student.sizes.params,
     )
     usable = basis.machine.usable_bytes(ranks)
-    free = _NOT_KNOWN if usable is None else usable - sum(held.values())
+    computes: Tier = "host" if on_cpu else "device"
+    free = _NOT_KNOWN if usable is None else usable - held.get(computes, 0)
     room = Room(
         device=None if on_cpu else free,
         device_total=basis.machine.memory_bytes or 0,

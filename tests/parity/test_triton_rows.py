@@ -185,17 +185,19 @@ def test_logits_of_80(vocab_size, temperature, mean_of) -> None:
 
 
 @needs_kernel
-def test_rows_of_a_wider_buffer_are_left_alone_beside() -> None:
-    """As a chunk of a padded vocabulary: views whose rows lie further apart than V."""
-    logits = [each.float() for each in make_logits(2, 37)]
-    wide = [F.pad(each, (0, 11), value=1e4).contiguous() for each in logits]
+@pytest.mark.parametrize("mean_of", ["logits", "probabilities"])
+def test_rows_of_wider_buffers_are_left_alone_beside(mean_of) -> None:
+    """As a chunk of a padded vocabulary: views whose rows lie further apart than V, each its own
+    way."""
+    logits = [each.float() for each in make_logits(8, 37)]
+    wide = [F.pad(each, (0, 11 - k), value=1e4).contiguous() for k, each in enumerate(logits)]
     views = [each.to(DEVICE)[:, :37] for each in wide]
-    assert views[0].stride() == (48, 1)
+    assert [each.stride(0) for each in views] == [*range(48, 39, -1)]
     from babyllama_ds.losses.triton_rows import row_losses
 
     factors = factors_of()
     factors = Factors(ce_C1=factors.ce_C1.to(DEVICE), kl_C1=factors.kl_C1.to(DEVICE))
-    mixture = mixture_of(2, 2.0, "probabilities")
+    mixture = mixture_of(8, 2.0, mean_of)
     before = views[0].clone()
     ce, kl = row_losses(views[0], views[1:], labels_of(37).to(DEVICE), mixture, factors)
     expected = reference(logits, labels_of(37), mixture, factors_of())

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from babyllama_ds import ranks
 from babyllama_ds.engine.muon import MOMENTUM, AdamWWithMuon, Matrix, layer_matrices, orthogonalised
 from babyllama_ds.spec.training import Muon, TrainingSpec
 
@@ -132,3 +134,39 @@ def test_a_matrix_that_ranks_share(tiny_model: Callable[..., Any], monkeypatch: 
     expected = whole * (1 - 5e-2 * 0.3)
     expected -= 5e-2 * (6 / 4) ** 0.5 * orthogonalised(gradient, torch.float32)
     torch.testing.assert_close(torch.cat(parts).view(6, 4), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_meet_over_the_matrices_that_they_share(
+    tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three ranks own a third each of 30 numbers: of the second matrix two have a part, of the
+    first and the third one. Who has none takes part in its sum too, or the others would wait."""
+    sizes, third = (6, 12, 8, 4), 10
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    parameters = [nn.Parameter(torch.zeros(2, size // 2)) for size in sizes]
+    owned = [
+        [
+            max(0, min(start + size, third * (rank + 1)) - max(start, third * rank))
+            for rank in range(3)
+        ]
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    assert owned == [[6, 0, 0], [4, 8, 0], [0, 2, 6], [0, 0, 4]]
+    lengths = [list(of_rank) for of_rank in zip(*owned, strict=True)]
+    monkeypatch.setattr(ranks, "gather_objects", lambda mine: mine in lengths and lengths)
+    optimizer = AdamWWithMuon(Linears(tiny_model("llama")), spec())
+    optimizer._inputs_first = dict.fromkeys(parameters, False)
+    for rank in range(3):
+        for parameter, start, of_ranks in zip(parameters, starts, owned, strict=True):
+            first, length = max(start, third * rank), of_ranks[rank]
+            of_weight = SimpleNamespace(numel=length, start=first - start)
+            of_slice = SimpleNamespace(numel=length, start=first - third * rank)
+            mapping = SimpleNamespace(lp_fragment_address=of_weight, hp_fragment_address=of_slice)
+            parameter._hp_mapping = mapping if length else None  # type: ignore[attr-defined]
+        found = list(optimizer._owned(parameters))
+        assert [one.shape.numel() for one in found if one.shared] == [12, 8]
+        whole = [one.shape.numel() for one in found if not one.shared]
+        assert whole == {0: [6], 1: [], 2: [4]}[rank]
+        assert sum(one.length for one in found) == third
+        places = {0: [(0, 0, 6), (6, 0, 4)], 1: [(0, 4, 8), (8, 0, 2)], 2: [(0, 2, 6), (6, 0, 4)]}
+        assert [(one.at, one.start, one.length) for one in found if one.length] == places[rank]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from babyllama_ds import ranks
-from babyllama_ds.engine import distributed
+from babyllama_ds.engine import distributed, muon
 from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder, Progress
 from babyllama_ds.engine.training import TrainingEngine, adamw
 from babyllama_ds.spec.training import MovingAverage, Muon, TrainingSpec
@@ -202,7 +202,8 @@ TRAINING = {"batch_windows": BATCH, "weight_decay": 3.0, "betas": (0.8, 0.95), "
 
 def split_case(case: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What makes the model, and what makes its training."""
-    of_model = {key: case[key] for key in ("kind", "tie_word_embeddings") if key in case}
+    made_by = ("kind", "tie_word_embeddings", "num_hidden_layers", "n_layer")
+    of_model = {key: case[key] for key in made_by if key in case}
     of_training = {key: value for key, value in case.items() if key not in of_model}
     return of_model, {**TRAINING, **of_training}
 
@@ -294,6 +295,29 @@ def test_bf16_gradients_are_accumulated_in_fp32(
     summed, once = moments
     for key in once:
         torch.testing.assert_close(summed[key], once[key], rtol=1e-6, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_muon_computes_in_the_jobs_precision(
+    precision: str,
+    tiny_model: Callable[..., Any],
+    training_spec: Callable[..., TrainingSpec],
+    make_engine: Callable[..., TrainingEngine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, found = muon.orthogonalised, []
+
+    def seen(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+        made = real(matrix, dtype)
+        found.append((matrix.dtype, made.dtype))
+        return made
+
+    monkeypatch.setattr(muon, "orthogonalised", seen)
+    training = training_spec(batch_windows=BATCH, muon=MUON)
+    engine = make_engine(NextTokenLoss(tiny_model("llama")), training, precision=precision)
+    train(engine, batches_of(1)[:1], RATES[:1])
+    in_steps = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert found == [(torch.float32, in_steps)] * (2 * 7)
 
 
 def test_a_model_that_comes_in_eval_mode_is_trained_with_its_dropout(
@@ -550,8 +574,15 @@ TWO_RANK_CASES = {
     "gpt2": {"kind": "gpt2", "clip_norm": 0.5, "micro_batch": 1},
     "gpt2_unclipped": {"kind": "gpt2", "clip_norm": None},
     "gpt2_averaged": {"kind": "gpt2", "micro_batch": 2, "ema": MovingAverage(decay=0.9)},
-    "llama_muon": {"kind": "llama", "clip_norm": 0.5, "micro_batch": 2, "muon": MUON},
-    "gpt2_muon_averaged": {"kind": "gpt2", "muon": MUON, "ema": MovingAverage(decay=0.9)},
+    # Three layers: of two, each rank's slice would be one, and no matrix lie in both.
+    "llama_muon": {
+        **{"kind": "llama", "num_hidden_layers": 3},
+        **{"clip_norm": 0.5, "micro_batch": 2, "muon": MUON},
+    },
+    "gpt2_muon_averaged": {
+        **{"kind": "gpt2", "n_layer": 3},
+        **{"muon": MUON, "ema": MovingAverage(decay=0.9)},
+    },
 }
 
 
@@ -666,6 +697,9 @@ def train_case(folder: Path, name: str, device: torch.device) -> dict[str, Any]:
         return TrainingEngine(module, training=training, config=config, device=device)
 
     engine = new_engine()
+    if training.muon is not None:
+        (matrices,) = engine._engine.optimizer.optimizer._matrices.values()
+        assert any(matrix.shared for matrix in matrices), "no matrix lies on both ranks"
     norms = train(engine, batches["first"], RATES)
     checkpoints.save(engine, Progress(step=len(RATES)), BestWeights())
     norms += train(engine, batches["then"], RATES)

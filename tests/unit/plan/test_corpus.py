@@ -21,7 +21,9 @@ Job = Callable[..., JobSpec]
 
 def test_tokens_are_exact_where_the_store_has_them(nursery: Job, tmp_path: Path) -> None:
     job = nursery("corpus.words=4000", "corpus.dev_words=1000", "tokenizer.vocab_size=400")
-    assert plan_corpus(job, runs=tmp_path, tokens=None).source == "estimate"
+    before_it = plan_corpus(job, runs=tmp_path, tokens=None)
+    assert before_it.source == "estimate"
+    assert (before_it.train_tokens, before_it.dev_tokens) == (5_400, 1_350)  # 1.35 a word
     corpus = open_corpus(prepare_corpus(job, Store(tmp_path / "store"), lambda: None))
     before = sorted((tmp_path / "store").rglob("*"))
     planned = plan_corpus(job, runs=tmp_path, tokens=None)
@@ -43,6 +45,14 @@ def test_tokens_are_estimated_from_the_size_of_the_text(files_job: Job, tmp_path
     )
 
 
+def test_a_tail_held_out_is_no_training_text(files_job: Job, tmp_path: Path) -> None:
+    tail = f"{{kind: files, train: ['{tmp_path}/*.train'], split: {{kind: tail, fraction: 0.25}}}}"
+    job = files_job("tokenizer.vocab_size=800", f"corpus={tail}")
+    planned = plan_corpus(job, runs=tmp_path, tokens=None)
+    assert planned.train_tokens == round(7_500 / 2.21)
+    assert planned.dev_tokens == round(2_500 / 2.21)
+
+
 def test_bytes_a_token_lie_between_the_measured_ones() -> None:
     assert bytes_a_token(8_192) == 3.12
     assert 3.12 < bytes_a_token(12_000) < 3.27
@@ -61,7 +71,7 @@ def test_what_has_to_be_read_is_counted(files_job: Job, tmp_path: Path) -> None:
     packed = tmp_path / "a.txt.gz"
     packed.write_bytes(gzip.compress(b"x" * 9_999 + b"\n"))
     rows = tmp_path / "b.jsonl"
-    rows.write_text("".join(f'{{"n": {i}, "text": "{"y" * 99}"}}\n' for i in range(100)))
+    rows.write_text("".join(f'{{"n": {i}, "text": "é{"y" * 97}"}}\n' for i in range(100)))
     dev = f"split: {{kind: held_out, dev: ['{tmp_path}/a.dev']}}"
 
     def planned(corpus: str) -> PlannedCorpus:

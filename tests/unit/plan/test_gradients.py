@@ -42,6 +42,7 @@ OTHERS: dict[str, Case] = {
     "fp32": ("fp32", {}, 300),
     "fp32, two buffers": ("fp32", {"overlap_comm": True}, 300),
     "fp32, no buffer": ("fp32", {"contiguous_gradients": False}, 300),
+    "fp32, scattered": ("fp32", {"reduce_scatter": True}, 300),
     "fp32, stage 1": ("fp32", {"stage": 1}, 300),
 }
 

@@ -6,9 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
 
+from babyllama_ds.losses.matching import hidden_distance_sum
 from babyllama_ds.models.sizes import ModelSizes
-from babyllama_ds.plan.activations import MicroBatchShape, recomputed_bytes, saved_bytes
+from babyllama_ds.plan.activations import (
+    MicroBatchShape,
+    recomputed_bytes,
+    saved_bytes,
+    working_bytes,
+)
 from babyllama_ds.plan.memory import (
     HeldTeacher,
     MatchedPair,
@@ -146,6 +154,18 @@ def test_an_evaluation_has_its_own_windows_and_no_teachers() -> None:
     assert items["logits of a chunk"] == 64 * 100 * 2
     chunked = rank_memory(replace(stage, chunk_tokens=5)).moments["evaluation"]
     assert chunked["logits of a chunk"] == items["logits of a chunk"]
+    # At least a window of 8, were there fewer tokens in a pass.
+    least = rank_memory(replace(stage, evaluation_tokens=5)).moments["evaluation"]
+    assert least["logits of a chunk"] == 8 * 100 * 2
+
+
+def test_teachers_are_there_before_the_student_is_cast() -> None:
+    stage = replace(STAGE, teachers=[HeldTeacher(sizes=TEACHER, live=True)], cache_bytes=7)
+    assert rank_memory(stage).moments["start"] == {
+        "model before it is cast": 4 * 10_000,
+        "teachers": 2 * 40_000,
+        "teacher cache": 7,
+    }
 
 
 def test_every_rank_holds_a_copy_of_a_cache_in_the_hosts_memory() -> None:
@@ -175,6 +195,22 @@ def test_the_peak_is_the_highest_point() -> None:
     assert memory.items == memory.moments[memory.peak]
 
 
+def test_the_work_of_a_layer_is_that_of_its_larger_half() -> None:
+    """Of the MLP three tensors of 32 columns; of eager attention two of 4 heads' 64 x 64 scores.
+
+    Beside either half is the mask that keeps documents apart, as booleans and as numbers.
+    """
+    long = replace(MICRO, windows=1, length=64)
+    assert working_bytes(STUDENT, long) == 3 * 2 * 64 * 32
+    eager = replace(long, kernel="eager")
+    assert working_bytes(STUDENT, eager) == 2 * 2 * 4 * 64 * 64
+    mask = (1 + 2) * 64 * 64
+    assert working_bytes(STUDENT, replace(eager, documents=True)) == 2 * 2 * 4 * 64 * 64 + mask
+    assert working_bytes(STUDENT, replace(long, documents=True)) == 3 * 2 * 64 * 32 + mask
+    flash = replace(long, kernel="flash_attention_2", documents=True)
+    assert working_bytes(STUDENT, flash) == 3 * 2 * 64 * 32
+
+
 def test_a_checkpoint_is_gathered_in_host_memory() -> None:
     """Masters and moments, 12 bytes a parameter, and the best weights; on a CPU beside the rest."""
     assert rank_memory(STAGE).host_bytes == 14 * 10_000
@@ -196,6 +232,9 @@ def test_on_a_cpu_the_allocator_keeps_a_share_of_what_is_freed(windows: int) -> 
     backward = rank_memory(replace(STAGE, micro=micro)).moments["backward"]
     assert backward["activations"] == items["activations"]  # nor is it given back
     assert backward["kept by the allocator"] == items["kept by the allocator"]
+    update = rank_memory(replace(STAGE, micro=micro)).moments["update"]
+    assert update["activations"] == items["activations"]
+    assert rank_memory(STAGE).moments["update"]["activations"] == 0
 
 
 def test_filling_a_cache() -> None:
@@ -223,12 +262,35 @@ def test_matched_layers_cost_their_matrices_and_states() -> None:
     items = rank_memory(stage).moments["forward"]
     assert items["parameters"] == 2 * stage.trained
     assert items["moments, fp32"] == 2 * 4 * stage.trained // 4
-    # 32 positions: both layers in bf16; the difference of one pair, both sides of the other twice,
+    # 32 positions: both layers in bf16; the difference of one pair, both sides of the other,
     # and one more of each, in fp32.
-    of_mse, of_cosine = 2 * (32 + 16) + 2 * 4 * 32, 2 * (24 + 16) + 5 * 4 * 24
+    of_mse, of_cosine = 2 * (32 + 16) + 2 * 4 * 32, 2 * (24 + 16) + 3 * 4 * 24
     assert items["states of matched layers"] == 32 * (of_mse + of_cosine)
     assert rank_memory(STAGE).moments["forward"]["states of matched layers"] == 0
     assert rank_memory(stage).host_bytes == 12 * stage.trained + 2 * stage.trained
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine"])
+def test_matched_layers_keep_what_autograd_is_handed(loss: Any) -> None:
+    """Of one pair, beside the teacher's layer and one more in passing."""
+    num, width, teacher_width = 32, 16, 1000
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    student = torch.randn(num, width, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(teacher_width, width, dtype=torch.bfloat16, requires_grad=True)
+    teacher = torch.randn(num, teacher_width, dtype=torch.bfloat16)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden_distance_sum(student, weight, teacher, torch.ones(num, dtype=torch.bool), loss)
+    del kept[weight.untyped_storage()._cdata]
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    stage = replace(STAGE, matched=[MatchedPair(teacher_width=teacher_width, loss=loss)])
+    planned = rank_memory(stage).moments["forward"]["states of matched layers"]
+    # Norms, one number for each position, are left out.
+    assert found == pytest.approx(planned - teacher.nbytes - 2 * teacher.nbytes, rel=0.01)
 
 
 # -- options ---------------------------------------------------------------------------------------

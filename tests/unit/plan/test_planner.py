@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen2Config
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
-from babyllama_ds.errors import JobError
+from babyllama_ds.errors import JobError, ModelError
+from babyllama_ds.models.recomputing import recompute_layers
+from babyllama_ds.models.sizes import meta_model
+from babyllama_ds.plan import shapes
 from babyllama_ds.plan.machines import CARDS, USABLE, UTILISATION, Machine
 from babyllama_ds.plan.planned import Plan, Question
 from babyllama_ds.plan.planner import plan_job
@@ -64,6 +70,56 @@ def test_evaluations_are_counted(nursery: Job, tmp_path: Path) -> None:
     student = next(stage for stage in plan.work.stages if stage.name == "student")
     windows = 3 * 5 + 8  # after steps 3, 6 and 7; at the end
     assert student.flops.evaluation == windows * 64 * student.sizes.forward_flops(64, 800)
+
+
+def test_no_more_development_windows_than_there_are(nursery: Job, tmp_path: Path) -> None:
+    job = nursery(
+        ON_CPU,
+        "corpus.words=4000",
+        "corpus.dev_words=1000",
+        "student.training.evaluate_windows=1000",
+        "evaluation.dev_windows=1000",
+        "student.training.epochs=2",
+        "student.training.warmup_steps=1",
+        "control={training: {batch_windows: 64, epochs: 1.0, learning_rate: 1.0e-3}}",
+    )
+    plan = plan_job(job, Question(runs=tmp_path))
+    assert plan.corpus.dev_tokens is not None
+    available = plan.corpus.dev_tokens // 64
+    assert 1 < available < 1000
+    student, control = plan.work.stages[2:]
+    a_window = 64 * student.sizes.forward_flops(64, 800)
+    assert (
+        student.flops.evaluation == (2 + 1) * available * a_window
+    )  # after epochs, and at the end
+    assert control.flops.evaluation == (1 + 1) * available * a_window
+    assert control.tokens == -(-plan.work.num_windows // 64) * 64 * 64
+
+
+def test_layers_that_are_computed_again_are_counted(nursery: Job, tmp_path: Path) -> None:
+    """Against PyTorch's own count of a window's products.
+
+    Those of the head are not made again; nor the last one of each layer, as the plan has it.
+    """
+    question = Question(tokens=64 * 101, runs=tmp_path)
+    counts = {}
+    for again in (False, True):
+        job = nursery(ON_CPU, f"student.training.gradient_checkpointing={str(again).lower()}")
+        student = plan_job(job, question).work.stages[2]
+        model = meta_model(student.spec, 800, where="student").to_empty(device="cpu").train()
+        model.set_attn_implementation("eager")
+        if again:
+            recompute_layers(model)
+        with FlopCounterMode(display=False) as counter:
+            ids_BS = torch.zeros(1, 64, dtype=torch.int64)
+            model(input_ids=ids_BS, use_cache=False).logits.sum().backward()
+        counts[again] = counter.get_total_flops()
+        sizes = student.sizes
+        spared = again * 64 * sizes.num_layers * 2 * sizes.hidden_size * sizes.intermediate_size
+        # LLaMA turns positions into angles by a small product of its own, which is no layer's.
+        planned = student.flops.training / student.tokens * 64
+        assert planned == pytest.approx(counts[again] + spared, rel=1e-3)
+    assert counts[True] > 1.2 * counts[False]
 
 
 def test_a_cache_runs_the_backbones_once(nursery: Job, tmp_path: Path) -> None:
@@ -128,6 +184,34 @@ def test_disk(nursery: Job, tmp_path: Path) -> None:
     plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
     items = {item.name: item.bytes for item in plan.disk}
     assert items["teacher cache"] == 100 * 64 * 64 * (4 + 2)  # fp32 and a 16-bit id, k = 64
+
+
+def test_what_options_add_to_the_disk(nursery: Job, tmp_path: Path) -> None:
+    """A checkpoint of each kind; ids of 16 bits up to 65,536 tokens; text for development."""
+
+    def items(*overrides: str) -> tuple[dict[str, int], Plan]:
+        large = "student.model.num_layers=24"  # than which no teacher is larger
+        job = nursery(ON_CPU, large, *overrides)
+        plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
+        return {item.name.split()[0]: item.bytes for item in plan.disk}, plan
+
+    plain, plan = items()
+    student = plan.work.stages[2].sizes
+    assert plain["checkpoints"] == 3 * 14 * student.params
+    averaged, _ = items("student.training.ema={decay: 0.9}")
+    assert averaged["checkpoints"] == 3 * 18 * student.params
+    muon, _ = items("student.training.muon={learning_rate: 0.02}")
+    assert muon["checkpoints"] == 3 * (14 * student.params - 4 * student.backbone_weights)
+    layers = "[{teacher: gpt2, teacher_layer: 1, student_layer: 1}]"
+    matched, _ = items(f"distillation.hidden_matching={{weight: 0.5, layers: {layers}}}")
+    matrix = plan.work.teachers[0].sizes.hidden_size * student.hidden_size
+    assert matched["checkpoints"] == 3 * 14 * (student.params + matrix)
+    for vocab_size, id_bytes in ((65_536, 2), (65_537, 4)):
+        found, _ = items(f"tokenizer.vocab_size={vocab_size}")
+        assert found["token"] == id_bytes * 6_400
+    text = f"corpus={{kind: files, train: ['{tmp_path}/*'], split: {{kind: tail, fraction: 0.2}}}}"
+    found, _ = items(text)
+    assert found["token"] == 2 * (6_400 + 1_600)
 
 
 def test_time_at_a_measured_rate(nursery: Job, tmp_path: Path) -> None:
@@ -257,9 +341,29 @@ def test_a_cache_of_tier_auto_goes_where_it_fits(
         "teacher cache: tier auto, the first that fits: device and host; "
         "enough room on the disk and in the host's memory" in text
     )
+    # Nor do 18 bytes for each parameter of a deep student leave room beside what is spared.
+    deep = planned(small, "TINY", "student.model.num_layers=320")
+    assert 18 * deep.work.stages[2].sizes.params > (942 - 205) * 2**20
+    assert deep.counts[0].cached == {"host": small * 2 * 192 * 2}
     asked = planned(small, "TINY", "distillation.cache_tier=host").counts[0]
     assert asked.memory["student"].moments["forward"]["teacher cache"] == 0
     assert asked.memory["student"].host_cache_bytes == 2 * small * 2 * 192 * 2
+
+
+def test_a_cache_that_lies_elsewhere_takes_no_room_from_the_next(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first teacher's cache is too large for the memory that computes, the second's is not."""
+    monkeypatch.setitem(CARDS, "TINY", (1, 1.0))
+    wide, tokens = "teachers.gpt2.model.hidden_size=384", 64 * 16_000
+    large, small = tokens * 384 * 2, tokens * 192 * 2
+    question = Question(tokens=tokens, runs=tmp_path, gpu="TINY", ranks=(1,))
+    on_card = plan_job(nursery(*CACHED, wide), question).counts[0]
+    assert on_card.cached == {"host": large, "device": small}
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: (large + small) // 2 * 5 // 4)
+    question = replace(question, gpu=None)
+    on_cpu = plan_job(nursery(ON_CPU, *CACHED, wide), question).counts[0]
+    assert on_cpu.cached == {"disk": large, "host": small}
 
 
 def test_a_cache_of_tier_auto_on_a_cpu(
@@ -272,10 +376,67 @@ def test_a_cache_of_tier_auto_on_a_cpu(
     assert count.cached == {"host": 6_400 * 2 * 192 * 2}
     assert count.memory["student"].moments["forward"]["teacher cache"] == 6_400 * 2 * 192 * 2
     assert count.memory["student"].host_cache_bytes == 0
+    asked = nursery(ON_CPU, *CACHED, "distillation.cache_tier=device")
+    assert plan_job(asked, question).counts[0].cached == count.cached
     monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: 2_000_000)
     count = plan_job(job, question).counts[0]
     assert count.cached == {"disk": 6_400 * 2 * 192 * 2}
     assert count.memory["student"].moments["forward"]["teacher cache"] == 0
+
+
+def test_what_options_change_in_memory(nursery: Job, tmp_path: Path) -> None:
+    """Each of them reaches the student's memory, and no other stage's."""
+
+    def planned(*overrides: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        question = Question(tokens=65_000, runs=tmp_path, gpu="H100", ranks=(1,))
+        job = nursery("control.training=null", "windows.offsets=fixed", *overrides)
+        memory = plan_job(job, question).counts[0].memory
+        return memory["student"].moments, memory["teachers/llama"].moments
+
+    plain, of_teacher = planned()
+    job = nursery("windows.offsets=fixed")
+    work = plan_job(job, Question(tokens=65_000, runs=tmp_path)).work
+    student, teachers = work.stages[2].sizes, [one.sizes for one in work.teachers]
+    e, windows = 2, job.student.training.batch_windows
+    assert plain["forward"]["teachers"] == e * sum(one.params for one in teachers)
+    assert plain["forward"]["moments, fp32"] == 2 * 4 * student.params
+    assert plain["forward"]["moving average, fp32"] == 0
+    assert plain["forward"]["states of matched layers"] == 0
+    assert of_teacher["forward"]["teachers"] == 0
+    assert "cache" not in plain
+
+    averaged, _ = planned("student.training.ema={decay: 0.9}")
+    assert averaged["forward"]["moving average, fp32"] == 4 * student.params
+    muon, _ = planned("student.training.muon={learning_rate: 0.02}")
+    numbers = 2 * student.params - student.backbone_weights
+    assert muon["forward"]["moments, fp32"] == 4 * numbers
+    again, _ = planned("student.training.gradient_checkpointing=true")
+    assert again["forward"]["activations"] < plain["forward"]["activations"] / 2
+
+    layers = "[{teacher: gpt2, teacher_layer: 1, student_layer: 1}]"
+    matched, other = planned(f"distillation.hidden_matching={{weight: 0.5, layers: {layers}}}")
+    matrix = teachers[0].hidden_size * student.hidden_size
+    assert matched["forward"]["parameters"] == e * (student.params + matrix)
+    assert other == of_teacher
+    chunked, other = planned("distillation.chunk_tokens=16")
+    # Of the student and of the sum of its teachers, whose votes are equal.
+    assert chunked["forward"]["logits of a chunk"] == 16 * 800 * 2 * e
+    assert other == of_teacher
+    wider, _ = planned("evaluation.batch_tokens=640")
+    assert wider["evaluation"]["logits of a chunk"] == 640 * 800 * e
+
+    hidden, other = planned("distillation.cache=hidden")
+    assert hidden["forward"]["teachers"] == e * sum(one.head_weights for one in teachers)
+    assert hidden["cache"]["teachers"] == e * max(one.params for one in teachers)
+    assert other == of_teacher
+    top_k, _ = planned("distillation.cache=topk")
+    assert top_k["forward"]["teachers"] == 0
+    assert top_k["cache"]["teachers"] == e * sum(one.params for one in teachers)
+    assert windows * 64 * 800 * (e + 2 * 4) == top_k["forward"]["logits of a chunk"]
+    of_documents = ("corpus.documents=lines", "windows.attention=document")
+    apart, _ = planned("student.model.attention=eager", *of_documents)
+    inside, _ = planned("student.model.attention=eager")
+    assert apart["backward"]["work of a layer"] > inside["backward"]["work of a layer"]
 
 
 # -- ranks -----------------------------------------------------------------------------------------
@@ -291,6 +452,31 @@ def test_rank_counts_that_do_not_divide_the_batch_are_told(nursery: Job, tmp_pat
     assert "–" in render_plan(plan)
     with pytest.raises(JobError, match=r"--ranks: got 4, 8, expected at least one number"):
         plan_job(job, Question(tokens=6_500, runs=tmp_path, ranks=(4, 8)))
+
+
+def test_what_a_run_would_refuse_is_not_planned(nursery: Job, tmp_path: Path) -> None:
+    question = Question(tokens=6_500, runs=tmp_path, ranks=(2,))
+    long = nursery(ON_CPU, "student.training.warmup_steps=100")
+    with pytest.raises(JobError, match=r"student\.training\.warmup_steps: got 100, expected fewer"):
+        plan_job(long, question)
+    GPT2Config(vocab_size=800, n_embd=64, n_layer=1, n_head=4).save_pretrained(tmp_path / "b")
+    loaded = f"{{kind: pretrained, path: {tmp_path / 'b'}}}"
+    split = nursery(ON_CPU, f"teachers=[{{name: b, model: {loaded}, tensor_parallel: 2}}]")
+    with pytest.raises(ModelError, match=r"teachers\.b\.tensor_parallel: got 2 for a model of "):
+        plan_job(split, question)
+
+
+def test_a_family_without_fused_attention_is_planned_with_eager(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = Question(tokens=6_500, runs=tmp_path, gpu="H100", ranks=(1,))
+    fused, eager = (
+        plan_job(nursery(f"student.model.attention={kernel}"), question).counts[0]
+        for kernel in ("auto", "eager")
+    )
+    monkeypatch.setattr(shapes, "absent_kernels", lambda *_, **__: frozenset({"sdpa"}))
+    without = plan_job(nursery(), question).counts[0]
+    assert without.memory["student"] == eager.memory["student"] != fused.memory["student"]
 
 
 # -- text ------------------------------------------------------------------------------------------

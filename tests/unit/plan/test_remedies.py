@@ -174,9 +174,11 @@ def test_a_cache_takes_large_teachers_off_the_card(
         num_key_value_heads=5,
     ).save_pretrained(tmp_path)
     loaded = f"model: {{kind: pretrained, path: {tmp_path}}}"
-    text, reload, question = refused(
-        f"teachers=[{{name: a, {loaded}}}, {{name: b, {loaded}}}]", gpu="TINY"
-    )
+    teachers = f"teachers=[{{name: a, {loaded}}}, {{name: b, {loaded}}}]"
+    # No more phases than epochs: the others would be computed for nothing.
+    short, _, _ = refused(teachers, "student.training.epochs=1.5", gpu="TINY")
+    assert "distillation.cache_tier=disk windows.offsets={phases: 2}" in short
+    text, reload, question = refused(teachers, gpu="TINY")
     advice = "distillation.cache=hidden distillation.cache_tier=disk windows.offsets={phases: 4}"
     assert advice in text
     assert "micro_batch" not in text  # it would not help
@@ -203,6 +205,16 @@ def test_one_rank_count_that_fits_is_enough(
     plan = plan_job(reload(()), Question(tokens=65_000, runs=tmp_path, gpu="L4", ranks=(1, 16)))
     assert [plan.fits(count) for count in plan.counts] == [False, True]
     check_fits(plan, reload)
+
+
+def test_a_rank_count_that_cannot_be_does_not_fit(
+    refused: Callable[..., tuple[str, Reload, Question]],
+) -> None:
+    text, _, _ = refused(
+        *(LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1"),
+        ranks=(1, 7),
+    )
+    assert text.startswith("nursery-1 on 1 rank of L4: got peaks of student ")
 
 
 # -- machines and rates ----------------------------------------------------------------------------

@@ -186,6 +186,13 @@ def test_similar_teachers_give_no_warning(
     assert warned(teachers, dtype) == []
 
 
+def test_equal_weights_whose_kernels_round_differently_are_named() -> None:
+    """Such are about 1e-6 apart, in fp32; a teacher and itself after one update 0.02."""
+    for distance, warns in ((0.0, True), (1e-6, True), (2e-3, False)):
+        found = warnings_of({"teacher_distance/a/b": distance}, ["a", "b"], vocab_size=VOCAB)
+        assert bool(found) is warns
+
+
 # -- logits that are not finite -------------------------------------------------------------------
 
 

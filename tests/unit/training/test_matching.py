@@ -268,6 +268,9 @@ def test_matrices_follow_the_seed_alone(
     assert all(map(torch.equal, one, again))
     assert not any(map(torch.equal, one, other))
     assert not torch.equal(one[0][:16], one[1][:16])
+    # States leave them as large as they came: each is a sum of 24 products.
+    for each in one:
+        assert each.std().item() == pytest.approx(24**-0.5, rel=0.15)
 
 
 def test_the_model_itself_is_left_as_it_was(

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def test_a_board_that_cannot_be_written_neither(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.raises(RunError, match=f"{tmp_path}: got "):
         open_log(tmp_path)
+
+
+def test_what_was_written_before_an_error_is_there(tmp_path: Path) -> None:
+    """As before a stop, which leaves as an error."""
+    with suppress(KeyError), open_log(tmp_path) as metrics:
+        metrics.write(1, {"loss": 2.0})
+        raise KeyError
+    assert scalars(tmp_path, "student", "loss") == [(1, 2.0)]
 
 
 def test_a_resumed_training_overwrites_what_came_after_its_checkpoint(tmp_path: Path) -> None:

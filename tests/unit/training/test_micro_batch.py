@@ -266,6 +266,10 @@ def test_free_memory_is_read_when_all_ranks_have_their_engines(
             super().__init__(*args, **options)
             order.append("engine")
 
+        def destroy(self) -> None:
+            super().destroy()
+            order.append("destroyed")
+
     def free_bytes() -> int:
         order.append("read")
         return 2**40
@@ -275,6 +279,7 @@ def test_free_memory_is_read_when_all_ranks_have_their_engines(
     monkeypatch.setattr(ranks, "barrier", lambda: order.append("barrier"))
     search()
     assert order[order.index("engine") :][:3] == ["engine", "barrier", "read"]
+    assert order[-1] == "destroyed", "the training's own engine finds the memory taken"
 
 
 def test_no_room_at_all_is_an_error(

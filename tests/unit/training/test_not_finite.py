@@ -79,6 +79,29 @@ def test_a_teacher_that_is_not_finite_is_named_with_its_windows(
     assert all(weight.isfinite().all() for weight in run.weights().values())
 
 
+def test_a_broken_teacher_is_named_in_a_short_batch_too(
+    new_run: Callable[..., Run], tiny_model: Callable[..., Any]
+) -> None:
+    """The last of an epoch: of its four windows two are padding."""
+    run = new_run(distilled=True)
+    broken = tiny_model("llama", seed=6)
+    run.ensemble = ensemble_of(run.device, broken, dtype=torch.bfloat16)
+
+    def spoil(epoch: int, k: int) -> None:
+        if (epoch, k) == (0, 3):
+            broken.lm_head.weight.data[3] = float("nan")
+
+    with pytest.raises(TrainingError) as caught:
+        run.train(before=spoil)
+    (problem,) = caught.value.problems
+    windows = windows_of_step(3)
+    assert len(windows) == 2
+    assert problem.got == (
+        "logits of teacher 0 that are not finite, in epoch 0, "
+        f"windows {', '.join(map(str, windows))}"
+    )
+
+
 def test_every_teacher_that_is_not_finite_is_named(
     new_run: Callable[..., Run], tiny_model: Callable[..., Any]
 ) -> None:

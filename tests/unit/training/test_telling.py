@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from babyllama_ds.engine.schedule import learning_rate
 from babyllama_ds.spec.distillation import DistillationSpec
-from babyllama_ds.training import objective
+from babyllama_ds.training import clock, objective
 from babyllama_ds.training.meter import Meter
 from trainings import VOCAB, RandomWindows, Run, ensemble_of, windows_of_step
 
@@ -48,6 +50,25 @@ def test_logged_lines(
     assert shown[-1].startswith("student  step 8/8  loss ")
     assert shown[-1].endswith("0:00 left")
     assert len(shown) == 2
+
+
+def test_speed_is_that_since_the_last_line_and_the_rest_is_reckoned_by_all_steps(
+    new_run: Callable[..., Run], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step takes a second, and waiting for a logged one's sums another."""
+    monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
+    seconds, minutes = itertools.count(), itertools.count(step=60)
+    fake = SimpleNamespace(perf_counter=lambda: next(seconds), monotonic=lambda: next(minutes))
+    monkeypatch.setattr(clock, "time", fake)
+    run = new_run(log_every_steps=3)
+    with caplog.at_level(logging.INFO):
+        run.train()
+    # 40 tokens in the first step, 80 in the next two, 100 in three, 60 in two.
+    expected = {1: 40 / (1 + 1), 3: 80 / (2 + 1), 6: 100 / (3 + 1), 8: 60 / (2 + 1)}
+    assert {step: line["tokens_per_s"] for step, line in run.logged().items()} == expected
+    left = [m[1] for one in caplog.records if (m := re.search(r"(\S+) left$", one.getMessage()))]
+    # 7 steps of 2 seconds, 5 of 5/3, 2 of 9/6.
+    assert left == ["0:14", "0:08", "0:03", "0:00"]
 
 
 def test_a_distilled_step_logs_ce_and_kl_and_their_weighted_sum(
