@@ -6,9 +6,12 @@ from typing import Literal, NamedTuple
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from babyllama_ds.spec.base import Name, Spec, consistent, repeated_names
+from babyllama_ds.spec.base import Mismatch, Name, Spec, consistent, repeated_names
 
 Prefix = Literal["none", "bos"]
+
+MEASURED_WITH = {"mnli-mm": "mnli"}
+"""Tasks that have no training text of their own, and the task whose classifier they are given."""
 
 
 class MinimalPairs(Spec):
@@ -78,6 +81,19 @@ class FineTuning(Spec):
         cls, tasks: tuple[FineTunedTask, ...] | None
     ) -> tuple[FineTunedTask, ...] | None:
         return consistent(tasks, repeated_names([task.name for task in tasks or ()]))
+
+    @field_validator("tasks")
+    @classmethod
+    def _settings_are_of_trainings(
+        cls, tasks: tuple[FineTunedTask, ...] | None
+    ) -> tuple[FineTunedTask, ...] | None:
+        vain = [
+            Mismatch((i, key), value, "nothing", f"give it to {trained}, whose classifier it has")
+            for i, task in enumerate(tasks or ())
+            if (trained := MEASURED_WITH.get(task.name)) is not None
+            for key, value in task.model_dump(exclude={"name"}, exclude_none=True).items()
+        ]
+        return consistent(tasks, vain)
 
     def settings_of(self, name: str) -> TaskSettings:
         """A task's own settings, or else the suite's."""

@@ -202,6 +202,15 @@ def test_a_task_has_its_own_settings_or_else_the_suites() -> None:
         job(evaluation={"fine_tuning": [suite, suite]})
 
 
+def test_settings_of_a_task_without_a_training_are_refused() -> None:
+    """The report would tell of epochs that mnli-mm's classifier, which is mnli's, never had."""
+    tasks = [{"name": "mnli", "epochs": 2}, {"name": "mnli-mm"}]
+    suite = {"name": "glue", "path": "x", "tasks": tasks}
+    assert job(evaluation={"fine_tuning": [suite]}).evaluation.fine_tuning[0].tasks is not None
+    with pytest.raises(ValidationError, match=r"1\.epochs: got 3, expected nothing"):
+        job(evaluation={"fine_tuning": [{**suite, "tasks": [tasks[0], {**tasks[1], "epochs": 3}]}]})
+
+
 @pytest.mark.parametrize("compiled", ["auto", "none", "student"])
 def test_split_teachers_are_not_compiled(compiled: str) -> None:
     assert with_split(1, deepspeed={"compile": "all"}).deepspeed.compile == "all"
