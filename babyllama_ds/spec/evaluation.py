@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from babyllama_ds.spec.base import Mismatch, Name, Spec, consistent, repeated_names
 
@@ -53,7 +53,7 @@ class FineTuning(Spec):
     """The suite's name in the report."""
     path: str
     """Directory of `TASK.train.jsonl` and `TASK.valid.jsonl`."""
-    tasks: tuple[FineTunedTask, ...] | None = None
+    tasks: Annotated[tuple[FineTunedTask, ...], Field(min_length=1)] | None = None
     """The tasks; none: every one of which both files are there."""
     teachers: bool = True
     """Whether teachers are measured too, which costs in proportion to their size."""

@@ -202,6 +202,13 @@ def test_a_task_has_its_own_settings_or_else_the_suites() -> None:
         job(evaluation={"fine_tuning": [suite, suite]})
 
 
+def test_a_suite_without_tasks_is_refused() -> None:
+    """It would have no score to tell, after all training."""
+    suite = {"name": "glue", "path": "x", "tasks": []}
+    with pytest.raises(ValidationError, match="should have at least 1 item"):
+        job(evaluation={"fine_tuning": [suite]})
+
+
 def test_settings_of_a_task_without_a_training_are_refused() -> None:
     """The report would tell of epochs that mnli-mm's classifier, which is mnli's, never had."""
     tasks = [{"name": "mnli", "epochs": 2}, {"name": "mnli-mm"}]
