@@ -26,6 +26,9 @@ METHOD = 4
 MEASUREMENT = 2
 """Raised when an evaluation says more of a model, or something else, so that it is made anew."""
 
+FINE_TUNING = 1
+"""Raised when a change of the code changes what a fine-tuning comes to."""
+
 HOW_IT_RUNS = {
     "micro_batch",
     "gradient_checkpointing",
@@ -147,7 +150,11 @@ def measured_fingerprint(
     no text) and on the files of benchmarks and suites, which are known by their names and
     contents."""
     fine_tuning = [
-        [_plain(suite, exclude={"path", "teachers"}), _hashes(Path(suite.path), "*.jsonl")]
+        [
+            FINE_TUNING,
+            _plain(suite, exclude={"path", "teachers"}),
+            _hashes(Path(suite.path), "*.jsonl"),
+        ]
         for suite in suites
     ]
     return files.hash_json(
@@ -168,7 +175,12 @@ def classifier_fingerprint(model: Mapping[str, str], training: str, tokenizer_ke
     """Of a classifier that a model (`model_hashes`) is fine-tuned to; `training` is that of the
     task, its settings and the seed."""
     return files.hash_json(
-        {"method": METHOD, "weights": model, "training": training, "tokenizer": tokenizer_key}
+        {
+            "method": [METHOD, FINE_TUNING],
+            "weights": model,
+            "training": training,
+            "tokenizer": tokenizer_key,
+        }
     )
 
 

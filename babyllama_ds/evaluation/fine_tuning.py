@@ -16,15 +16,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds import ranks
@@ -41,14 +42,15 @@ from babyllama_ds.evaluation.labelled_files import (
 from babyllama_ds.evaluation.sentences import prefix_ids, sentence_encoder
 from babyllama_ds.evaluation.stored import Remember, Steps
 from babyllama_ds.files import hash_json
+from babyllama_ds.models.attention import Device, kind_of, resolve_attention
 from babyllama_ds.models.build import load_model
+from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.evaluation import FineTuning, Prefix
 from babyllama_ds.spec.job import derive_seed
+from babyllama_ds.spec.models import Attention
 
 logger = logging.getLogger(__name__)
 
-METHOD = 1
-"""Raised when a change of the code changes what a training comes to."""
 MEETING_S = 5.0
 """Seconds of work between meetings of the ranks, each of which waits for the others' steps."""
 
@@ -95,7 +97,8 @@ def fine_tune_suite(
     Tasks and seeds are dealt out to ranks, each of which `remember`s its own as it goes.
 
     Raises:
-        DataError: a tokenizer that has no token to end a text with.
+        DataError: a tokenizer that has no token to end a text with, or one that the model has no
+            embedding for.
         ModelError: not loadable, or a loss that is not finite.
     """
     encoded = {task.name: encode_task(learner, task, suite.max_tokens) for task in tasks}
@@ -131,9 +134,26 @@ def _together(steps: Generator[None]) -> None:
             pass
 
 
-def kernel_to_learn(attention: str) -> str:
-    """The kernel for fp32 weights and short examples, given the one for training."""
-    return "sdpa" if attention.startswith("flash_attention") else attention
+def kernel_to_learn(
+    requested: Attention,
+    *,
+    device: Device,
+    precision: Literal["bf16", "fp32"],
+    where: str,
+    missing: Set[str],
+) -> str:
+    """The kernel for fp32 weights: the one for training, but not FlashAttention, for 16 bits alone.
+
+    `missing` are the kinds that the model's family has not. Raises as `resolve_attention`.
+    """
+    return resolve_attention(
+        "auto" if kind_of(requested) == "flash_attention" else requested,
+        device=device,
+        precision=precision,
+        training=True,
+        where=where,
+        missing={*missing, "flash_attention"},
+    )
 
 
 def encode_task(learner: Learner, task: LabelledTask, max_tokens: int) -> dict[str, Encoded]:
@@ -206,6 +226,10 @@ def fine_tune(
 
     Leaves the best `epoch`, the score after each one (`curve`), and of the best one the
     `predictions` by the name of the validation examples.
+
+    Raises:
+        DataError: an example with a token that the model has no embedding for.
+        ModelError: not loadable, or a loss that is not finite.
     """
     started = time.monotonic()
     settings = suite.settings_of(task.name)
@@ -219,6 +243,7 @@ def fine_tune(
         model = load_model(
             learner.model, attention=learner.attention, where=learner.where, dtype="auto"
         )
+        _check_embedded(model, encoded, learner, f"{learner.where}: {suite.name}/{task.name}")
         classifier = Classifier(model, task.num_labels).to(learner.device)
         update = Update(classifier, settings.learning_rate, steps)
         for epoch in range(1, settings.epochs + 1):
@@ -253,6 +278,20 @@ def fine_tune(
         seconds,
     )
     return {**best, "curve": curve, "seconds": seconds}
+
+
+def _check_embedded(
+    model: nn.Module, encoded: Mapping[str, Encoded], learner: Learner, where: str
+) -> None:
+    largest = max(max(ids) for part in encoded.values() for ids in part.token_ids)
+    if largest >= (rows := embedding_rows(model)):
+        token = learner.tokenizer.convert_ids_to_tokens(largest)
+        raise DataError.of(
+            where,
+            got=f"an example with the token {token!r}, id {largest}",
+            expected=f"ids below {rows}, the rows of the model's embedding",
+            hint="use the tokenizer that this model was trained with",
+        )
 
 
 @dataclass(frozen=True)
@@ -308,7 +347,6 @@ def _fingerprint(suite: FineTuning, task: LabelledTask, seed: int, learner: Lear
     """Of what a training's outcome depends on, but for the model and the tokenizer."""
     return hash_json(
         {
-            "method": METHOD,
             "task": [task.name, task.fingerprint],
             "settings": suite.settings_of(task.name),
             "patience": suite.patience,

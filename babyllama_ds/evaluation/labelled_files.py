@@ -2,8 +2,8 @@
 
 The format is that of (Super)GLUE in BabyLM's pipeline: `TASK.train.jsonl` and `TASK.valid.jsonl`, a
 line an example with its `label` and one text or two. Which fields hold them is known from the first
-line; MultiRC's and WSC's three make two texts, worded as the pipeline words them. Whatever else
-stands in a line is ignored.
+line to train on; MultiRC's and WSC's three make two texts, worded as the pipeline words them.
+Whatever else stands in a line is ignored.
 """
 
 from __future__ import annotations
@@ -19,14 +19,12 @@ from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.evaluation.classification import metric_of
 from babyllama_ds.evaluation.json_lines import read_records, text_of
 from babyllama_ds.files import check_name, hash_json, sha256_file
+from babyllama_ds.spec.evaluation import MEASURED_WITH
 
 log = logging.getLogger(__name__)
 
 PATH_KEY = "evaluation.fine_tuning[].path"
 TRAIN, VALID = ".train.jsonl", ".valid.jsonl"
-
-MEASURED_WITH = {"mnli-mm": "mnli"}
-"""Tasks that have no training text of their own, and the task whose classifier they are given."""
 
 LABELS = "0123456789abcdefghijklmnopqrstuvwxyz"
 """How labels are told, by their number."""
@@ -96,8 +94,9 @@ def load_labelled_tasks(
     Raises:
         DataError: no such directory, no task in it, a file that is missing or not called in UTF-8,
             or (with file:line) a line that is not a UTF-8 JSON object, without the texts of one of
-            `FORMS` in whole characters, or with a label that is not text or a whole number; fewer
-            than 2 labels to train on, more than 36, or one that only the validation text has.
+            `FORMS` (of a task always the same) in whole characters, or with a label that is not
+            text or a whole number; fewer than 2 labels to train on, more than 36, others than 0
+            and 1 where F1 is measured, or one that only the validation text has.
     """
     if not directory.is_dir():
         raise _no_tasks(directory, "no such directory", where)
@@ -122,11 +121,17 @@ def _complete(directory: Path, where: str) -> list[str]:
     trained = {path.name.removesuffix(TRAIN) for path in directory.glob("*" + TRAIN)}
     names = sorted(name for name in there if MEASURED_WITH.get(name, name) in trained & there)
     for name in sorted((there | trained) - set(names)):
-        missing = VALID if name in trained else TRAIN
-        log.warning("%s: not measured, %s%s is not there", directory, name, missing)
+        lacking = next(file for file in _files_of(name) if not (directory / file).is_file())
+        log.warning("%s: %s is not measured, %s is not there", directory, name, lacking)
     if not names:
         raise _no_tasks(directory, "no task", where)
     return names
+
+
+def _files_of(name: str) -> tuple[str, ...]:
+    """What a task is made of."""
+    trained = MEASURED_WITH.get(name, name)
+    return tuple(dict.fromkeys([f"{trained}{TRAIN}", f"{trained}{VALID}", f"{name}{VALID}"]))
 
 
 def _no_tasks(directory: Path, got: str, where: str) -> DataError:
@@ -147,7 +152,7 @@ def _check_files(directory: Path, names: Sequence[str], where: str) -> None:
                     expected=f"{trained} too, whose classifier it is given",
                 )
             )
-        for file in (f"{trained}{TRAIN}", f"{name}{VALID}"):
+        for file in _files_of(name):
             if not (directory / file).is_file():
                 problems.append(
                     Problem(
@@ -170,7 +175,7 @@ def _load_task(
 ) -> LabelledTask:
     train_path = directory / (name + TRAIN)
     valid_paths = {other: directory / (other + VALID) for other in (name, *others)}
-    train = _read(train_path, max_train)
+    form, train = _read(train_path, max_train)
     values = sorted({label for _, label, _ in train}, key=lambda label: (str(type(label)), label))
     if not 2 <= len(values) <= len(LABELS):
         raise DataError.of(
@@ -185,12 +190,20 @@ def _load_task(
             expected=f"2 labels, since {name} is measured by {metric_of(name)}",
             hint="give files of other tasks another name",
         )
+    if metric_of(name) == "f1" and [str(label) for label in values] != ["0", "1"]:
+        raise DataError.of(
+            train_path,
+            got=f"the labels {' and '.join(map(repr, values))}",
+            expected=f"0 and 1, since {name} is measured by the F1 of label 1",
+            hint="write 1 for pairs that mean the same, 0 for others",
+        )
     numbers = {label: number for number, label in enumerate(values)}
     return LabelledTask(
         name=name,
         train=_examples(train, numbers),
         valid={
-            other: _examples(_read(path, max_valid), numbers) for other, path in valid_paths.items()
+            other: _examples(_read(path, max_valid, form)[1], numbers)
+            for other, path in valid_paths.items()
         },
         num_labels=len(values),
         fingerprint=hash_json(
@@ -207,9 +220,9 @@ _Read = tuple[tuple[str, ...], str | int, str]
 """Texts, label as written, and file:line."""
 
 
-def _read(path: Path, limit: int | None) -> list[_Read]:
+def _read(path: Path, limit: int | None, form: Form | None = None) -> tuple[Form, list[_Read]]:
+    """Examples of a form; none: that of the first, which is given too."""
     check_name(path)
-    form: Form | None = None
     found = []
     for line, record in islice(read_records(path), limit):
         source = f"{path}:{line}"
@@ -220,9 +233,9 @@ def _read(path: Path, limit: int | None) -> list[_Read]:
         }
         texts = tuple(template.format(**parts) for template in form.texts)
         found.append((texts, _label_of(record, source), source))
-    if not found:
+    if form is None or not found:
         raise DataError.of(path, got="an empty file", expected="at least one example")
-    return found
+    return form, found
 
 
 def _form_of(record: Mapping[str, Any], source: str) -> Form:

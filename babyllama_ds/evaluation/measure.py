@@ -55,7 +55,6 @@ from babyllama_ds.evaluation.stored import Remember, remembering, store_key, sto
 from babyllama_ds.files import hash_json
 from babyllama_ds.fingerprints import hashes_now, measured_fingerprint
 from babyllama_ds.hub import commit_of
-from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.directories import MODEL
 from babyllama_ds.models.families import missing_kernels, positions_of
 from babyllama_ds.models.probe import embedding_rows
@@ -246,14 +245,11 @@ def _learner(
         model=directory,
         tokenizer=tokenizer,
         attention=kernel_to_learn(
-            resolve_attention(
-                "auto",
-                device="cuda" if device.type == "cuda" else "cpu",
-                precision="bf16" if in_16_bits else "fp32",
-                training=True,
-                where=WHERE,
-                missing=missing_kernels(model.config),
-            )
+            "auto",
+            device="cuda" if device.type == "cuda" else "cpu",
+            precision="bf16" if in_16_bits else "fp32",
+            where=WHERE,
+            missing=missing_kernels(model.config),
         ),
         device=device,
         batch_tokens=wanted.batch_tokens,

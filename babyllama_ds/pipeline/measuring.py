@@ -18,6 +18,7 @@ from babyllama_ds.evaluation.fine_tuning import Learner, fine_tune_suite, kernel
 from babyllama_ds.evaluation.forward import OnBatch, Share
 from babyllama_ds.evaluation.stored import remembering, store_key, stored_evaluation
 from babyllama_ds.fingerprints import model_hashes
+from babyllama_ds.models.sizes import absent_kernels
 from babyllama_ds.patience import Patience
 from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.parts import Parts
@@ -127,7 +128,14 @@ class Measurer:
             if teacher is None
             else (f"teachers/{name}", teacher.model)
         )
-        attention = kernel_to_learn(self.parts.attention(stage, model, training=True))
+        key = self.parts.job.model_key(stage)
+        attention = kernel_to_learn(
+            model.attention,
+            device=self.parts.device_kind,
+            precision=self.parts.precision,
+            where=f"{key}.attention",
+            missing=absent_kernels(model, where=key),
+        )
         learner = Learner(
             model=str(path.resolve()),
             tokenizer=corpus.tokenizer,

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from babyllama_ds import __version__
 from babyllama_ds.report import words
-from babyllama_ds.report.fine_tuning import METRICS
+from babyllama_ds.report.fine_tuning import METRICS, chosen_on
 from babyllama_ds.report.formatting import MISSING, count, duration, flat, number, table
 from babyllama_ds.report.loss import in_words, name_of_divergence, weights_in_words
 from babyllama_ds.report.markdown import (
@@ -165,7 +165,7 @@ def _eval_results(report: Mapping[str, Any], model_name: str) -> Iterator[EvalRe
                     dataset_config=task,
                     dataset_split="validation",
                     metric_type=HUB_METRICS[facts["metric"]],
-                    metric_name=f"{METRICS[facts['metric']]} (best epoch on the same examples)",
+                    metric_name=f"{METRICS[facts['metric']]} (best epoch on {chosen_on(task)})",
                     metric_value=facts["score"][model_name],
                 )
 

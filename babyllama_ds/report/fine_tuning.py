@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from babyllama_ds.spec.evaluation import MEASURED_WITH
+
 TASK_FACTS = ("metric", "examples", "train_examples", "majority")
 """What is the same of a task for every model."""
 METRICS = {"accuracy": "accuracy", "f1": "F1", "mcc": "MCC"}
 BEST_EPOCH = (
-    "Of each fine-tuning's epochs the one that scores best on these same examples counts: the "
-    "published protocol, which flatters every model alike."
+    "Of each fine-tuning's epochs the one that scores best on the learnt task's own validation "
+    "examples counts: the published protocol, which flatters every model alike."
 )
+
+
+def chosen_on(task: str) -> str:
+    """Whose examples a task's epoch is the best on."""
+    trained = MEASURED_WITH.get(task)
+    return "the same examples" if trained is None else f"the examples of {trained}"
 
 
 def notes(settings: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,9 @@ Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 HubName = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path, or an id of the Hugging Face hub."""
 
+FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A directory."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 """What every random generator we use accepts."""
 

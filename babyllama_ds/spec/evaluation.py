@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from babyllama_ds.spec.base import Name, Spec, consistent, repeated_names
+from babyllama_ds.spec.base import FolderPath, Mismatch, Name, Spec, consistent, repeated_names
 
 Prefix = Literal["none", "bos"]
+
+MEASURED_WITH = {"mnli-mm": "mnli"}
+"""Tasks that have no training text of their own, and the task whose classifier they are given."""
 
 
 class MinimalPairs(Spec):
@@ -16,7 +19,7 @@ class MinimalPairs(Spec):
 
     name: Name
     """The benchmark's name in the report."""
-    path: str
+    path: FolderPath
     """Directory of `*.jsonl`."""
 
 
@@ -48,9 +51,9 @@ class FineTuning(Spec):
 
     name: Name
     """The suite's name in the report."""
-    path: str
+    path: FolderPath
     """Directory of `TASK.train.jsonl` and `TASK.valid.jsonl`."""
-    tasks: tuple[FineTunedTask, ...] | None = None
+    tasks: Annotated[tuple[FineTunedTask, ...], Field(min_length=1)] | None = None
     """The tasks; none: every one of which both files are there."""
     teachers: bool = True
     """Whether teachers are measured too, which costs in proportion to their size."""
@@ -65,7 +68,7 @@ class FineTuning(Spec):
     """Passes over a task's training examples, at most; the best epoch's score counts."""
     patience: PositiveInt | None = 3
     """Epochs in a row without a better score, after which a task's training ends; none: never."""
-    max_tokens: PositiveInt = 128
+    max_tokens: Annotated[int, Field(ge=2)] = 128
     """Tokens of an example; what is longer is cut, of two texts the longer one."""
     max_train_examples: PositiveInt | None = None
     """Only the first training examples of each task, for a quick look; none: all."""
@@ -78,6 +81,19 @@ class FineTuning(Spec):
         cls, tasks: tuple[FineTunedTask, ...] | None
     ) -> tuple[FineTunedTask, ...] | None:
         return consistent(tasks, repeated_names([task.name for task in tasks or ()]))
+
+    @field_validator("tasks")
+    @classmethod
+    def _settings_are_of_trainings(
+        cls, tasks: tuple[FineTunedTask, ...] | None
+    ) -> tuple[FineTunedTask, ...] | None:
+        vain = [
+            Mismatch((i, key), value, "nothing", f"give it to {trained}, whose classifier it has")
+            for i, task in enumerate(tasks or ())
+            if (trained := MEASURED_WITH.get(task.name)) is not None
+            for key, value in task.model_dump(exclude={"name"}, exclude_none=True).items()
+        ]
+        return consistent(tasks, vain)
 
     def settings_of(self, name: str) -> TaskSettings:
         """A task's own settings, or else the suite's."""

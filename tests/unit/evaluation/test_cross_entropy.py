@@ -144,6 +144,7 @@ from functools import partial
 import numpy as np, torch, torch.distributed as dist
 torch.set_num_threads(1)
 from transformers import LlamaForCausalLM
+from babyllama_ds import ranks
 from babyllama_ds.errors import Stopped
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.evaluation.sentences import score_sentences
@@ -178,6 +179,7 @@ ended = {
 }
 result = {"nll": score.nll_nats, "tokens": score.num_tokens, "scores": scores, "ended": ended}
 json.dump(result, open(f"{folder}/rank{rank}.json", "w"))
+ranks.forget_control_group()
 dist.destroy_process_group()
 """
 

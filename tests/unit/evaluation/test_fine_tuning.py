@@ -24,6 +24,7 @@ from babyllama_ds.evaluation.fine_tuning import (
     encode_task,
     fine_tune_suite,
     joined,
+    kernel_to_learn,
     load_suite,
 )
 from babyllama_ds.evaluation.stored import Steps
@@ -124,6 +125,36 @@ def test_a_tokenizer_that_ends_no_text_is_refused(learner: Learner, suite_of) ->
     learner.tokenizer.eos_token = None
     with pytest.raises(DataError, match="got a tokenizer without a token that ends a text"):
         fine_tune_suite(learner, suite_of(), load_suite(suite_of()))
+
+
+def test_a_token_without_an_embedding_is_told(learner: Learner, suite_of) -> None:
+    """As of tokenizers to which a token was added without a row for it."""
+    learner.tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    with pytest.raises(DataError) as caught:
+        learnt(learner, suite_of())
+    assert "student: toy/" in str(caught.value)
+    assert "got an example with the token '<|endoftext|>', id 288, expected ids below 288" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("requested", "missing", "kernel"),
+    [
+        ("auto", set(), "sdpa"),
+        ("auto", {"sdpa"}, "eager"),  # Gemma 2, whose scores are capped
+        ("flash_attention_3", set(), "sdpa"),  # has no dropout, and is not for fp32 at all
+        ("flash_attention_2", {"sdpa"}, "eager"),
+        ("eager", set(), "eager"),
+    ],
+)
+def test_fp32_weights_take_a_kernel_that_the_family_has(
+    requested: Any, missing: set[str], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where every FlashAttention is usable for what is in 16 bits."""
+    monkeypatch.setattr("babyllama_ds.models.attention.why_unusable", lambda *_: None)
+    place: dict[str, Any] = {"device": "cuda", "precision": "bf16", "where": "student.model"}
+    assert kernel_to_learn(requested, missing=missing, **place) == kernel
 
 
 # -- what is learnt --------------------------------------------------------------------------------

@@ -88,8 +88,20 @@ def test_tasks_are_those_that_are_whole_and_others_are_told_of(
         "mnli": 4,
         "mnli-mm": 2,  # learnt from mnli's examples
     }
-    assert "not measured, boolq.train.jsonl is not there" in caplog.text
-    assert "not measured, qnli.valid.jsonl is not there" in caplog.text
+    assert "boolq is not measured, boolq.train.jsonl is not there" in caplog.text
+    assert "qnli is not measured, qnli.valid.jsonl is not there" in caplog.text
+
+
+def test_what_a_task_lacks_is_what_would_help(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """mnli-mm takes mnli's files: a training text of its own would be of no use."""
+    write_task(tmp_path, "rte", PAIR)
+    write_task(tmp_path, "mnli-mm", PAIR)
+    write(tmp_path, "mnli.train.jsonl", PAIR)
+    (task,) = load_labelled_tasks(tmp_path)
+    assert task.name == "rte"
+    assert "mnli-mm is not measured, mnli.valid.jsonl is not there" in caplog.text
 
 
 def test_tasks_by_name_in_the_order_given(tmp_path: Path) -> None:
@@ -155,6 +167,31 @@ def test_a_label_to_predict_that_cannot_be_learnt(tmp_path: Path) -> None:
 def test_a_metric_of_two_labels_has_two(tmp_path: Path) -> None:
     write_task(tmp_path, "cola", [{"sentence": "a", "label": i} for i in range(3)])
     assert "got 3 labels, expected 2 labels, since cola is measured by mcc" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "labels", [("equivalent", "not_equivalent"), (1, 2), (-1, 1)], ids=["words", "from 1", "signs"]
+)
+def test_f1_is_of_the_label_1(tmp_path: Path, labels: tuple[Any, Any]) -> None:
+    """Else it would be of whichever label comes second: of `not_equivalent`."""
+    write_task(tmp_path, "mrpc", [{**PAIR[0], "label": label} for label in labels])
+    one, other = map(repr, labels)
+    assert f"got the labels {one} and {other}, expected 0 and 1, since mrpc is measured" in refusal(
+        tmp_path
+    )
+    write_task(tmp_path, "mrpc", [{**PAIR[0], "label": label} for label in ("1", "0")])
+    (task,) = load_labelled_tasks(tmp_path)
+    assert [example.label for example in task.train] == [1, 0]
+
+
+def test_examples_to_predict_have_the_texts_that_were_learnt(tmp_path: Path) -> None:
+    """A classifier of two texts is not shown one; fields that mean other texts are ignored."""
+    write_task(tmp_path, "x", PAIR, [{"sentence": "a", "label": 1}])
+    assert "x.valid.jsonl:1: sentence1: got nothing" in refusal(tmp_path)
+    single = [{"sentence": f"s{i}", "label": i} for i in range(2)]
+    write_task(tmp_path, "x", single, [{**PAIR[0], **single[0]}])
+    (task,) = load_labelled_tasks(tmp_path)
+    assert [example.texts for example in task.valid["x"]] == [("s0",)]
 
 
 def test_directories_without_tasks(tmp_path: Path) -> None:

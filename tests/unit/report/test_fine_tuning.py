@@ -290,6 +290,24 @@ def test_the_cards_front_matter_has_the_hubs_metrics(run: Path) -> None:
     assert ("rte", "matthews_correlation") in results("student")
 
 
+def test_on_whose_examples_the_epoch_was_chosen_is_told(run: Path) -> None:
+    """mnli-mm's is that of mnli, whose classifier it has: not chosen on its own."""
+    report = collect_report(run)
+    tasks = report["fine_tuning"]["glue"]["tasks"]
+    report["fine_tuning"]["glue"]["tasks"] = {"mnli": tasks["rte"], "mnli-mm": tasks["rte"]}
+    front = yaml.safe_load(render_model_card(report, "student").split("---\n", 2)[1])
+    names = {
+        one["dataset"]["config"]: one["metrics"][0]["name"]
+        for one in front["model-index"][0]["results"]
+        if one["dataset"]["type"] == "glue"
+    }
+    assert names == {
+        "mnli": "accuracy (best epoch on the same examples)",
+        "mnli-mm": "accuracy (best epoch on the examples of mnli)",
+    }
+    assert "the same examples" not in render_markdown(report)
+
+
 def test_tensorboard_has_the_suites_score(run: Path) -> None:
     write_boards(run, collect_report(run))
     board = EventAccumulator(str(run / "tensorboard" / "student"))

@@ -189,6 +189,13 @@ def test_a_split_teacher_is_not_fine_tuned() -> None:
     assert "fine_tuning.0.teachers: got true, expected false, since teachers.one is" in message
 
 
+def test_a_tilde_in_a_benchmarks_path_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/mara")
+    of_name = {"name": "one", "path": "~/eval"}
+    read = job(evaluation={"minimal_pairs": [of_name], "fine_tuning": [of_name]}).evaluation
+    assert (read.minimal_pairs[0].path, read.fine_tuning[0].path) == ("/home/mara/eval",) * 2
+
+
 def test_a_task_has_its_own_settings_or_else_the_suites() -> None:
     tasks = [{"name": "cola", "epochs": 3}, {"name": "wsc", "learning_rate": 5e-7, "batch_size": 1}]
     suite = {"name": "glue", "path": "x", "tasks": tasks, "epochs": 6}
@@ -200,6 +207,22 @@ def test_a_task_has_its_own_settings_or_else_the_suites() -> None:
         job(evaluation={"fine_tuning": [{**suite, "tasks": [{"name": "cola"}] * 2}]})
     with pytest.raises(ValidationError, match=r"1\.name: got 'glue', expected a name of its own"):
         job(evaluation={"fine_tuning": [suite, suite]})
+
+
+def test_a_suite_without_tasks_is_refused() -> None:
+    """It would have no score to tell, after all training."""
+    suite = {"name": "glue", "path": "x", "tasks": []}
+    with pytest.raises(ValidationError, match="should have at least 1 item"):
+        job(evaluation={"fine_tuning": [suite]})
+
+
+def test_settings_of_a_task_without_a_training_are_refused() -> None:
+    """The report would tell of epochs that mnli-mm's classifier, which is mnli's, never had."""
+    tasks = [{"name": "mnli", "epochs": 2}, {"name": "mnli-mm"}]
+    suite = {"name": "glue", "path": "x", "tasks": tasks}
+    assert job(evaluation={"fine_tuning": [suite]}).evaluation.fine_tuning[0].tasks is not None
+    with pytest.raises(ValidationError, match=r"1\.epochs: got 3, expected nothing"):
+        job(evaluation={"fine_tuning": [{**suite, "tasks": [tasks[0], {**tasks[1], "epochs": 3}]}]})
 
 
 @pytest.mark.parametrize("compiled", ["auto", "none", "student"])
