@@ -22,12 +22,19 @@ from babyllama_ds.teachers.cache import opening
 from babyllama_ds.training import loop
 
 IMPATIENT = """
+import os
 import runpy
 import sys
-from functools import partial
 from babyllama_ds import patience
 
-patience.Patience = partial(patience.Patience, first_s=2.0)  # before anything imports it
+class Impatient(patience.Patience):
+    def __init__(self, name):
+        super().__init__(name, first_s=2.0)
+    def __enter__(self):
+        print("rank", os.environ["RANK"], "watches", self._name, file=sys.stderr, flush=True)
+        return super().__enter__()
+
+patience.Patience = Impatient  # before anything imports it
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -78,8 +85,8 @@ def test_the_rank_that_waits_for_one_that_hangs_says_so(
         [[*words, f"--local_rank={rank}", job, "--runs", runs] for rank in range(2)],
         rank_environments,
     )
-    locks = runs / "store" / "evaluations"
-    running.wait_until(lambda: list(locks.glob(".*.lock.json")), "an evaluation")
+    watched = "rank 0 watches evaluation of one"
+    running.wait_until(lambda: watched in running.said(), "an evaluation")
     hanging = running.pid_of("--local_rank=1")
     os.kill(hanging, signal.SIGSTOP)
     warning = re.compile(r"evaluation of one: nothing more in the .* minutes since")
