@@ -16,6 +16,7 @@ from typing import Any
 from babyllama_ds import __version__
 from babyllama_ds.cli import commands as does
 from babyllama_ds.spec.base import NAME_PATTERN
+from babyllama_ds.spec.evaluation import LEAST_TOKENS
 from babyllama_ds.spec.explain import closest, did_you_mean
 
 
@@ -277,7 +278,7 @@ def _add_evaluate(judge: argparse.ArgumentParser) -> None:
     )
     judge.add_argument(
         "--max-tokens",
-        type=_positive,
+        type=_example,
         default=128,
         metavar="N",
         help="tokens of a task's example, of which longer ones are cut to so many (default: 128)",
@@ -358,6 +359,11 @@ def _name(word: str) -> str:
 def _window(word: str) -> int:
     """Tokens in a window, at least one of them with one before it, as argparse wants it."""
     return _whole(word, least=2)
+
+
+def _example(word: str) -> int:
+    """Tokens of a task's example, as argparse wants it."""
+    return _whole(word, least=LEAST_TOKENS)
 
 
 def _not_negative(word: str) -> float:

@@ -13,7 +13,7 @@ from babyllama_ds.corpus.tokenizer import compare_splits, differing_ids, load_to
 from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.engine.distributed import check_precision
 from babyllama_ds.errors import JobError, ModelError
-from babyllama_ds.evaluation.fine_tuning import ends_of_texts
+from babyllama_ds.evaluation.fine_tuning import ends_of_texts, load_suite
 from babyllama_ds.evaluation.minimal_pairs import encode_pairs
 from babyllama_ds.evaluation.pair_files import Task
 from babyllama_ds.evaluation.sentences import check_positions as check_fit
@@ -129,20 +129,21 @@ def _positions(parts: Parts, stage: str, model: ModelSpec) -> tuple[int | None, 
 
 def _check_fine_tuning(parts: Parts, corpus: Corpus) -> None:
     """The suites' files can be read, and their examples given to every model that learns them."""
-    for teacher in (False, True):
-        for name, (suite, _) in parts.suites(teacher=teacher).items():
-            where = f"evaluation.fine_tuning.{name}"
-            ends_of_texts(corpus.tokenizer, where=where)
-            for stage, model, _ in parts.models():
-                positions, remedy = _positions(parts, stage, model)
-                learns = stage.startswith("teachers/") == teacher
-                if learns and positions is not None and suite.max_tokens > positions:
-                    raise JobError.of(
-                        f"{where}.max_tokens",
-                        got=suite.max_tokens,
-                        expected=f"at most {positions}, the positions of {stage}",
-                        hint=f"lower it, or {remedy}",
-                    )
+    for suite in parts.job.evaluation.fine_tuning:
+        where = f"evaluation.fine_tuning.{suite.name}"
+        load_suite(suite)
+        ends_of_texts(corpus.tokenizer, where=where)
+        for stage, model, _ in parts.models():
+            if stage.startswith("teachers/") and not suite.teachers:
+                continue
+            positions, remedy = _positions(parts, stage, model)
+            if positions is not None and suite.max_tokens > positions:
+                raise JobError.of(
+                    f"{where}.max_tokens",
+                    got=suite.max_tokens,
+                    expected=f"at most {positions}, the positions of {stage}",
+                    hint=f"lower it, or {remedy}",
+                )
 
 
 def _check_split(parts: Parts, spec: TeacherSpec, corpus: Corpus) -> None:

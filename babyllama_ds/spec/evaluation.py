@@ -13,6 +13,9 @@ Prefix = Literal["none", "bos"]
 MEASURED_WITH = {"mnli-mm": "mnli"}
 """Tasks that have no training text of their own, and the task whose classifier they are given."""
 
+LEAST_TOKENS = 3
+"""Of an example: what stands before two texts, and behind each."""
+
 
 class MinimalPairs(Spec):
     """A directory of BLiMP-format files: one task a file, `sentence_good`, `sentence_bad`."""
@@ -68,7 +71,7 @@ class FineTuning(Spec):
     """Passes over a task's training examples, at most; the best epoch's score counts."""
     patience: PositiveInt | None = 3
     """Epochs in a row without a better score, after which a task's training ends; none: never."""
-    max_tokens: Annotated[int, Field(ge=2)] = 128
+    max_tokens: Annotated[int, Field(ge=LEAST_TOKENS)] = 128
     """Tokens of an example; what is longer is cut, of two texts the longer one."""
     max_train_examples: PositiveInt | None = None
     """Only the first training examples of each task, for a quick look; none: all."""

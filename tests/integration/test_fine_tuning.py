@@ -113,6 +113,7 @@ def test_what_the_launcher_tells_one_rank_ends_both(
         (["--fine-tune", "toy"], "got 'toy', expected NAME=DIR"),
         (["--fine-tune", "toy=DIR", "toy=DIR"], "--fine-tune: got two called toy"),
         (["--fine-tune", "toy=DIR", "--tasks", "x"], "x.train.jsonl: got no such file"),
+        (["--fine-tune", "toy=DIR", "--max-tokens", "2"], "got '2', expected a whole number, 3 or"),
         (["--fine-tune", "toy=DIR", "--max-tokens", "500"], "--max-tokens: got examples of 500"),
     ],
 )

@@ -100,6 +100,7 @@ def test_two_texts_are_cut_like_transformers_cuts(before: list[int]) -> None:
         place = found.index(2)
         kept = [place - len(before), len(found) - place - 2]
         assert found == [*before, *one[: kept[0]], 2, *two[: kept[1]], 2]
+        assert len(found) <= limit
         lengths = [first, second]
         while sum(lengths) > max(0, limit - len(before) - 2):
             lengths[lengths.index(max(lengths))] -= 1
