@@ -40,6 +40,8 @@ FREE_KEYS = re.compile(
 STATE_NAME = "state.json"
 METRICS_NAME = "metrics.jsonl"
 """An object for each logged step; written by rank 0."""
+MILESTONES_NAME = "milestones"
+"""Models kept on the way of a training."""
 
 WORK = (METRICS_NAME, "checkpoints", "teachers", "student", "control", "evaluation")
 """What a run holds from its first training on; a tokenizer and tokens are links into the store."""

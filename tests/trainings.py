@@ -26,6 +26,7 @@ from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import LabelMask
 from babyllama_ds.training.loop import train
 from babyllama_ds.training.meter import Meter
+from babyllama_ds.training.milestones import MilestoneFolder
 from babyllama_ds.training.stage import Stage, Surroundings
 
 VOCAB, LENGTH, WINDOWS = 61, 10, 14  # 14 windows in batches of 4: the last of an epoch has two
@@ -108,6 +109,7 @@ class Run:
     seed: int = 3
     meter: Meter | None = None
     has_label: LabelMask | None = None
+    milestones: MilestoneFolder | None = None
     last_model: nn.Module = field(default_factory=nn.Module)
     folder: WatchedFolder = field(init=False)
 
@@ -137,7 +139,11 @@ class Run:
         )
         stop = StopAfter(stop_after, before)
         around = Surroundings(
-            run_dir=self.directory, device=self.device, stop=stop, checkpoints=self.folder
+            run_dir=self.directory,
+            device=self.device,
+            stop=stop,
+            checkpoints=self.folder,
+            milestones=self.milestones,
         )
         parts = {"windows": RandomWindows(), "dev": dev or dev_windows()}
         stop.install()

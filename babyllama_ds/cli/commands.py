@@ -234,6 +234,7 @@ def export(options: argparse.Namespace) -> None:
             push=options.push,
             private=options.private,
             replace=options.replace,
+            milestones=options.milestones,
             license_id=options.license,
             language=options.language,
             bundle=options.bundle,

@@ -235,6 +235,11 @@ def _add_export(exporter: argparse.ArgumentParser) -> None:
     exporter.add_argument(
         "--replace", action="store_true", help="with --push: in place of what is there"
     )
+    exporter.add_argument(
+        "--milestones",
+        action="store_true",
+        help="with --push: the model's milestones too, each as a branch (chck_1M, …)",
+    )
     exporter.add_argument("--license", metavar="ID", help="for the card, as the hub names it: mit")
     exporter.add_argument("--language", metavar="CODE", help="of the text, for the card: en")
     exporter.add_argument(

@@ -132,7 +132,7 @@ class _Hashed:
 
 def _check_parts(run: FinishedRun, sums: Mapping[str, str]) -> None:
     """What was copied is what the manifests of the run's parts vouch for."""
-    for part in run.parts:
+    for part in (*run.parts, *run.kept):
         manifest = files.read_manifest(run.path / part)
         assert manifest is not None, "checked before"
         for name, facts in manifest.files.items():

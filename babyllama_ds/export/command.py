@@ -6,6 +6,7 @@ refused first; the run is read and checked before anything is written.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.export.bundle import bundle_run
 from babyllama_ds.export.finished import FinishedRun, open_finished
-from babyllama_ds.export.model import CardFacts, export_model_dir
+from babyllama_ds.export.model import CardFacts, export_milestone_dir, export_model_dir
 from babyllama_ds.export.results import collect_results
 
 
@@ -29,6 +30,8 @@ class Export:
     """A directory for the model."""
     push: str | None = None
     """The hub's repository for the model, `ORG/NAME`."""
+    milestones: bool = False
+    """Whether what was kept of the model on its way goes there too, each as a branch."""
     private: bool = False
     replace: bool = False
     license_id: str | None = None
@@ -73,7 +76,11 @@ def _check(asked: Export) -> None:
         "--license": asked.license_id,
         "--language": asked.language,
     }
-    of_pushes = {"--private": asked.private, "--replace": asked.replace}
+    of_pushes = {
+        "--private": asked.private,
+        "--replace": asked.replace,
+        "--milestones": asked.milestones,
+    }
     needs = []
     if asked.to is None and asked.push is None:
         needs += [(option, "--to or --push") for option, value in of_models.items() if value]
@@ -97,6 +104,7 @@ def _model(asked: Export, run: FinishedRun) -> Iterator[str]:
     from babyllama_ds.export.hub import destination, push
 
     to = destination(asked.push)
+    milestones = run.milestones(model) if asked.milestones else {}
     with tempfile.TemporaryDirectory(prefix="babyllama_ds-") as folder:
         directory = asked.to or Path(folder) / "model"
         export_model_dir(run, model, directory, facts)
@@ -104,3 +112,9 @@ def _model(asked: Export, run: FinishedRun) -> Iterator[str]:
             yield str(asked.to)
         push(directory, to, private=asked.private, replace=asked.replace)
         yield to.url
+        for name, source in milestones.items():
+            kept = Path(folder) / name
+            export_milestone_dir(run, model, source, kept, facts)
+            push(kept, to, private=asked.private, replace=asked.replace, branch=name)
+            shutil.rmtree(kept)
+            yield f"{to.url}/tree/{name}"

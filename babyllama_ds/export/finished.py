@@ -14,7 +14,10 @@ from typing import Any
 from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.files import MANIFEST_NAME, read_json
 from babyllama_ds.report.collect import collect_report
+from babyllama_ds.rundir import MILESTONES_NAME
 from babyllama_ds.spec.explain import closest
+
+ANEW = "start the run again: what is missing is made anew"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,12 @@ class FinishedRun:
         """Folders that the run cannot do without, each with a manifest of its own."""
         return [*self.models, "tokenizer", "tokens"]
 
+    @property
+    def kept(self) -> list[str]:
+        """Milestones that are there, of all models. The run can do without."""
+        found = self.path.glob(f"{MILESTONES_NAME}/*/*/{MANIFEST_NAME}")
+        return sorted(str(manifest.parent.relative_to(self.path)) for manifest in found)
+
     def model_dir(self, model: str) -> Path:
         """The directory of one of its models.
 
@@ -55,26 +64,43 @@ class FinishedRun:
         self.check([model])
         return (self.path / model).resolve()
 
-    def check(self, parts: list[str]) -> None:
+    def milestones(self, model: str) -> dict[str, Path]:
+        """What was kept of a model on its way, by name (`chck_1M`), in the order of training.
+
+        Raises:
+            RunError: nothing was, or some of it is not there any more.
+        """
+        kept = read_json(self.model_dir(model) / "training.json").get("milestones", {})
+        if not kept:
+            raise RunError.of(
+                "--milestones",
+                got=f"a {model} of which nothing was kept on its way",
+                expected="a student or control with `milestones` in its job",
+                hint=f"train it under another name, with {model}.milestones=babylm"
+                if model in ("student", "control")
+                else None,
+            )
+        parts = [f"{MILESTONES_NAME}/{model}/{name}" for name in kept]
+        self.check(parts, hint=f"it is made again only with all of {self.path / model}")
+        return {name: self.path / part for name, part in zip(kept, parts, strict=True)}
+
+    def check(self, parts: list[str], *, hint: str = ANEW) -> None:
         """Every one of these parts is there. Raises `RunError` naming all that are not."""
-        if problems := list(self._problems(parts)):
+        if problems := list(self._problems(parts, hint)):
             raise RunError.all_of(problems)
 
-    def _problems(self, parts: list[str]) -> Iterator[Problem]:
+    def _problems(self, parts: list[str], hint: str) -> Iterator[Problem]:
         for part in parts:
             path = self.path / part
             if (path / MANIFEST_NAME).is_file():
                 continue
             if path.is_symlink() and not path.exists():
                 got = f"a link to {path.readlink()}, which is not there"
-                hint = "bring the store back beside the run, or start the run again: what is "
-                hint += "missing is made anew"
+                how = f"bring the store back beside the run, or {hint}"
             else:
                 got = f"no {MANIFEST_NAME}: unfinished" if path.exists() else "nothing"
-                hint = "start the run again: what is missing is made anew"
-            yield Problem(
-                where=str(path), got=got, expected="a finished part of the run", hint=hint
-            )
+                how = hint
+            yield Problem(where=str(path), got=got, expected="a finished part of the run", hint=how)
 
 
 def open_finished(run_dir: Path) -> FinishedRun:

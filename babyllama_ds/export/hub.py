@@ -90,11 +90,15 @@ def destination(repo_id: str) -> Destination:
     return Destination(repo_id=repo_id, token=token, endpoint=endpoint)
 
 
-def push(directory: Path, to: Destination, *, private: bool, replace: bool) -> bool:
+def push(
+    directory: Path, to: Destination, *, private: bool, replace: bool, branch: str | None = None
+) -> bool:
     """Make the hub's repository hold what `directory` holds. Returns whether it did not yet.
 
     Args:
         private: a new repository is private, and a public one that is there is refused.
+        branch: where, of a repository that is there; one that is not begins as empty as the
+            repository began. None: `main`, of a repository that is made if it is not there.
         replace: other content that is there makes room, in the same commit; it stays in the
             repository's history.
 
@@ -112,8 +116,12 @@ def push(directory: Path, to: Destination, *, private: bool, replace: bool) -> b
         library_version=__version__,
     )
     with _told("making", to, refused=NOTHING_SENT, cut_off=NOTHING_SENT):
-        api.create_repo(to.repo_id, private=private or None, exist_ok=True)
-        there = api.repo_info(to.repo_id, files_metadata=True)
+        if branch is None:
+            api.create_repo(to.repo_id, private=private or None, exist_ok=True)
+        else:
+            first = api.list_repo_commits(to.repo_id)[-1].commit_id
+            api.create_branch(to.repo_id, branch=branch, revision=first, exist_ok=True)
+        there = api.repo_info(to.repo_id, revision=branch, files_metadata=True)
     theirs = _files_there(there)
     if private and not there.private:
         raise RunError.of(
@@ -128,7 +136,7 @@ def push(directory: Path, to: Destination, *, private: bool, replace: bool) -> b
         names = sorted(theirs)
         more = ", …" if len(names) > 3 else ""
         raise RunError.of(
-            to.url,
+            to.url if branch is None else f"{to.url}, branch {branch}",
             got=f"a repository with other content ({', '.join(names[:3])}{more})",
             expected="a new one, or one with nothing in it",
             hint="choose another name; or give --replace: one commit puts this model in its "
@@ -141,6 +149,7 @@ def push(directory: Path, to: Destination, *, private: bool, replace: bool) -> b
                 *(CommitOperationDelete(name) for name in sorted(theirs.keys() - ours.keys())),
                 *(CommitOperationAdd(name, directory / name) for name in sorted(ours)),
             ],
+            revision=branch,
             commit_message=f"Model exported by babyllama_ds {__version__}",
             parent_commit=there.sha,  # whoever came in between is not written over
         )

@@ -21,7 +21,7 @@ from typing import Any
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
 from babyllama_ds.export.finished import FinishedRun
-from babyllama_ds.report.card import render_model_card
+from babyllama_ds.report.card import render_milestone_card, render_model_card
 
 SAFE_SUFFIXES = (".json", ".safetensors", ".md")
 """What a model directory is made of. Anything else is not given away."""
@@ -46,8 +46,6 @@ def export_model_dir(run: FinishedRun, model: str, target: Path, facts: CardFact
         RunError: there is no such model, it is damaged, `target` exists, or the disk refuses.
     """
     source = run.model_dir(model)
-    manifest = files.verify_manifest(source)
-    check_names(source, manifest)
     card = render_model_card(
         run.report,
         model.removeprefix("teachers/"),
@@ -55,6 +53,31 @@ def export_model_dir(run: FinishedRun, model: str, target: Path, facts: CardFact
         language=facts.language,
         place=facts.place,
     )
+    _export(source, target, card, model)
+
+
+def export_milestone_dir(
+    run: FinishedRun, model: str, source: Path, target: Path, facts: CardFacts
+) -> None:
+    """Write what was kept of `model` on its way, in `source`, to `target`, as the finished one.
+
+    Raises:
+        RunError: it is damaged, `target` exists, or the disk refuses.
+    """
+    card = render_milestone_card(
+        run.report,
+        model,
+        files.read_json(source / "training.json"),
+        license_id=facts.license_id,
+        language=facts.language,
+        place=facts.place,
+    )
+    _export(source, target, card, model)
+
+
+def _export(source: Path, target: Path, card: str, model: str) -> None:
+    manifest = files.verify_manifest(source)
+    check_names(source, manifest)
     with files.appearing(target) as directory:
         directory.mkdir(parents=True)
         for name in manifest.files:

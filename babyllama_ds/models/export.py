@@ -26,19 +26,33 @@ def export_model(
     *,
     dtype: torch.dtype,
 ) -> None:
-    """Weights (safetensors, `dtype`), configuration, generation defaults, tokenizer, summary.
+    """Cast the model to `dtype`, and write it as `write_model` does.
 
     `dtype` is what the model was trained and evaluated in, so what is measured is what is given
-    away. Generation ends at the positions that the model has, where it did not say so itself: a
-    pipeline asked for nothing in particular writes 256 tokens, which is beyond small models. The
-    tokenizer's files are copied as they are. `training.json` holds the summary that the report
-    reads.
+    away.
 
     Raises:
         RunError: the disk refuses.
     """
     model.to(dtype)
-    model.config.dtype = dtype
+    write_model(model, tokenizer_dir, directory, summary)
+
+
+def write_model(
+    model: nn.Module, tokenizer_dir: Path, directory: Path, summary: Mapping[str, Any]
+) -> None:
+    """Weights (safetensors), configuration, generation defaults, tokenizer, summary.
+
+    The model may go on training afterwards: its parameters and buffers (a cast would round RoPE's
+    frequencies) stay as they are. Generation ends at the positions that the model has, where it did
+    not say so itself: a pipeline asked for nothing in particular writes 256 tokens, which is beyond
+    small models. The tokenizer's files are copied as they are. `training.json` holds the summary
+    that the report reads.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    model.config.dtype = next(model.parameters()).dtype
     generation: Any = model.generation_config
     if generation.max_length is None:
         generation.max_length = positions_of(model.config)

@@ -190,6 +190,10 @@ def _check_trainings(parts: Parts, corpus: Corpus) -> None:
             check_warmup(
                 training, windows.num_windows, windows.length, where=parts.job.training_key(where)
             )
+    job = parts.job
+    parts.milestones("student", job.student.training, corpus)
+    if job.control is not None:
+        parts.milestones("control", job.control.training or job.student.training, corpus)
 
 
 def _check_loaded(

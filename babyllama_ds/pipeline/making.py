@@ -6,22 +6,24 @@ build → settle what is `auto` → the teachers' ensemble → train
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from babyllama_ds import ranks
+from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.checkpoint import CheckpointFolder
 from babyllama_ds.engine.compiling import Compiled
 from babyllama_ds.models.build import build_model
+from babyllama_ds.models.export import write_model
 from babyllama_ds.pipeline.ensembles import cached_ensemble, live_ensemble
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.settling import Settling
 from babyllama_ds.pipeline.speed import Speed
-from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.rundir import MILESTONES_NAME, RunDirectory
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
@@ -29,6 +31,7 @@ from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.loop import train
+from babyllama_ds.training.milestones import MilestoneFolder
 from babyllama_ds.training.out_of_memory import memory_needed
 from babyllama_ds.training.stage import Stage, Surroundings
 
@@ -100,7 +103,7 @@ class Maker:
         log.info("%s: training", stage)
         summary = self._train(
             self._stage(stage, model, training, compiled, corpus, distilled=ensemble is not None),
-            self._surroundings(checkpoints),
+            self._surroundings(stage, training, corpus, checkpoints),
             windows=self.parts.windows(corpus, seed=seed),
             dev=self.parts.dev_windows(corpus, training.evaluate_windows),
             ensemble=ensemble,
@@ -176,10 +179,28 @@ class Maker:
             has_label=parts.has_label(stage, training, corpus),
         )
 
-    def _surroundings(self, checkpoints: CheckpointFolder) -> Surroundings:
+    def _surroundings(
+        self, stage: str, training: TrainingSpec, corpus: Corpus, checkpoints: CheckpointFolder
+    ) -> Surroundings:
         return Surroundings(
             run_dir=self.run_dir,
             device=self.parts.device,
             stop=self.stop,
             checkpoints=checkpoints,
+            milestones=self._milestones(stage, training, corpus, checkpoints),
+        )
+
+    def _milestones(
+        self, stage: str, training: TrainingSpec, corpus: Corpus, checkpoints: CheckpointFolder
+    ) -> MilestoneFolder | None:
+        milestones = self.parts.milestones(stage, training, corpus)
+        if not milestones:
+            return None
+
+        def write(model: nn.Module, directory: Path, summary: Mapping[str, Any]) -> None:
+            write_model(model, corpus.entries.tokenizer_dir, directory, summary)
+            files.write_manifest(directory, fingerprint=checkpoints.fingerprint)
+
+        return MilestoneFolder(
+            self.run_dir / MILESTONES_NAME / stage, milestones, write, self.storages
         )

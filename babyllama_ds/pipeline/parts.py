@@ -32,6 +32,7 @@ from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.batches import LabelMask, label_mask
+from babyllama_ds.training.milestones import Milestone, TextSize, milestones_of
 
 
 class Parts:
@@ -139,6 +140,25 @@ class Parts:
             seed=seed,
             within_documents=self.within_documents,
             order=spec.order,
+        )
+
+    def milestones(self, stage: str, training: TrainingSpec, corpus: Corpus) -> list[Milestone]:
+        """What is to be kept of a stage's training on its way.
+
+        Raises:
+            JobError: words that the training does not show.
+        """
+        asked = self.job.milestones_of(stage)
+        if asked is None:
+            return []
+        shards = corpus.shards
+        return milestones_of(
+            asked,
+            training,
+            text=TextSize(words=shards.num_words("train"), tokens=shards.num_tokens("train")),
+            num_windows=self.windows(corpus, seed=0).num_windows,
+            length=self.job.windows.length,
+            where=f"{stage}.milestones",
         )
 
     def dev_windows(self, corpus: Corpus, limit: int | None) -> DevWindows:

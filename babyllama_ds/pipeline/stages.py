@@ -32,7 +32,7 @@ from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.report.board import write_boards
 from babyllama_ds.report.card import render_model_card
 from babyllama_ds.report.write import write_report
-from babyllama_ds.rundir import METRICS_NAME, RunDirectory
+from babyllama_ds.rundir import METRICS_NAME, MILESTONES_NAME, RunDirectory
 from babyllama_ds.spec.job import JobSpec, TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
@@ -40,6 +40,7 @@ from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
 from babyllama_ds.training.metrics import forget_cut_short
+from babyllama_ds.training.milestones import share_milestones
 from babyllama_ds.training.out_of_memory import memory_needed
 
 log = logging.getLogger(__name__)
@@ -194,6 +195,7 @@ class Pipeline:
 
         if self.storages.everywhere(find_whole) is not None:
             log.info("%s: done before", stage)
+            self._share_milestones(stage)
             return target
         checkpoints = self._checkpoints(stage, key)
         model, summary = self.maker.make(
@@ -208,7 +210,11 @@ class Pipeline:
                 files.write_manifest(directory, fingerprint=key)
 
         ranks.on_rank_zero(publish)
+        self._share_milestones(stage)
         return self._finished(find, checkpoints)
+
+    def _share_milestones(self, stage: str) -> None:
+        share_milestones(self.run_dir / MILESTONES_NAME / stage, self.storages)
 
     def _finished(self, find: Callable[[], Path | None], checkpoints: CheckpointFolder) -> Path:
         """The model just made on rank 0, now on every storage; its checkpoints are gone."""

@@ -99,6 +99,36 @@ def render_model_card(
     return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
 
 
+def render_milestone_card(
+    report: Mapping[str, Any],
+    model_name: str,
+    training: Mapping[str, Any],
+    *,
+    license_id: str | None = None,
+    language: str | None = None,
+    place: str = ".",
+) -> str:
+    """The card of what was kept of a model on its way, of which `training` tells.
+
+    It lies in a branch of the repository `place`, whose `main` has the finished model.
+    """
+    name = training["milestone"]
+    sections = [
+        f"# {report['name']}: {model_name}, {name}",
+        f"The model of the branch `main` as it was after {training['words']:,} words "
+        f"({training['train_tokens']:,} tokens, {training['steps']:,} optimizer steps) of its "
+        "training: kept on the way, at the learning rate of then. How it was made, and what came "
+        "of it in the end, stands in the card of `main`, whose results are not this model's.",
+        "## Use",
+        loading_snippet(place, revision=name),
+        "## License",
+        _license(license_id),
+    ]
+    front = _front_matter(report, model_name, license_id, language)
+    front.eval_results = None
+    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
+
+
 # -- the front matter -----------------------------------------------------------------------------
 
 

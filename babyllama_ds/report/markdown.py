@@ -157,13 +157,14 @@ def _loading() -> list[str]:
     return ["## Loading the student", "From this run's directory:", loading_snippet("student")]
 
 
-def loading_snippet(path: str) -> str:
-    """Code that loads a model and lets it write."""
+def loading_snippet(path: str, *, revision: str | None = None) -> str:
+    """Code that loads a model, of a branch of its repository, and lets it write."""
+    of_branch = "" if revision is None else f', revision="{revision}"'
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{path}")
-model = AutoModelForCausalLM.from_pretrained("{path}")
+tokenizer = AutoTokenizer.from_pretrained("{path}"{of_branch})
+model = AutoModelForCausalLM.from_pretrained("{path}"{of_branch})
 ids = tokenizer("The little dog", return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_length=60, do_sample=True)[0]))
 ```"""

@@ -32,7 +32,7 @@ from babyllama_ds.spec.distillation import (
 from babyllama_ds.spec.evaluation import EvaluationSpec
 from babyllama_ds.spec.explain import did_you_mean
 from babyllama_ds.spec.models import ModelSpec, PretrainedModel
-from babyllama_ds.spec.training import TrainingSpec
+from babyllama_ds.spec.training import Milestones, TrainingSpec
 
 
 class TeacherSpec(Spec):
@@ -104,6 +104,10 @@ class StudentSpec(Spec):
     """What it is; `pretrained` warm-starts it."""
     training: TrainingSpec
     """How it is trained."""
+    milestones: Milestones | None = None
+    """Words seen, after each of which the model is kept as it then is (`milestones/student/`):
+    a list, or `babylm`, those that the challenge asks for; none: only the finished one. See
+    docs/milestones.md."""
     seed: Seed | None = None
     """Seed of its initialisation and data order; none: derived from the job's seed."""
 
@@ -113,6 +117,8 @@ class ControlSpec(Spec):
 
     training: TrainingSpec | None = None
     """Its own training; none: the student's."""
+    milestones: Milestones | None = None
+    """As of the student, whose are not taken over."""
 
 
 class DeepSpeedSpec(Spec):
@@ -300,6 +306,11 @@ class JobSpec(Spec):
             return int(own[stage])  # type: ignore[arg-type]
         # The control is the student's twin: same initialisation, same data order.
         return derive_seed(self.seed, "student" if stage == "control" else stage)
+
+    def milestones_of(self, stage: str) -> Milestones | None:
+        """What is to be kept of a training on its way; none: nothing."""
+        own = {"student": self.student, "control": self.control}.get(stage)
+        return None if own is None else own.milestones
 
     def training_key(self, stage: str) -> str:
         """Where the training of a stage stands in the job: the control's may be the student's."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import (
+    AfterValidator,
     Discriminator,
     Field,
     NonNegativeFloat,
@@ -21,6 +23,16 @@ MicroBatch = Annotated[
     Annotated[PositiveInt, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
     Discriminator(lambda value: "word" if value == "auto" else "number"),
 ]
+
+Milestones = Annotated[
+    Annotated[Literal["babylm"], Tag("word")]
+    | Annotated[tuple[PositiveInt, ...], Field(min_length=1), Tag("numbers")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "numbers"),
+    AfterValidator(lambda value: _rising(value)),
+]
+"""Words seen, after each of which a training's model is kept as it then is. `babylm`: what the
+challenge asks for since 2025, after every million words up to ten, every ten up to a hundred and
+every hundred up to a thousand, as far as the training goes."""
 
 
 class EarlyStopping(Spec):
@@ -137,3 +149,14 @@ class TrainingSpec(Spec):
                 )
             )
         return consistent(self, found)
+
+
+def _rising(milestones: Literal["babylm"] | tuple[int, ...]) -> Literal["babylm"] | tuple[int, ...]:
+    if milestones == "babylm":
+        return milestones
+    found = [
+        Mismatch((i + 1,), later, f"more than the one before ({earlier})")
+        for i, (earlier, later) in enumerate(pairwise(milestones))
+        if later <= earlier
+    ]
+    return consistent(milestones, found)

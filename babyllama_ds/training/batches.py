@@ -251,6 +251,12 @@ def total_steps(training: TrainingSpec, num_windows: int, length: int) -> int:
     return max(1, min(limits))
 
 
+def tokens_after(step: int, training: TrainingSpec, num_windows: int, length: int) -> int:
+    """Tokens of the windows of the first `step` batches, over all ranks."""
+    epochs, k = divmod(step, steps_per_epoch(training, num_windows))
+    return length * (epochs * num_windows + min(k * training.batch_windows, num_windows))
+
+
 def check_warmup(training: TrainingSpec, num_windows: int, length: int, *, where: str) -> None:
     """The warm-up ends before the training does.
 

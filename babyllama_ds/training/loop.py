@@ -1,8 +1,8 @@
 """The loop: a model, its data and its teachers enter; the trained model and a summary leave.
 
-It resumes from the newest checkpoint by itself, evaluates, keeps the best weights, and stops when
-it is asked to, all ranks at the same step boundary, or within an evaluation, which comes first when
-it goes on.
+It resumes from the newest checkpoint by itself, evaluates, keeps the best weights and the models of
+milestones, and stops when it is asked to, all ranks at the same step boundary, or within an
+evaluation, which comes first when it goes on.
 
     step        one optimizer step
     telling     what is logged of it
@@ -137,6 +137,8 @@ class Trainer:
             self.objective.compile_layers()
         self.best = BestWeights()
         self.progress = surroundings.checkpoints.resume(self.engine, self.best)
+        if surroundings.milestones is not None:
+            surroundings.milestones.go_on_from(self.progress.step)
         self.clock = Clock(self.progress.seconds)
         self.limits = Limits(stage.training, total_steps=self.batches.total_steps)
         self.not_finite = NotFinite(
@@ -180,6 +182,7 @@ class Trainer:
                 self._stop_if_asked()
                 self.step(metrics)
                 patience.alive(f"step {self.progress.step}")
+                self._keep_milestone()
                 if self._due_evaluation():
                     self._evaluate(metrics, patience)
                 if self._due_checkpoint():
@@ -214,7 +217,15 @@ class Trainer:
             "best_dev_ce": progress.best_dev_ce,
             "best_step": progress.best_step,
             "final_dev_ce": progress.last_dev_ce,
+            **self._milestones(),
         }
+
+    def _milestones(self) -> dict[str, Any]:
+        """What was kept on the way, by name."""
+        if self.around.milestones is None:
+            return {}
+        reached = self.around.milestones.reached(self.progress.step)
+        return {"milestones": {one.name: {"words": one.seen, "steps": one.step} for one in reached}}
 
     # -- one step ---------------------------------------------------------------------------------
 
@@ -259,6 +270,14 @@ class Trainer:
         if self.progress.step > 0:
             self.checkpoint()
         raise stopped(reason, at=f"{self.stage.name}, step {self.progress.step}")
+
+    def _keep_milestone(self) -> None:
+        """Before the evaluation and the checkpoint, behind which a killed training would not come
+        by here again."""
+        milestones = self.around.milestones
+        if milestones is not None and milestones.due(self.progress.step):
+            with self.engine.averaged():
+                milestones.keep(self.stage.model, self.progress)
 
     def _evaluate(self, metrics: MetricsLog, patience: Patience) -> None:
         step = self.progress.step

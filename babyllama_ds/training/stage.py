@@ -16,6 +16,7 @@ from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.training.batches import LabelMask
 from babyllama_ds.training.meter import Meter
+from babyllama_ds.training.milestones import MilestoneFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,3 +55,5 @@ class Surroundings:
     device: torch.device
     stop: StopRequest
     checkpoints: CheckpointFolder
+    milestones: MilestoneFolder | None = None
+    """Models to be kept on the way; none: none."""

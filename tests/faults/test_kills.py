@@ -160,6 +160,23 @@ def test_same_weights_bit_for_bit(struck: Any, finished: Any, stage: str) -> Non
     assert mine == theirs
 
 
+def test_same_milestones(struck: Any, finished: Any) -> None:
+    """The second was reached before the student was struck, behind its checkpoint."""
+
+    def weights(scene: Any) -> dict[str, bytes]:
+        folder = scene.run_dir / "milestones"
+        found = sorted(folder.glob("*/*/model.safetensors"))
+        return {str(path.parent.relative_to(folder)): path.read_bytes() for path in found}
+
+    assert list(weights(finished)) == [
+        "control/chck_1K",
+        "student/chck_2150",
+        "student/chck_400",
+        "student/chck_700",
+    ]
+    assert weights(struck) == weights(finished)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_same_curves(
     struck: Any, finished: Any, metrics: Callable[[Path], list[dict[str, Any]]], stage: str

@@ -44,7 +44,9 @@ def folders_of(scene: Any) -> list[Path]:
 
 
 def weights(run_dir: Path) -> dict[str, str]:
-    names = ("teachers/gpt2", "teachers/llama", "student", "control")
+    models = ("teachers/gpt2", "teachers/llama", "student", "control")
+    kept = ("student/chck_400", "student/chck_700", "student/chck_2150", "control/chck_1K")
+    names = [*models, *(f"milestones/{name}" for name in kept)]
     return {name: sha256_file(run_dir / name / "model.safetensors") for name in names}
 
 

@@ -124,16 +124,33 @@ TOKEN = "hf_atest"
 
 
 @dataclass
-class Repository:
+class Branch:
     """Files by name, each with whether it is a large one."""
 
-    private: bool = False
+    name: str = "main"
     commits: int = 0
     files: dict[str, tuple[bytes, bool]] = field(default_factory=dict)
 
     @property
     def sha(self) -> str:
-        return f"{self.commits:040x}"
+        """The first commit is that of every branch."""
+        name = self.name if self.commits else "main"
+        return hashlib.sha1(f"{name} {self.commits}".encode()).hexdigest()
+
+
+@dataclass
+class Repository(Branch):
+    """Its `main`, and the branches beside."""
+
+    private: bool = False
+    branches: dict[str, Branch] = field(default_factory=dict)
+    born: dict[str, tuple[bytes, bool]] = field(default_factory=dict)
+    """What its first commit holds."""
+
+    def at(self, revision: str) -> Branch | None:
+        """By name, or by its last commit."""
+        here = {"main": self, **self.branches}
+        return here.get(revision) or next((b for b in here.values() if b.sha == revision), None)
 
 
 @dataclass
@@ -203,8 +220,9 @@ class Handler(BaseHTTPRequestHandler):
             name = f"{asked['organization']}/{asked['name']}"
             there = name in self.hub.repositories
             if not there:
-                born = Repository(private=asked.get("visibility") == "private")
-                born.files[".gitattributes"] = (b"*.safetensors filter=lfs\n", False)
+                first = {".gitattributes": (b"*.safetensors filter=lfs\n", False)}
+                private = asked.get("visibility") == "private"
+                born = Repository(private=private, files=dict(first), born=first)
                 self.hub.repositories[name] = born
             self._answer(409 if there else 200, {"url": f"{self.hub.url}/{name}"})
         elif request == "POST /api/validate-yaml":
@@ -227,11 +245,41 @@ class Handler(BaseHTTPRequestHandler):
 
     def _repository(self, name: str, repository: Repository, rest: list[str], body: bytes) -> None:
         match rest:
-            case [] | ["revision", _]:
-                siblings = [described(path, *file) for path, file in repository.files.items()]
-                facts = {"id": name, "sha": repository.sha, "private": repository.private}
+            case ["commits", "main"]:
+                dated = {
+                    "authors": [],
+                    "date": "2026-01-01T00:00:00.000Z",
+                    "title": "",
+                    "message": "",
+                }
+                oldest = Branch().sha
+                shas = [repository.sha, *([oldest] if repository.commits else [])]
+                self._answer(200, [{"id": sha, **dated} for sha in shas])
+            case ["branch", branch]:
+                assert json.loads(body) == {"startingPoint": Branch().sha}
+                there = branch in repository.branches
+                if not there:
+                    repository.branches[branch] = Branch(branch, files=dict(repository.born))
+                self._answer(409 if there else 200, {})
+            case [] | [_, _]:
+                action, revision = rest or ("revision", "main")
+                found = repository.at(revision)
+                if found is None:
+                    self._answer(404, {"error": "none"}, X_Error_Code="RevisionNotFound")
+                else:
+                    self._of_branch(name, repository, found, action, body)
+            case _:
+                self._answer(404, {"error": f"this hub knows no {rest}"})
+
+    def _of_branch(
+        self, name: str, repository: Repository, branch: Branch, action: str, body: bytes
+    ) -> None:
+        match action:
+            case "revision":
+                siblings = [described(path, *file) for path, file in branch.files.items()]
+                facts = {"id": name, "sha": branch.sha, "private": repository.private}
                 self._answer(200, {**facts, "siblings": siblings})
-            case ["preupload", "main"]:
+            case "preupload":
                 modes = [
                     {
                         "path": one["path"],
@@ -241,16 +289,16 @@ class Handler(BaseHTTPRequestHandler):
                     for one in json.loads(body)["files"]
                 ]
                 self._answer(200, {"files": modes})
-            case ["commit", "main"]:
+            case "commit":
                 for line in body.splitlines():
-                    self._commit(repository, **json.loads(line))
-                repository.commits += 1
-                url = f"{self.hub.url}/{name}/commit/{repository.sha}"
-                self._answer(200, {"commitUrl": url, "commitOid": repository.sha})
+                    self._commit(branch, **json.loads(line))
+                branch.commits += 1
+                url = f"{self.hub.url}/{name}/commit/{branch.sha}"
+                self._answer(200, {"commitUrl": url, "commitOid": branch.sha})
             case _:
-                self._answer(404, {"error": f"this hub knows no {rest}"})
+                self._answer(404, {"error": f"this hub knows no {action}"})
 
-    def _commit(self, repository: Repository, key: str, value: dict[str, Any]) -> None:
+    def _commit(self, repository: Branch, key: str, value: dict[str, Any]) -> None:
         path = value.get("path", "")
         if key == "file":
             repository.files[path] = (base64.b64decode(value["content"]), False)
