@@ -26,6 +26,8 @@ SUMS_NAME = "SHA256SUMS"
 LEFT_OUT = (".lock", ".lock.json", "checkpoints", SUMS_NAME)
 """At the top of a run: what belongs to a process, or to an older bundle."""
 
+AND_ANEW = " and start the run again: it is made anew"
+
 MTIME = 315_532_800
 """1980-01-01: older times make some programs complain."""
 
@@ -142,8 +144,8 @@ def _check_parts(run: FinishedRun, sums: Mapping[str, str]) -> None:
                     run.path / part / name,
                     got=f"SHA-256 {got}" if got else "no such file",
                     expected=facts.sha256,
-                    hint=f"delete the folder {(run.path / part).resolve()} and start the run "
-                    "again: it is made anew",
+                    hint=f"delete the folder {(run.path / part).resolve()}"
+                    + (", which the run can do without" if part in run.kept else AND_ANEW),
                 )
 
 

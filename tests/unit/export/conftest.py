@@ -118,6 +118,24 @@ def run_dir(made_once: Path, tmp_path: Path) -> Path:
     return tmp_path / "runs" / "nursery-1"
 
 
+@pytest.fixture
+def run_with_milestones(run_dir: Path) -> Path:
+    """Of the student two are kept, of which the first has other weights."""
+    student, milestones = run_dir / "student", {}
+    for step, name in enumerate(("chck_2K", "chck_10K"), start=1):
+        kept = run_dir / "milestones" / "student" / name
+        weights = run_dir / "control" if step == 1 else student
+        shutil.copytree(weights, kept)
+        facts = {"milestone": name, "words": 2_003, "steps": step, "train_tokens": 2_500}
+        files.write_json(kept / "training.json", facts)
+        files.write_manifest(kept, fingerprint="student")
+        milestones[name] = {"words": 2_003, "steps": step}
+    training = files.read_json(student / "training.json")
+    files.write_json(student / "training.json", training | {"milestones": milestones})
+    files.write_manifest(student, fingerprint="student")
+    return run_dir
+
+
 # -- the hub --------------------------------------------------------------------------------------
 
 TOKEN = "hf_atest"

@@ -185,6 +185,18 @@ def test_a_damaged_part(run_dir: Path, tmp_path: Path, name: str, part: str) -> 
     assert str(path.parent.resolve()) in problem.hint
 
 
+def test_milestones_come_along(run_with_milestones: Path, tmp_path: Path) -> None:
+    run = run_with_milestones
+    assert contents(make(run, tmp_path / "b"))["milestones/student/chck_2K/config.json"]
+    path = run / "milestones" / "student" / "chck_2K" / "config.json"
+    path.write_text("{}")
+    (problem,) = refused(run, tmp_path / "c")
+    assert problem.where == str(path)
+    assert problem.hint == f"delete the folder {path.parent}, which the run can do without"
+    shutil.rmtree(path.parent)
+    make(run, tmp_path / "d")
+
+
 def test_a_file_that_a_manifest_misses(run_dir: Path, tmp_path: Path) -> None:
     (run_dir / "student" / "config.json").unlink()
     (problem,) = refused(run_dir, tmp_path / "b")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
 from babyllama_ds.export import hub as client
+from babyllama_ds.export.command import Export, export_run
 from babyllama_ds.export.finished import open_finished
 from babyllama_ds.export.hub import Destination, destination, push
 from babyllama_ds.export.model import CardFacts, export_model_dir
@@ -120,6 +122,112 @@ def test_a_public_repository_is_no_private_one(hub: Any, model_dir: Path) -> Non
     problem = refused(model_dir, at(hub), private=True)
     assert problem.got == "a public repository"
     assert hub.repositories[NAME].commits == 1
+
+
+# -- milestones -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch, hub: Any) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(client, "get_token", lambda: TOKEN)
+
+
+def pushed(run_dir: Path, **options: Any) -> list[str]:
+    return list(export_run(Export(run_dir=run_dir, push=NAME, milestones=True, **options)))
+
+
+def branch(hub: Any, name: str) -> dict[str, bytes]:
+    files_there = hub.repositories[NAME].branches[name].files
+    return {path: data for path, (data, _) in files_there.items() if path != ".gitattributes"}
+
+
+@pytest.mark.usefixtures("token")
+def test_each_milestone_is_a_branch(hub: Any, run_with_milestones: Path) -> None:
+    run, places = run_with_milestones, pushed(run_with_milestones, language="en")
+    assert places == [
+        f"{hub.url}/{NAME}",
+        f"{hub.url}/{NAME}/tree/chck_2K",
+        f"{hub.url}/{NAME}/tree/chck_10K",
+    ]
+    assert there(hub)["model.safetensors"] == (run / "student" / "model.safetensors").read_bytes()
+    for name in ("chck_2K", "chck_10K"):
+        kept = run / "milestones" / "student" / name
+        assert branch(hub, name).keys() == there(hub).keys()
+        for file in ("model.safetensors", "config.json", "training.json", "tokenizer.json"):
+            assert branch(hub, name)[file] == (kept / file).read_bytes()
+        card = branch(hub, name)["README.md"].decode()
+        assert f'from_pretrained("{NAME}", revision="{name}")' in card
+        assert "after 2,003 words" in card
+        assert "model-index" not in card
+        assert ModelCard(card).data.language == "en"
+
+
+@pytest.mark.usefixtures("token")
+def test_a_push_of_milestones_that_broke_off_goes_on(hub: Any, run_with_milestones: Path) -> None:
+    """The branch was made, and nothing had come into it."""
+    hub.refuses[f"POST /api/models/{NAME}/commit/chck_10K"] = 500
+    with pytest.raises(RunError) as caught:
+        pushed(run_with_milestones)
+    assert caught.value.problems[0].where == f"uploading to {hub.url}/{NAME}"
+    assert branch(hub, "chck_10K") == {}
+    hub.refuses.clear()
+    pushed(run_with_milestones)
+    assert branch(hub, "chck_10K")
+    repository = hub.repositories[NAME]
+    assert [repository.commits, *(one.commits for one in repository.branches.values())] == [1, 1, 1]
+
+
+@pytest.mark.usefixtures("token")
+def test_a_branch_with_other_content_stays(hub: Any, run_with_milestones: Path) -> None:
+    pushed(run_with_milestones)
+    hub.repositories[NAME].branches["chck_2K"].files["notes.md"] = (b"mine", False)
+    with pytest.raises(RunError) as caught:
+        pushed(run_with_milestones)
+    assert caught.value.problems[0].where == f"{hub.url}/{NAME}, branch chck_2K"
+    assert branch(hub, "chck_2K")["notes.md"] == b"mine"
+    pushed(run_with_milestones, replace=True)
+    assert "notes.md" not in branch(hub, "chck_2K")
+
+
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize("model", ["control", "teachers/gpt2"])
+def test_a_model_of_which_nothing_was_kept(hub: Any, run_with_milestones: Path, model: str) -> None:
+    with pytest.raises(RunError, match="of which nothing was kept on its way"):
+        pushed(run_with_milestones, model=model)
+    assert hub.asked == []
+
+
+@pytest.mark.usefixtures("token")
+def test_a_milestone_that_is_gone_is_told_before_anything_is_sent(
+    hub: Any, run_with_milestones: Path
+) -> None:
+    shutil.rmtree(run_with_milestones / "milestones" / "student" / "chck_2K")
+    with pytest.raises(RunError) as caught:
+        pushed(run_with_milestones)
+    (problem,) = caught.value.problems
+    assert problem.where.endswith("milestones/student/chck_2K")
+    assert "only with all of" in (problem.hint or "")
+    assert hub.asked == []
+
+
+@pytest.mark.usefixtures("token")
+def test_a_damaged_milestone_is_not_sent(hub: Any, run_with_milestones: Path) -> None:
+    kept = run_with_milestones / "milestones" / "student" / "chck_10K"
+    (kept / "config.json").write_text("{}")
+    with pytest.raises(RunError) as caught:
+        pushed(run_with_milestones)
+    assert caught.value.problems[0].where == str(kept / "config.json")
+    assert branch(hub, "chck_2K")
+    assert "chck_10K" not in hub.repositories[NAME].branches
+
+
+def test_milestones_go_to_the_hub_alone(run_with_milestones: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="--milestones: got no --push"):
+        list(export_run(Export(run_dir=run_with_milestones, to=tmp_path / "m", milestones=True)))
+
+
+# -- what is refused ------------------------------------------------------------------------------
 
 
 def test_a_damaged_directory_is_not_pushed(hub: Any, model_dir: Path) -> None:

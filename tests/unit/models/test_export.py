@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import write_manifest
-from babyllama_ds.models.export import export_model
+from babyllama_ds.models.export import export_model, write_model
 
 SUMMARY = {"params": None, "steps": 3, "seconds": 1.5}
 TOKENS = torch.arange(120).view(2, 60) % 61
@@ -28,6 +28,28 @@ def tokenizer_dir(tmp_path: Path, word_tokenizer: Callable[[int], Any]) -> Path:
     word_tokenizer(61).save_pretrained(directory)
     write_manifest(directory, fingerprint="f")
     return directory
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_model_that_is_written_on_its_way_computes_what_it_did(
+    kind: str, tmp_path: Path, tiny_model: Callable[..., Any], tokenizer_dir: Path
+) -> None:
+    """As ZeRO has it: parameters in bf16, the frequencies of RoPE in fp32."""
+    model = tiny_model(kind).train()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    before = {name: (one.dtype, one.clone()) for name, one in model.named_buffers()}
+    write_model(model, tokenizer_dir, tmp_path / "out", SUMMARY)
+    assert model.training
+    for name, buffer in model.named_buffers():
+        dtype, value = before[name]
+        assert buffer.dtype == dtype
+        assert torch.equal(buffer, value)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    for ours, theirs in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
