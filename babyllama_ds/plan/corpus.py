@@ -41,6 +41,7 @@ from babyllama_ds.store import Store
 # text of the six BabyLM domains, with a tokenizer trained on an eighth of ten million words.
 _VOCABULARIES = (800, 2_000, 4_096, 8_192, 16_000, 32_000)
 _BYTES_A_TOKEN = (2.21, 2.64, 2.91, 3.12, 3.27, 3.38)
+_BYTES_A_WORD = 5.40  # of those domains' ten million words, the whitespace behind each included
 
 NURSERY_TOKENS_A_WORD = 1.35
 """Measured at a vocabulary of 800; larger ones give a little less."""
@@ -55,6 +56,8 @@ class PlannedCorpus:
     """How much there is to train and to measure on."""
 
     train_tokens: int
+    train_words: int
+    """By whitespace."""
     dev_tokens: int | None
     """None: not known, and evaluations are left out."""
     vocab_size: int
@@ -73,6 +76,7 @@ def plan_corpus(job: JobSpec, *, runs: Path, tokens: int | None) -> PlannedCorpu
     if tokens is not None:
         return PlannedCorpus(
             train_tokens=tokens,
+            train_words=round(tokens * bytes_a_token(_vocab_size(job)) / _BYTES_A_WORD),
             dev_tokens=_tail_tokens(job, tokens),
             vocab_size=_vocab_size(job),
             source="--tokens",
@@ -82,6 +86,7 @@ def plan_corpus(job: JobSpec, *, runs: Path, tokens: int | None) -> PlannedCorpu
     if shards is not None:
         return PlannedCorpus(
             train_tokens=shards.num_tokens("train"),
+            train_words=shards.num_words("train"),
             dev_tokens=shards.num_tokens("dev"),
             vocab_size=shards.vocab_size,
             source="store",
@@ -199,6 +204,7 @@ def _estimate(job: JobSpec) -> PlannedCorpus:
             told += f", {_ends(ends)} of each scene of {NURSERY_WORDS_A_SCENE} words"
         return PlannedCorpus(
             train_tokens=round(job.corpus.words * a_word),
+            train_words=job.corpus.words,
             dev_tokens=round(job.corpus.dev_words * a_word),
             vocab_size=vocab_size,
             source="estimate",
@@ -211,6 +217,7 @@ def _estimate(job: JobSpec) -> PlannedCorpus:
         told += f"; {_ends(ends)} of each of {train.documents:,} documents"
     return PlannedCorpus(
         train_tokens=round(train.bytes / ratio) + ends * train.documents,
+        train_words=round(train.bytes / _BYTES_A_WORD),
         dev_tokens=round(dev.bytes / ratio) + ends * dev.documents,
         vocab_size=vocab_size,
         source="estimate",

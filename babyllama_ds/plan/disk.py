@@ -13,6 +13,7 @@ from babyllama_ds.plan.stages import PlannedStage, PlannedStages
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.teachers.cache.layout import padded_bytes
 from babyllama_ds.teachers.cache.topk import record_bytes
+from babyllama_ds.training.milestones import TextSize, milestones_within
 
 _FP32 = 4
 _TOKEN_ID_BYTES = 2
@@ -53,8 +54,10 @@ def disk_items(
     )
     own = job.deepspeed.storage == "node"
     every: Literal["one", "every"] = "every" if own else "one"
+    kept = sum(stage.sizes.params * _num_milestones(job, corpus, stage) for stage in work.stages)
     return [
         DiskItem(name="models", bytes=element_bytes * models, stays=True, nodes=every),
+        DiskItem(name="milestones", bytes=element_bytes * kept, stays=True, nodes=every),
         DiskItem(
             name="token shards",
             bytes=_id_bytes(corpus.vocab_size) * (corpus.train_tokens + (corpus.dev_tokens or 0)),
@@ -76,6 +79,12 @@ def disk_items(
             nodes="first two" if own else "one",
         ),
     ]
+
+
+def _num_milestones(job: JobSpec, corpus: PlannedCorpus, stage: PlannedStage) -> int:
+    asked = job.milestones_of(stage.name)
+    text = TextSize(words=corpus.train_words, tokens=corpus.train_tokens)
+    return 0 if asked is None else len(milestones_within(asked, text.words_in(stage.tokens)))
 
 
 def cache_bytes(

@@ -100,7 +100,7 @@ def milestones_of(
 
     steps = range(1, total_steps(training, num_windows, length) + 1)
     last = seen(steps[-1])
-    within = [words for words in _words(asked) if words * (1 - SHORT) <= last]
+    within = milestones_within(asked, last)
     _check_within(asked, len(within), last, where)
     return [
         Milestone(words=words, seen=seen(step), step=step)
@@ -109,8 +109,10 @@ def milestones_of(
     ]
 
 
-def _words(asked: Milestones) -> Sequence[int]:
-    return BABYLM if asked == "babylm" else asked
+def milestones_within(asked: Milestones, words: int) -> list[int]:
+    """Those of a training that shows so many words."""
+    all_of_them = BABYLM if asked == "babylm" else asked
+    return [one for one in all_of_them if one * (1 - SHORT) <= words]
 
 
 def _check_within(asked: Milestones, within: int, last: int, where: str) -> None:

@@ -155,6 +155,7 @@ def test_where_each_node_keeps_its_own_the_plan_says_which_hold_what(
     assert "node" not in render_plan(shared).partition("disk in ")[2].partition("assumptions")[0]
     assert plan_as_json(own)["disk_nodes"] == {
         "models": "every",
+        "milestones": "every",
         "token shards": "every",
         "teacher cache": "every",
         "checkpoints (2, and one being written)": "first two",
@@ -184,6 +185,20 @@ def test_disk(nursery: Job, tmp_path: Path) -> None:
     plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
     items = {item.name: item.bytes for item in plan.disk}
     assert items["teacher cache"] == 100 * 64 * 64 * (4 + 2)  # fp32 and a 16-bit id, k = 64
+
+
+def test_milestones_on_the_disk(nursery: Job, tmp_path: Path) -> None:
+    """As many as the training shows words for; the nursery's words are known before its tokens."""
+    changes = ("corpus.words=1_000_000", "student.training.epochs=9.6", "control.milestones=[5]")
+    plan = plan_job(nursery(ON_CPU, *changes), Question(runs=tmp_path))
+    items = {item.name: item.bytes for item in plan.disk}
+    student = plan.work.stages[2].sizes.params
+    assert plan.corpus.train_words == 1_000_000
+    assert items["milestones"] == 2 * student
+    plan = plan_job(nursery(ON_CPU, *changes, "student.milestones=babylm"), Question(runs=tmp_path))
+    items = {item.name: item.bytes for item in plan.disk}
+    assert items["milestones"] == 2 * student * (10 + 1)
+    assert "milestones" in render_plan(plan)
 
 
 def test_what_options_add_to_the_disk(nursery: Job, tmp_path: Path) -> None:
