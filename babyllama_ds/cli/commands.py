@@ -235,6 +235,7 @@ def export(options: argparse.Namespace) -> None:
             private=options.private,
             replace=options.replace,
             milestones=options.milestones,
+            float32=options.float32,
             license_id=options.license,
             language=options.language,
             bundle=options.bundle,

@@ -240,6 +240,12 @@ def _add_export(exporter: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --push: the model's milestones too, each as a branch (chck_1M, …)",
     )
+    exporter.add_argument(
+        "--float32",
+        action="store_true",
+        help="the model's weights in fp32: the same values, for programs that compute in the type "
+        "that they find",
+    )
     exporter.add_argument("--license", metavar="ID", help="for the card, as the hub names it: mit")
     exporter.add_argument("--language", metavar="CODE", help="of the text, for the card: en")
     exporter.add_argument(

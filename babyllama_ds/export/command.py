@@ -34,6 +34,8 @@ class Export:
     """Whether what was kept of the model on its way goes there too, each as a branch."""
     private: bool = False
     replace: bool = False
+    float32: bool = False
+    """Whether the model's weights are cast to fp32."""
     license_id: str | None = None
     language: str | None = None
     bundle: Path | None = None
@@ -75,6 +77,7 @@ def _check(asked: Export) -> None:
         "--model": asked.model,
         "--license": asked.license_id,
         "--language": asked.language,
+        "--float32": asked.float32,
     }
     of_pushes = {
         "--private": asked.private,
@@ -93,7 +96,12 @@ def _check(asked: Export) -> None:
 
 
 def _model(asked: Export, run: FinishedRun) -> Iterator[str]:
-    facts = CardFacts(license_id=asked.license_id, language=asked.language, place=asked.push or ".")
+    facts = CardFacts(
+        license_id=asked.license_id,
+        language=asked.language,
+        place=asked.push or ".",
+        float32=asked.float32,
+    )
     model = asked.model or "student"
     if asked.push is None:
         assert asked.to is not None

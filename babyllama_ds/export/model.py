@@ -18,6 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
 from babyllama_ds.export.finished import FinishedRun
@@ -29,7 +33,7 @@ SAFE_SUFFIXES = (".json", ".safetensors", ".md")
 
 @dataclass(frozen=True, kw_only=True)
 class CardFacts:
-    """What the card says that the run does not know."""
+    """What the run does not know of a model that is given away."""
 
     license_id: str | None = None
     """The hub's name of a license; none: none is claimed."""
@@ -37,6 +41,9 @@ class CardFacts:
     """The text's language as the hub's code (`en`); none: only a text written here has one."""
     place: str = "."
     """Where the card's code loads the model from."""
+    float32: bool = False
+    """Whether its weights are cast to fp32: the same values in more bytes, for programs that
+    compute in the type that they find."""
 
 
 def export_model_dir(run: FinishedRun, model: str, target: Path, facts: CardFacts) -> None:
@@ -52,8 +59,9 @@ def export_model_dir(run: FinishedRun, model: str, target: Path, facts: CardFact
         license_id=facts.license_id,
         language=facts.language,
         place=facts.place,
+        float32=facts.float32,
     )
-    _export(source, target, card, model)
+    _export(source, target, card, model, float32=facts.float32)
 
 
 def export_milestone_dir(
@@ -72,10 +80,10 @@ def export_milestone_dir(
         language=facts.language,
         place=facts.place,
     )
-    _export(source, target, card, model)
+    _export(source, target, card, model, float32=facts.float32)
 
 
-def _export(source: Path, target: Path, card: str, model: str) -> None:
+def _export(source: Path, target: Path, card: str, model: str, *, float32: bool) -> None:
     manifest = files.verify_manifest(source)
     check_names(source, manifest)
     with files.appearing(target) as directory:
@@ -83,9 +91,14 @@ def _export(source: Path, target: Path, card: str, model: str) -> None:
         for name in manifest.files:
             shutil.copyfile(source / name, directory / name)
         _set_lengths(directory)
+        if float32:
+            _cast_to_float32(directory)
         files.write_atomic(directory / "README.md", card)
         files.write_manifest(directory, fingerprint=manifest.fingerprint, model=model)
-        _check_weights(source, manifest, directory)
+        if float32:
+            _check_values(source, directory)
+        else:
+            _check_weights(source, manifest, directory)
 
 
 def check_names(directory: Path, manifest: files.Manifest) -> None:
@@ -138,3 +151,33 @@ def _check_weights(source: Path, manifest: files.Manifest, copy: Path) -> None:
                 expected=facts.sha256,
                 hint="was the run changed meanwhile? Otherwise the disk is not to be trusted",
             )
+
+
+def _cast_to_float32(directory: Path) -> None:
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as stored:
+            metadata = stored.metadata()
+            weights = {name: stored.get_tensor(name).float() for name in stored.keys()}  # noqa: SIM118
+        permissions = path.stat().st_mode
+        save_file(weights, path, metadata=metadata)
+        path.chmod(permissions)  # safetensors writes for its owner alone
+    config = files.read_json(directory / "config.json")
+    files.write_json(directory / "config.json", config | {"dtype": "float32"})
+
+
+def _check_values(source: Path, copy: Path) -> None:
+    """The copy has the values of the weights that were proved whole, in fp32."""
+    for path in source.glob("*.safetensors"):
+        with (
+            safe_open(path, framework="pt") as ours,
+            safe_open(copy / path.name, framework="pt") as theirs,
+        ):
+            for name in ours.keys():  # noqa: SIM118
+                if not torch.equal(theirs.get_tensor(name), ours.get_tensor(name).float()):
+                    raise RunError.of(
+                        path,
+                        got=f"other values of {name} in the copy",
+                        expected="the same, in fp32",
+                        hint="was the run changed meanwhile? Otherwise the disk is not to be "
+                        "trusted",
+                    )

@@ -63,12 +63,14 @@ def render_model_card(
     license_id: str | None = None,
     language: str | None = None,
     place: str = ".",
+    float32: bool = False,
 ) -> str:
     """The card of one of the report's models.
 
     `license_id` and `language` (a code such as `en`) are the hub's; without them no license is
     claimed, and no language but that of a text written here. `place` is where the card's code
-    loads the model from: a repository's name, or the directory that the card lies in.
+    loads the model from: a repository's name, or the directory that the card lies in. `float32`:
+    its weights were cast to that type since.
     """
     where = "From the hub" if place != "." else "In this directory"
     sections = [
@@ -90,7 +92,7 @@ def render_model_card(
         "## License",
         _license(license_id),
         "## Provenance",
-        _provenance(report, model_name),
+        _provenance(report, model_name, cast=" before the cast to fp32" if float32 else ""),
         "## Citation",
         "The method is that of BabyLlama (arXiv 2308.02019) and BabyLlama-2 (arXiv 2409.17312).",
         _citation(report),
@@ -328,7 +330,7 @@ def _license(license_id: str | None) -> str:
     return f"`{license_id}`, as whoever published the model says. {text} own."
 
 
-def _provenance(report: Mapping[str, Any], model_name: str) -> str:
+def _provenance(report: Mapping[str, Any], model_name: str, *, cast: str) -> str:
     """Everything that names this run, whole: the card travels without the report."""
     environment = report["environment"]
     stage = {"teacher": f"teachers/{model_name}"}.get(report["models"][model_name]["role"])
@@ -339,7 +341,7 @@ def _provenance(report: Mapping[str, Any], model_name: str) -> str:
         "job sha256": report["job_sha256"],
         "tokenizer sha256": made_from.get("tokenizer"),
         "tokens sha256 (text and tokenizer)": made_from.get("tokens"),
-        **{f"{name} sha256": digest for name, digest in weights.items()},
+        **{f"{name} sha256{cast}": digest for name, digest in weights.items()},
         "seed of the job": report["job"]["seed"],
         # The control is the student's twin: it has its seed.
         "seed of this model": (environment.get("seeds") or {}).get(stage or "student"),

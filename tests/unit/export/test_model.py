@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from babyllama_ds import cli, files
 from babyllama_ds.errors import RunError
 from babyllama_ds.evaluation.generate import Sampling, generate
+from babyllama_ds.export import model as model_module
 from babyllama_ds.export.finished import open_finished
 from babyllama_ds.export.model import CardFacts, export_model_dir
 
@@ -145,6 +146,44 @@ def test_a_model_of_an_older_run_is_told_its_length(run_dir: Path, tmp_path: Pat
     files.write_manifest(run_dir / "student", fingerprint="older")
     directory = export(run_dir, "student", tmp_path / "out")
     assert json.loads((directory / "generation_config.json").read_text())["max_length"] == 128
+
+
+@pytest.mark.parametrize("part", ["student", "teachers/gpt2"])
+def test_weights_in_fp32_are_the_same_values(run_dir: Path, tmp_path: Path, part: str) -> None:
+    """Loaded as it was saved, the model then computes in fp32, as when it is cast on loading."""
+    wide = export(run_dir, part, tmp_path / "wide", CardFacts(float32=True))
+    saved = AutoModelForCausalLM.from_pretrained(wide)
+    cast = AutoModelForCausalLM.from_pretrained(run_dir / part, dtype=torch.float32)
+    assert saved.dtype == torch.float32
+    ids = torch.arange(30)[None]
+    assert torch.equal(saved(ids).logits, cast(ids).logits)
+    facts = (wide / "model.safetensors").stat()
+    assert facts.st_mode == (wide / "config.json").stat().st_mode
+    assert facts.st_size > 1.9 * (run_dir / part / "model.safetensors").stat().st_size
+    manifest = files.verify_manifest(wide)
+    assert manifest.files["model.safetensors"].bytes == facts.st_size
+    ours = (run_dir / part / "manifest.json").read_text()
+    digest = json.loads(ours)["files"]["model.safetensors"]["sha256"]
+    card = (wide / "README.md").read_text()
+    assert f"| model.safetensors sha256 before the cast to fp32 | {digest}" in re.sub(
+        " +", " ", card
+    )
+
+
+def test_a_copy_in_fp32_is_compared_with_what_was_proved_whole(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = model_module.save_file
+
+    def flip(weights: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        first = next(iter(weights.values()))
+        first.view(-1)[0] += 1
+        write(weights, path, **options)
+
+    monkeypatch.setattr(model_module, "save_file", flip)
+    with pytest.raises(RunError, match=r"other values of .* in the copy"):
+        export(run_dir, "student", tmp_path / "wide", CardFacts(float32=True))
+    assert not (tmp_path / "wide").exists()
 
 
 def test_it_speaks(
