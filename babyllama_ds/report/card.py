@@ -51,7 +51,7 @@ LIMITS = """\
 - Development cross-entropy compares with other models only on the same text and, per token, the
   same tokenizer; minimal pairs measure grammar, not understanding.
 - Whoever compares sentences by their log-probabilities should load it with `dtype=float32`: sums in
-  bf16 are often equal, and an evaluator that counts equals as right then flatters it.
+  bf16 are often equal, and where equals count as right it would score too high.
 - The numbers are of one run with one seed."""
 
 MOST_DOMAINS_SHOWN = 20
