@@ -269,7 +269,8 @@ def _add_evaluate(judge: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="NAME=DIR",
-        help="a directory of minimal pairs, one *.jsonl a task: blimp=eval/blimp_filtered",
+        help="a directory of *.jsonl, as of BLiMP, EWoK, entity tracking or COMPS: "
+        "blimp=eval/blimp_filtered",
     )
     judge.add_argument(
         "--fine-tune",

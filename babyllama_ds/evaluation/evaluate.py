@@ -32,6 +32,7 @@ from babyllama_ds.evaluation.cross_entropy import (
 )
 from babyllama_ds.evaluation.forward import OnBatch, Share
 from babyllama_ds.evaluation.minimal_pairs import (
+    CHANCE_OF_PAIRS,
     PairScores,
     TaskScore,
     TermScore,
@@ -238,6 +239,8 @@ def _task_as_json(task: TaskScore) -> dict[str, float | int | str | None]:
         "ties": task.ties,
         "term": task.term,
         "outcomes": task.outcomes,
+        # Of pairs it goes without saying, as in files that were written before.
+        **({"chance": task.chance} if task.chance != CHANCE_OF_PAIRS else {}),
     }
 
 

@@ -1,40 +1,46 @@
-"""Minimal pairs: which of two sentences does a model find likelier?
+"""Minimal pairs and their like: which of several sentences does a model find likeliest?
 
 Tasks (`pair_files`) and a model enter; accuracy per task, per linguistic term and overall leave.
 `sentences` encodes and scores: a sentence's score is the sum of log P(token | tokens before it), in
-nats. By default no prefix token stands before a sentence, because none was in the training stream,
-so its first token is context and is not scored. A tie is wrong: a model that gives every sentence
-the same score earns nothing.
+nats, over the part that its item says. By default no prefix token stands before a sentence, because
+none was in the training stream, so its first token is context and is not scored. A tie is wrong: a
+model that gives every sentence the same score earns nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from statistics import fmean
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from babyllama_ds.evaluation.forward import OnBatch, Share
-from babyllama_ds.evaluation.pair_files import BAD, GOOD, Task
-from babyllama_ds.evaluation.sentences import prefix_ids, score_sentences, sentence_encoder
+from babyllama_ds.evaluation.pair_files import Task
+from babyllama_ds.evaluation.sentences import Part, part_encoder, prefix_ids, score_sentences
 from babyllama_ds.spec.evaluation import Prefix
 
 RIGHT, WRONG, TIE = "1", "0", "="
-"""A pair's outcome. A tie, which is wrong, has equal scores or a sentence with nothing to score."""
+"""An item's outcome. A tie, which is wrong, is with the best of the others, or there is a candidate
+with nothing to score."""
+
+CHANCE_OF_PAIRS = 0.5
+"""The share of pairs that guessing gets right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskScore:
-    """On which pairs a model prefers the acceptable sentence."""
+    """On which items, pairs mostly, a model prefers the right sentence."""
 
     name: str
     outcomes: str
-    """A character for each pair that was measured, in the order of the file."""
+    """A character for each item that was measured, in the order of the file."""
     term: str | None = None
+    chance: float = CHANCE_OF_PAIRS
+    """The share of items that guessing gets right."""
 
     @property
     def pairs(self) -> int:
@@ -43,17 +49,17 @@ class TaskScore:
 
     @property
     def correct(self) -> int:
-        """Pairs whose acceptable sentence scores strictly higher."""
+        """Items whose right sentence scores strictly higher than all others."""
         return self.outcomes.count(RIGHT)
 
     @property
     def ties(self) -> int:
-        """Pairs of which neither sentence does."""
+        """Items of which no sentence does."""
         return self.outcomes.count(TIE)
 
     @property
     def accuracy(self) -> float:
-        """Share of pairs, in [0, 1]."""
+        """Share of items, in [0, 1]."""
         return self.correct / self.pairs
 
 
@@ -127,10 +133,11 @@ def evaluate_minimal_pairs(
             prefix token.
         ModelError: a score is not finite.
     """
-    ids, sources = encode_pairs(tokenizer, tasks, leading_space=leading_space, prefix=prefix)
+    parts, sources = encode_items(tokenizer, tasks, leading_space=leading_space, prefix=prefix)
     scores = score_sentences(
         model,
-        ids,
+        [part.ids for part in parts],
+        firsts=[part.first for part in parts],
         device=device,
         batch_tokens=batch_tokens,
         vocab_size=vocab_size,
@@ -138,49 +145,57 @@ def evaluate_minimal_pairs(
         share=share,
         on_batch=on_batch,
     )
-    comparable = [len(good) > 1 and len(bad) > 1 for good, bad in _by_two(ids)]
-    # A sentence without a scored token has no score to compare: its pair is a tie.
-    margins = [
-        good - bad if both else 0.0
-        for (good, bad), both in zip(_by_two(scores), comparable, strict=True)
-    ]
-    remaining = iter(margins)
+    # A sentence without a scored token has no score to compare.
+    remaining = iter(
+        score if part.first < len(part.ids) else None
+        for part, score in zip(parts, scores, strict=True)
+    )
     return PairScores(
-        tasks=tuple(_task_score(task, list(islice(remaining, len(task.pairs)))) for task in tasks),
+        tasks=tuple(_task_score(task, remaining) for task in tasks),
         leading_space=leading_space,
         prefix=tokenizer.bos_token if prefix_ids(tokenizer, prefix) else None,
     )
 
 
-def encode_pairs(
+def encode_items(
     tokenizer: PreTrainedTokenizerFast,
     tasks: Sequence[Task],
     *,
     leading_space: bool,
     prefix: Prefix = "none",
-) -> tuple[list[list[int]], list[str]]:
-    """The token ids of every sentence, the good and the bad one of a pair after each other, and
-    the file:line that each is from.
+) -> tuple[list[Part], list[str]]:
+    """The tokens of every candidate, those of an item after each other, and the file:line that each
+    is from.
 
     Raises:
         DataError: the tokenizer has not the prefix token.
     """
-    encode = sentence_encoder(tokenizer, leading_space=leading_space, prefix=prefix)
-    pairs = [(task, pair) for task in tasks for pair in task.pairs]
+    encode = part_encoder(tokenizer, leading_space=leading_space, prefix=prefix)
+    items = [item for task in tasks for item in task.items]
     return (
-        encode([sentence for _, pair in pairs for sentence in (pair.good, pair.bad)]),
-        [f"{task.path}:{pair.line}" for task, pair in pairs for _ in (GOOD, BAD)],
+        encode([candidate for item in items for candidate in item.candidates]),
+        [item.source for item in items for _ in item.candidates],
     )
 
 
-def _task_score(task: Task, margins: Sequence[float]) -> TaskScore:
-    outcomes = (RIGHT if margin > 0 else TIE if margin == 0 else WRONG for margin in margins)
-    return TaskScore(name=task.name, outcomes="".join(outcomes), term=task.term)
+def _task_score(task: Task, scores: Iterator[float | None]) -> TaskScore:
+    """`scores` are those of its candidates, and more."""
+    return TaskScore(
+        name=task.name,
+        outcomes="".join(_outcome(islice(scores, len(item.candidates))) for item in task.items),
+        term=task.term,
+        chance=fmean(1 / len(item.candidates) for item in task.items),
+    )
+
+
+def _outcome(scores: Iterable[float | None]) -> str:
+    """Of an item's scores, that of the right sentence first; none: it has nothing to score."""
+    right, *others = scores
+    if right is None or None in others:
+        return TIE
+    best = max(score for score in others if score is not None)
+    return RIGHT if right > best else TIE if right == best else WRONG
 
 
 def _mean_accuracy(tasks: Sequence[TaskScore]) -> float:
     return sum(task.accuracy for task in tasks) / len(tasks)
-
-
-def _by_two(values: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-    return zip(values[::2], values[1::2], strict=True)

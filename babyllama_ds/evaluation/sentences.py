@@ -1,7 +1,8 @@
 """Sentences: their text and a model enter, their token ids and log-probabilities leave.
 
-A sentence's score is the sum of log P(token | tokens before it), in nats. The first token given is
-context and is not scored: a sentence's own first, or the prefix token that stands before it.
+A sentence's score is the sum of log P(token | tokens before it), in nats, over its tokens, or over
+those of its end from a character on. The first token given is context and is not scored: a
+sentence's own first, or the prefix token that stands before it.
 
 Shapes: B sentences, S positions, T = S - 1 next tokens, N scored tokens.
 """
@@ -10,10 +11,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -35,6 +36,18 @@ Encode = Callable[[Sequence[str]], list[list[int]]]
 """Sentences to the ids that are given to the model: the prefix token, if any, first."""
 
 
+class Part(NamedTuple):
+    """A sentence as it is given to the model, and which part of it is scored."""
+
+    ids: list[int]
+    first: int
+    """The first token that is scored, at least 1; the rest is, too. With none left, nothing is."""
+
+
+EncodeParts = Callable[[Sequence[tuple[str, int]]], list[Part]]
+"""As `Encode`, of sentences of which the part from a character on is scored; 0: all."""
+
+
 # -- encoding -----------------------------------------------------------------------------------
 
 
@@ -50,20 +63,54 @@ def sentence_encoder(
     Raises:
         DataError: a prefix token that the tokenizer does not have.
     """
+    encode = part_encoder(tokenizer, leading_space=leading_space, prefix=prefix)
+    return lambda sentences: [part.ids for part in encode([(one, 0) for one in sentences])]
+
+
+def part_encoder(
+    tokenizer: PreTrainedTokenizerFast, *, leading_space: bool, prefix: Prefix = "none"
+) -> EncodeParts:
+    """As `sentence_encoder`; of each sentence also the first token that reaches into its part.
+
+    A token that holds the part's first character and others before it is scored, as "Ġmat" is for
+    "mat"; one that ends where the part begins is not, as a "Ġ" by itself.
+    """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
-    for part in ("normalizer", "pre_tokenizer"):
-        described[part] = _add_no_space(described[part])
+    for step in ("normalizer", "pre_tokenizer"):
+        described[step] = _add_no_space(described[step])
+    # It adds special tokens, which are not asked for, and it may cut spaces from tokens' offsets.
+    described["post_processor"] = None
     plain = Tokenizer.from_str(json.dumps(described))
     plain.no_padding()
     plain.no_truncation()
     space = " " if leading_space else ""
     before = prefix_ids(tokenizer, prefix)
 
-    def encode(sentences: Sequence[str]) -> list[list[int]]:
-        texts = [space + sentence.lstrip() for sentence in sentences]
-        return [[*before, *e.ids] for e in plain.encode_batch(texts, add_special_tokens=False)]
+    def encode(parts: Sequence[tuple[str, int]]) -> list[Part]:
+        texts = [space + sentence.lstrip() for sentence, _ in parts]
+        encodings = plain.encode_batch(texts, add_special_tokens=False)
+        # The part is a sentence's end: what is removed and added before it changes no distance.
+        starts = [
+            len(text) - len(sentence[start:]) if sentence[:start].strip() else 0
+            for text, (sentence, start) in zip(texts, parts, strict=True)
+        ]
+        return [
+            Part([*before, *encoding.ids], max(1, len(before) + _first_token(encoding, start)))
+            for encoding, start in zip(encodings, starts, strict=True)
+        ]
 
     return encode
+
+
+def _first_token(encoding: Encoding, start: int) -> int:
+    """The first that ends behind a character; as many as there are: none does.
+
+    All bytes of a character end where it ends, also those that are tokens of their own.
+    """
+    if start == 0:
+        return 0
+    ends = (end for _, end in encoding.offsets)
+    return next((token for token, end in enumerate(ends) if end > start), len(encoding.ids))
 
 
 def prefix_ids(
@@ -110,17 +157,20 @@ def score_sentences(
     device: torch.device | str,
     batch_tokens: int,
     vocab_size: int,
+    firsts: Sequence[int] | None = None,
     sources: Sequence[str] | None = None,
     share: Share | None = None,
     on_batch: OnBatch | None = None,
 ) -> list[float]:
-    """Each sentence's log-probability in nats, given its first token.
+    """Each sentence's log-probability in nats from its first scored token on, given those before.
 
-    Called by every rank with the same sentences; batches go to ranks in turn (or as `share` says),
-    and every rank gets all scores. Log-probabilities are fp32 and are summed in float64, where the
-    order of summation does not matter: a score depends on its batch only as far as the model's own
-    rounding does. Identical sentences are scored once. A sentence of fewer than 2 tokens has
-    nothing to score: 0. A sentence longer than `batch_tokens` makes a batch of its own.
+    `firsts` are the numbers of these tokens; none: 1, the second of every sentence. Called by every
+    rank with the same sentences; batches go to ranks in turn (or as `share` says), and every rank
+    gets all scores. Log-probabilities are fp32 and are summed in float64, where the order of
+    summation does not matter: a score depends on its batch only as far as the model's own rounding
+    does. What is identical, and scored in the same part, is scored once. A sentence that ends
+    before its first scored token has nothing to score: 0. One longer than `batch_tokens` makes a
+    batch of its own.
 
     Raises:
         DataError: a sentence is longer than the model's positions, or has a token that the model
@@ -129,15 +179,20 @@ def score_sentences(
     """
     check_positions(token_ids, positions_of(model.config), sources)
     _check_embedded(model, token_ids, sources)
-    unique = list(dict.fromkeys(tuple(ids) for ids in token_ids))
-    batches = length_batches([len(ids) for ids in unique], batch_tokens)
+    parts = [
+        (tuple(ids), first)
+        for ids, first in zip(token_ids, firsts or [1] * len(token_ids), strict=True)
+    ]
+    unique = list(dict.fromkeys(parts))
+    lengths = [len(ids) if first < len(ids) else 0 for ids, first in unique]
+    batches = length_batches(lengths, batch_tokens)
     share = share or Share.of_rank()
     mine = batches[share.number :: share.count]
     local = _score_batches(model, unique, mine, device, vocab_size, on_batch)
     scores = dict.fromkeys(unique, 0.0)
     for of_rank in ranks.gather_objects(local):
         scores.update((unique[index], score) for index, score in of_rank.items())
-    return [_finite(scores[tuple(ids)]) for ids in token_ids]
+    return [_finite(scores[part]) for part in parts]
 
 
 def check_positions(
@@ -187,7 +242,7 @@ def length_batches(
 
 def _score_batches(
     model: nn.Module,
-    sentences: Sequence[Sequence[int]],
+    parts: Sequence[tuple[Sequence[int], int]],
     batches: Sequence[Sequence[int]],
     device: torch.device | str,
     vocab_size: int,
@@ -198,7 +253,7 @@ def _score_batches(
     with likelihood_of(model, vocab_size=vocab_size) as likelihood:
 
         def score(batch: Sequence[int]) -> None:
-            scores.append(_score_batch(likelihood, [sentences[index] for index in batch], device))
+            scores.append(_score_batch(likelihood, [parts[index] for index in batch], device))
 
         each_batch(batches, score, on_batch)
     # One device synchronisation for all batches.
@@ -208,14 +263,16 @@ def _score_batches(
 
 
 def _score_batch(
-    likelihood: Likelihood, sentences: Sequence[Sequence[int]], device: torch.device | str
+    likelihood: Likelihood, parts: Sequence[tuple[Sequence[int], int]], device: torch.device | str
 ) -> Tensor:
     """Scores [B] in float64, on the device."""
-    tokens_BS, lengths_B = padded(sentences)
-    counted_BT = torch.arange(1, tokens_BS.shape[1]) < lengths_B[:, None]
+    tokens_BS, lengths_B = padded([ids for ids, _ in parts])
+    firsts_B = torch.tensor([first for _, first in parts])
+    place_T = torch.arange(1, tokens_BS.shape[1])
+    counted_BT = (place_T >= firsts_B[:, None]) & (place_T < lengths_B[:, None])
     row_N = sent(counted_BT.nonzero()[:, 0], device)
     nll_N = likelihood(sent(tokens_BS, device), counted_BT)
-    score_B = torch.zeros(len(sentences), dtype=torch.float64, device=device)
+    score_B = torch.zeros(len(parts), dtype=torch.float64, device=device)
     return score_B.index_add_(0, row_N, nll_N.double(), alpha=-1)
 
 

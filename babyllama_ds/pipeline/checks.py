@@ -14,7 +14,7 @@ from babyllama_ds.engine.compiling import choose_compiled
 from babyllama_ds.engine.distributed import check_precision
 from babyllama_ds.errors import JobError, ModelError
 from babyllama_ds.evaluation.fine_tuning import ends_of_texts, load_suite
-from babyllama_ds.evaluation.minimal_pairs import encode_pairs
+from babyllama_ds.evaluation.minimal_pairs import encode_items
 from babyllama_ds.evaluation.pair_files import Task
 from babyllama_ds.evaluation.sentences import check_positions as check_fit
 from babyllama_ds.evaluation.sentences import prefix_ids
@@ -98,9 +98,10 @@ def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Cor
     seen their last positions (GPT-2's would still be as they were drawn).
     """
     spec = parts.job.evaluation
-    token_ids, sources = encode_pairs(
+    parts_of_tasks, sources = encode_items(
         corpus.tokenizer, tasks, leading_space=spec.leading_space, prefix=spec.prefix
     )
+    token_ids = [part.ids for part in parts_of_tasks]
     for stage, model, _ in parts.models():
         positions, remedy = _positions(parts, stage, model)
         whose = f"the positions of {stage}"

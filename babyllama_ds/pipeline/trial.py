@@ -141,7 +141,7 @@ class _Trial:
             models["control"] = job.student.model, path
         with _timed() as read:
             benchmarks = self.parts.benchmarks(self.corpus)
-        num_pairs = sum(len(task.pairs) for tasks in benchmarks.values() for task in tasks)
+        num_pairs = sum(len(task.items) for tasks in benchmarks.values() for task in tasks)
         return JobPace(
             start_s=0,
             preparation_s=0,
@@ -195,7 +195,7 @@ class _Trial:
         one = replace(dev, num_windows=min(dev.num_windows, dev.batch_windows))
         some = replace(dev, num_windows=min(dev.num_windows, TIMED_BATCHES * dev.batch_windows))
         few = _thinned(benchmarks, TIMED_PAIRS)
-        num_few = sum(len(task.pairs) for tasks in few.values() for task in tasks)
+        num_few = sum(len(task.items) for tasks in few.values() for task in tasks)
         measure = partial(self._measure, model, stage)
         measure(one, {})  # warms up
         windows_s = measure(some, {})
@@ -267,10 +267,10 @@ class _TryingMaker(Maker):
 
 def _thinned(benchmarks: Mapping[str, Sequence[Task]], pairs: int) -> dict[str, list[Task]]:
     """About so many pairs in all, every n-th of each task."""
-    there = sum(len(task.pairs) for tasks in benchmarks.values() for task in tasks)
+    there = sum(len(task.items) for tasks in benchmarks.values() for task in tasks)
     every = max(1, there // pairs)
     return {
-        name: [replace(task, pairs=task.pairs[::every]) for task in tasks]
+        name: [replace(task, items=task.items[::every]) for task in tasks]
         for name, tasks in benchmarks.items()
     }
 

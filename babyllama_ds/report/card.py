@@ -49,7 +49,7 @@ LIMITS = """\
 - It continues text; it follows no instructions and was not aligned or filtered. It may repeat
   biases of its training text.
 - Development cross-entropy compares with other models only on the same text and, per token, the
-  same tokenizer; minimal pairs measure grammar, not understanding.
+  same tokenizer; minimal pairs such as BLiMP's measure grammar, not understanding.
 - Whoever compares sentences by their log-probabilities should load it with `dtype=float32`: sums in
   bf16 are often equal, and where equals count as right it would score too high.
 - The numbers are of one run with one seed."""

@@ -312,7 +312,7 @@ def _benchmarks(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
                 facts = {"tasks": score["tasks"], "pairs": score["pairs"], "accuracy": {}}
                 benchmark["terms"].setdefault(term, facts)["accuracy"][model] = score["accuracy"]
             for task, score in scores["tasks"].items():
-                facts = {"pairs": score["pairs"], "term": score["term"]}
+                facts = {key: score[key] for key in ("pairs", "term", "chance") if key in score}
                 entry = benchmark["tasks"].setdefault(task, {**facts, "accuracy": {}, "ties": {}})
                 entry["accuracy"][model] = score["accuracy"]
                 entry["ties"][model] = score["ties"]

@@ -16,6 +16,7 @@ from babyllama_ds.report.formatting import (
     table,
 )
 from babyllama_ds.report.uncertainty import accuracy_error, fine_tuning_error
+from babyllama_ds.report.words import guessing
 
 
 def render_measured(result: Mapping[str, Any]) -> str:
@@ -76,8 +77,8 @@ def _benchmark(name: str, benchmark: Mapping[str, Any]) -> list[str]:
         for task, score in tasks.items()
     ]
     return [
-        f"{name}: {accuracy} % (mean over {len(tasks)} tasks; "
-        f"{space}; {scored}; ties: {ties}, which count as wrong)",
+        f"{name}: {accuracy} % (mean over {len(tasks)} tasks; guessing gives "
+        f"{guessing(benchmark)} %; {space}; {scored}; ties: {ties}, which count as wrong)",
         *([table(["term", "tasks", "pairs", "accuracy (%)"], by_term)] if terms else []),
         table(["task", "term", "pairs", "accuracy (%)"], [*by_task, *whole], left=2),
     ]

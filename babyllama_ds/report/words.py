@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from babyllama_ds.evaluation.minimal_pairs import CHANCE_OF_PAIRS
 from babyllama_ds.report import fine_tuning as tuned
 from babyllama_ds.report.formatting import MISSING, count, number, percent, points
 
@@ -224,7 +225,7 @@ def ensemble_sentences(ensemble: Mapping[str, Any]) -> list[str]:
 
 
 def presentation(benchmark: Mapping[str, Any]) -> str:
-    """How sentences were presented and scored, and how often neither of a pair won."""
+    """How sentences were presented and scored, how often none won, and what guessing gives."""
     scored = (
         "no prefix token, so the first token is not scored"
         if benchmark["prefix"] is None
@@ -236,7 +237,17 @@ def presentation(benchmark: Mapping[str, Any]) -> str:
         for model, number_of_ties in scores["ties"].items():
             ties[model] = ties.get(model, 0) + number_of_ties
     counted = ", ".join(f"{model} {n}" for model, n in ties.items() if n) or "none"
-    return f"Sum of log-probabilities; {scored}; {space}. Ties count as wrong (ties: {counted})."
+    return (
+        f"Sum of log-probabilities; {scored}; {space}. Ties count as wrong (ties: {counted}). "
+        f"Guessing gives {guessing(benchmark)} %."
+    )
+
+
+def guessing(benchmark: Mapping[str, Any]) -> str:
+    """The accuracy (%) of guessing, like a model's a mean over tasks."""
+    tasks = benchmark["tasks"].values()
+    chance = sum(scores.get("chance", CHANCE_OF_PAIRS) for scores in tasks) / len(tasks)
+    return f"{100 * chance:.4g}"
 
 
 def fine_tuning(suite: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ LEAST_TOKENS = 3
 
 
 class MinimalPairs(Spec):
-    """A directory of BLiMP-format files: one task a file, `sentence_good`, `sentence_bad`."""
+    """A directory of items of two or more sentences, of which one is right: files in the formats of
+    BLiMP, EWoK, entity tracking or COMPS, as BabyLM has them (docs/evaluation.md)."""
 
     name: Name
     """The benchmark's name in the report."""

@@ -88,7 +88,17 @@ def measured_anew(once: Any, copy_of_finished: Any, run_alone: Callable[..., Any
             pair = {"sentence_good": "mara mends", "sentence_bad": f"mara mends{'  ?' * number}"}
             with (pairs / "odd_ends.jsonl").open("a") as stream:
                 stream.write(json.dumps({**pair, "UID": "odd_ends"}) + "\n")
-        override = f"evaluation.minimal_pairs=[{{name: ends, path: {pairs}}}]"
+        world = scene.folder / "world"
+        world.mkdir()
+        boxes = {"input_prefix": "mara mends a kite and", "options": [" sees", " a kite", " it"]}
+        (world / "boxes.jsonl").write_text(json.dumps({**boxes, "numops": 1}) + "\n")
+        world_of_her = {"Context1": "mara has a kite.", "Domain": "things"}
+        targets = {"Target1": "she mends it.", "Target2": "she mends her."}
+        (world / "ewok.jsonl").write_text(json.dumps({**world_of_her, **targets}) + "\n")
+        benchmarks = ", ".join(
+            f"{{name: {d}, path: {p}}}" for d, p in (("ends", pairs), ("world", world))
+        )
+        override = f"evaluation.minimal_pairs=[{benchmarks}]"
         return [run_alone("run", scene.job, "--runs", scene.runs, override)]
 
     return once("measured_anew", make)
@@ -108,12 +118,29 @@ def test_another_evaluation_measures_every_model(measured_anew: Any, finished: A
     for model in MODELS:
         scores = report["models"][model]["minimal_pairs"]
         # The first pair is twice the same sentence: a tie, which counts as wrong.
-        assert set(scores) == {"ends"}
+        assert set(scores) == {"ends", "world"}
         assert scores["ends"] < 0.67
         # One rank or two: the same windows.
         dev_ce = before["models"][model]["dev_ce"]
         assert report["models"][model]["dev_ce"] == pytest.approx(dev_ce, rel=1e-6)
     assert report["minimal_pairs"]["ends"]["tasks"]["odd_ends"]["ties"]["student"] == 1
+
+
+def test_choices_are_a_benchmark_like_others(measured_anew: Any) -> None:
+    """A job's files need not be pairs: of three options guessing gets a third."""
+    report = json.loads((measured_anew.run_dir / "report" / "report.json").read_text())
+    tasks = report["minimal_pairs"]["world"]["tasks"]
+    assert list(tasks) == ["boxes_1_ops", "things"]
+    assert tasks["boxes_1_ops"]["chance"] == pytest.approx(1 / 3)
+    for model in MODELS:
+        found = json.loads((measured_anew.run_dir / "evaluation" / f"{model}.json").read_text())
+        world = found["minimal_pairs"]["world"]
+        right = [task["outcomes"] == "1" for task in world["tasks"].values()]
+        assert world["accuracy"] == report["models"][model]["minimal_pairs"]["world"]
+        assert world["accuracy"] == sum(right) / 2
+    written = (measured_anew.run_dir / "report" / "report.md").read_text()
+    assert "Guessing gives 50 %." in written
+    assert "Guessing gives 41.67 %." in written  # the mean over a task of threes and one of pairs
 
 
 # -- another student, beside the first ------------------------------------------------------------

@@ -106,6 +106,10 @@ def make_model(kind: str) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+def path_of(task: Task) -> str:
+    return task.items[0].source.rpartition(":")[0]
+
+
 def theirs(model: Any, tokenizer: Any, tasks: list[Task]) -> dict[str, Any]:
     """lm-eval's results and samples by task."""
     from lm_eval.models.huggingface import HFLM
@@ -115,7 +119,7 @@ def theirs(model: Any, tokenizer: Any, tasks: list[Task]) -> dict[str, Any]:
         {
             **yaml.safe_load(TASK),
             "task": task.name,
-            "dataset_kwargs": {"data_files": {"test": str(task.path)}},
+            "dataset_kwargs": {"data_files": {"test": path_of(task)}},
         }
         for task in tasks
     ]
@@ -140,9 +144,10 @@ def assert_agreement(model: Any, tokenizer: Any, tasks: list[Task]) -> None:
     )
     for task, ours in zip(tasks, measured.tasks, strict=True):
         samples = sorted(found["samples"][task.name], key=lambda sample: sample["doc_id"])
-        assert [s["doc"]["sentence_good"] for s in samples] == [pair.good for pair in task.pairs]
-        good = score_sentences(model, encode([pair.good for pair in task.pairs]), **options)
-        bad = score_sentences(model, encode([pair.bad for pair in task.pairs]), **options)
+        goods, bads = zip(*(item.candidates for item in task.items), strict=True)
+        assert [s["doc"]["sentence_good"] for s in samples] == [one.sentence for one in goods]
+        good = score_sentences(model, encode([one.sentence for one in goods]), **options)
+        bad = score_sentences(model, encode([one.sentence for one in bads]), **options)
         right = []
         for sample, own_good, own_bad in zip(samples, good, bad, strict=True):
             (their_good, _), (their_bad, _) = sample["filtered_resps"]

@@ -156,6 +156,8 @@ options = dict(device="cpu", vocab_size=61)
 score = evaluate_cross_entropy(model, lambda i: windows[list(i)], 7, batch_windows=2, **options)
 sentences = json.load(open(folder + "/sentences.json"))
 scores = score_sentences(model, sentences, batch_tokens=12, **options)
+firsts = [(1 + len(ids)) // 2 for ids in sentences]
+scores += score_sentences(model, sentences, firsts=firsts, batch_tokens=12, **options)
 def fails_at(batch, error, work):
     calls = []
     def on_batch(*call):
@@ -202,7 +204,10 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
     assert first == second
     assert first["nll"] == pytest.approx(evaluate(model).nll_nats, rel=1e-6)
     assert first["tokens"] == 7 * (S - 1)
-    alone = score_sentences(model, sentences, device="cpu", batch_tokens=12, vocab_size=V)
+    options = {"device": "cpu", "batch_tokens": 12, "vocab_size": V}
+    firsts = [(1 + len(ids)) // 2 for ids in sentences]
+    alone = score_sentences(model, sentences, **options)
+    alone += score_sentences(model, sentences, firsts=firsts, **options)
     # The batches are the same, only who runs them differs.
     assert first["scores"] == pytest.approx(alone, rel=1e-6)
     # What one rank raises ends the work of both, after the same batch.

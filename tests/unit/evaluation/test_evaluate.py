@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.cross_entropy import Domains
 from babyllama_ds.evaluation.evaluate import DevWindows, evaluate_model
-from babyllama_ds.evaluation.pair_files import Pair, Task
+from babyllama_ds.evaluation.pair_files import Candidate, Item, Task
 from babyllama_ds.models.fused import fuse
 
 WORDS = ["<pad>", "the", "cat", "dog", "sees", "see", "dogs"]
@@ -54,11 +54,13 @@ DEV = DevWindows(
 TASKS = [
     Task(
         name="agreement",
-        pairs=(
-            Pair("the dog sees the cat", "the dog see the cat", 1),
-            Pair("the dogs see the cat", "the dogs sees the cat", 2),
+        items=tuple(
+            Item(tuple(map(Candidate, sentences)), f"agreement.jsonl:{line}")
+            for line, sentences in (
+                (1, ("the dog sees the cat", "the dog see the cat")),
+                (2, ("the dogs see the cat", "the dogs sees the cat")),
+            )
         ),
-        path=Path("agreement.jsonl"),
         term="subject_verb",
     )
 ]

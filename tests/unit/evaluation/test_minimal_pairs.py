@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from babyllama_ds.errors import DataError
 from babyllama_ds.evaluation.minimal_pairs import PairScores, TaskScore, evaluate_minimal_pairs
-from babyllama_ds.evaluation.pair_files import Pair, Task
+from babyllama_ds.evaluation.pair_files import Candidate, Item, Task
 from babyllama_ds.evaluation.sentences import sentence_encoder
 
 TEXT = ["the cat sees the dogs .", "The dogs see the cat .", "who do the cats see ?"]
@@ -64,8 +63,11 @@ class FixedLlama(LlamaForCausalLM):
 
 
 def task(name: str, *pairs: tuple[str, str], term: str | None = None) -> Task:
-    lines = tuple(Pair(good, bad, line) for line, (good, bad) in enumerate(pairs, start=1))
-    return Task(name=name, pairs=lines, path=Path(f"{name}.jsonl"), term=term)
+    items = tuple(
+        Item(tuple(map(Candidate, pair)), f"{name}.jsonl:{line}")
+        for line, pair in enumerate(pairs, start=1)
+    )
+    return Task(name=name, items=items, term=term)
 
 
 def evaluate(model, tokenizer, tasks, leading_space=True, prefix="none"):
@@ -162,7 +164,7 @@ def test_accuracy_agrees_with_scoring_each_pair_by_itself() -> None:
     for measured, given in zip(scores.tasks, tasks, strict=True):
         margins = [
             reference_score(model, encode([good])[0]) - reference_score(model, encode([bad])[0])
-            for good, bad, _ in given.pairs
+            for (good, _), (bad, _) in (item.candidates for item in given.items)
         ]
         assert measured.correct == sum(margin > 1e-6 for margin in margins)
         assert 0 < measured.correct < measured.pairs
@@ -172,6 +174,75 @@ def test_too_long_a_sentence_names_file_and_line() -> None:
     tokenizer = make_tokenizer()
     tasks = [task("long", ("the cat", "the dog"), ("the" + " the" * 29, "cat"))]
     with pytest.raises(DataError, match=r"long\.jsonl:2: sentence: got 30 tokens, expected at"):
+        evaluate(FixedLlama(len(tokenizer)), tokenizer, tasks)
+
+
+# -- more than two, and parts --------------------------------------------------------------------
+
+
+def choice(name: str, *items: tuple[str, ...]) -> Task:
+    """Of each item the context, and what may follow it."""
+    return Task(
+        name=name,
+        items=tuple(
+            Item(tuple(Candidate(context + text, len(context)) for text in texts), f"{name}:{line}")
+            for line, (context, *texts) in enumerate(items, start=1)
+        ),
+    )
+
+
+def test_the_right_one_beats_all_others() -> None:
+    tokenizer = make_tokenizer()
+    (see,) = sentence_encoder(tokenizer, leading_space=True)(["see"])
+    model = FixedLlama(len(tokenizer), favoured=see[0])
+    items = choice(
+        "which",
+        ("the", " see see", " see the", " the the", " the see"),  # best of all
+        ("the", " see the", " see see", " the the", " the the"),  # second
+        ("the", " see the", " the the", " the see", " the cat"),  # level with the third
+        ("the", " the cat", " the the", " see the", " see see"),  # level, but not with the best
+        ("the", " see see", " the the", "", " see the"),  # one has nothing to score
+        ("the", "", " the the", " see the", " see see"),
+    )
+    (scores,) = evaluate(model, tokenizer, [items]).tasks
+    assert scores.outcomes == "10=0=="
+    assert (scores.correct, scores.ties, scores.chance) == (1, 3, 0.25)
+
+
+def test_what_is_before_a_part_is_not_scored() -> None:
+    """The favoured token in the context changes nothing, whichever candidate's context it is in."""
+    tokenizer = make_tokenizer()
+    (see,) = sentence_encoder(tokenizer, leading_space=True)(["see"])
+    model = FixedLlama(len(tokenizer), favoured=see[0])
+    contexts = ("the see see ", "the cat cat ")
+
+    def outcome(whole: bool, *texts: str) -> str:
+        candidates = tuple(
+            Candidate(context + text, 0 if whole else len(context))
+            for context, text in zip(contexts, texts, strict=True)
+        )
+        given = Task(name="a", items=(Item(candidates, "a:1"),))
+        return evaluate(model, tokenizer, [given]).tasks[0].outcomes
+
+    assert [outcome(whole, "the cats", "the cats") for whole in (True, False)] == ["1", "="]
+    assert [outcome(whole, "the", "see") for whole in (True, False)] == ["1", "0"]
+
+
+def test_guessing_is_the_mean_of_what_it_gives_on_each_item() -> None:
+    tokenizer = make_tokenizer()
+    tasks = [
+        choice("a", ("the", " cat", " dogs"), ("the", " cat", " dogs", " see", " who")),
+        task("b", ("the cat", "the dogs")),
+    ]
+    scores = evaluate(FixedLlama(len(tokenizer)), tokenizer, tasks)
+    assert [one.chance for one in scores.tasks] == [0.375, 0.5]
+
+
+def test_an_options_line_is_named_where_it_is_too_long() -> None:
+    tokenizer = make_tokenizer()
+    fits = ("the", " cat", " dogs", " see")
+    tasks = [choice("w.jsonl", fits, fits), choice("x.jsonl", fits, ("the", " cat", " the" * 24))]
+    with pytest.raises(DataError, match=r"x\.jsonl:2: sentence: got 25 tokens, expected at most"):
         evaluate(FixedLlama(len(tokenizer)), tokenizer, tasks)
 
 

@@ -55,8 +55,8 @@ def test_every_number_stands_in_its_row() -> None:
     )
     assert "in 10 windows of 128 tokens" in text
     assert (
-        "blimp: 62.50 % (mean over 2 tasks; a leading space; no prefix token, so a sentence's "
-        "first token is not scored; ties: 3, which count as wrong)" in text
+        "blimp: 62.50 % (mean over 2 tasks; guessing gives 50 %; a leading space; no prefix token, "
+        "so a sentence's first token is not scored; ties: 3, which count as wrong)" in text
     )
     assert rows(text) == [
         ["text", "tokens", "CE (nats/token)", "perplexity", "bits/byte"],
