@@ -114,7 +114,7 @@ class RunDirectory:
         """What nodes know of earlier starts, on all of them: one may be new. A collective.
 
         Of what was settled, and of where models were made, the first node's word counts; of
-        metrics the longest file says most.
+        metrics the longest file says most, and checkpoints what is logged since.
         """
         if not storages.several:
             return

@@ -90,9 +90,15 @@ class WatchedFolder(CheckpointFolder):
         super().__init__(directory, fingerprint=fingerprint)
         self.saved: list[int] = []
 
-    def save(self, engine: TrainingEngine, progress: Progress, best: BestWeights) -> None:
+    def save(
+        self,
+        engine: TrainingEngine,
+        progress: Progress,
+        best: BestWeights,
+        logged: Callable[[], str] = lambda: "",
+    ) -> None:
         self.saved.append(progress.step)
-        super().save(engine, progress, best)
+        super().save(engine, progress, best, logged)
 
 
 @dataclass
@@ -110,6 +116,8 @@ class Run:
     meter: Meter | None = None
     has_label: LabelMask | None = None
     milestones: MilestoneFolder | None = None
+    checkpoints: Path | None = None
+    """Where others keep theirs too; none: a place of its own."""
     last_model: nn.Module = field(default_factory=nn.Module)
     folder: WatchedFolder = field(init=False)
 
@@ -122,9 +130,8 @@ class Run:
     ) -> dict[str, Any]:
         self.directory.mkdir(exist_ok=True, parents=True)
         self.last_model = self.model()
-        self.folder = WatchedFolder(
-            self.directory / "checkpoints" / "student", fingerprint="f" * 64
-        )
+        place = self.checkpoints or self.directory / "checkpoints" / "student"
+        self.folder = WatchedFolder(place, fingerprint="f" * 64)
         stage = Stage(
             name="student",
             model=self.last_model,

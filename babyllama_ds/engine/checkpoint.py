@@ -3,12 +3,16 @@
     <checkpoints>/step-00000123/
         state.safetensors     master weights and moments in fp32, by parameter name
         progress.json         where training stands: step, tokens, seconds, best so far
-        manifest.json         SHA-256 of both
         best.safetensors      the best weights so far, in the dtype of the model
+        metrics.jsonl         what was logged of the steps so far
+        manifest.json         SHA-256 of all these
 
 A folder appears whole or not at all; the newest two are kept. No pickle is written or read.
 Rank 0 writes it and hands what it reads to the others. Where every node has a storage of its own,
 a second node keeps a copy, so that no checkpoint is lost with a node.
+
+A teacher's lie in the store, under the lock of the teacher to come (`pipeline.stages`): another run
+may go on with them, or another node. So all that the training has told is in them.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from torch import Tensor, nn
 from babyllama_ds import files, ranks
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import RunError
+from babyllama_ds.rundir import METRICS_NAME
 from babyllama_ds.storages import Storages
 
 log = logging.getLogger(__name__)
@@ -52,6 +57,8 @@ class Progress:
     """Evaluations since then."""
     evaluation_due: bool = False
     """Whether the evaluation after `step` was cut short by a request to stop: it is yet to come."""
+    runs: list[str] = field(default_factory=list)
+    """The runs that made these steps, by name, in the order of their first ones."""
 
 
 COPIES_TO = (1,)
@@ -70,13 +77,22 @@ class CheckpointFolder:
 
     # -- writing (collective) ---------------------------------------------------------------------
 
-    def save(self, engine: TrainingEngine, progress: Progress, best: BestWeights) -> None:
-        """Write a checkpoint after `progress.step`; every rank calls this at the same step."""
+    def save(
+        self,
+        engine: TrainingEngine,
+        progress: Progress,
+        best: BestWeights,
+        logged: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Write a checkpoint after `progress.step`; every rank calls this at the same step.
+
+        `logged` is asked on rank 0 for the lines of metrics up to here.
+        """
         state: dict[str, Tensor] = {}
         for key, tensor in engine.named_state():
             if ranks.rank() == 0:
                 state[key] = tensor.contiguous()
-        ranks.on_rank_zero(lambda: self._write(state, progress, best))
+        ranks.on_rank_zero(lambda: self._write(state, progress, best, logged))
         self._copy(self._path(progress.step))
         self.storages.on_each(self._prune)
 
@@ -86,11 +102,13 @@ class CheckpointFolder:
             lacking = [storage for storage in COPIES_TO if not there[storage]]
             self.storages.copy(checkpoint, source=0, to=lacking)
 
-    def keep_beside(self, path: Path) -> None:
-        """Copy a file of rank 0 to where copies of checkpoints are."""
-        self.storages.copy_file(path, to=COPIES_TO)
-
-    def _write(self, state: dict[str, Tensor], progress: Progress, best: BestWeights) -> None:
+    def _write(
+        self,
+        state: dict[str, Tensor],
+        progress: Progress,
+        best: BestWeights,
+        logged: Callable[[], str],
+    ) -> None:
         final = self._path(progress.step)
         if final.exists():
             return
@@ -101,6 +119,7 @@ class CheckpointFolder:
             save_file(state, temporary / "state.safetensors")
             best.write(temporary / "best.safetensors")
             files.write_json(temporary / "progress.json", asdict(progress))
+            (temporary / METRICS_NAME).write_text(logged(), encoding="utf-8")
             files.write_manifest(temporary, fingerprint=self.fingerprint)
             temporary.rename(final)
         except (OSError, SafetensorError) as error:  # the latter: what safetensors makes of it
@@ -145,6 +164,18 @@ class CheckpointFolder:
             return
         source = next(storage for storage, names in enumerate(steps) if newest in names)
         self.storages.copy(self.directory / newest, source=source, to=[0])
+
+    def logged(self) -> str | None:
+        """What was logged up to the newest checkpoint, "" without one; none: it does not tell, as
+        it is of an earlier version.
+
+        On rank 0, after `resume`, which has checked it.
+        """
+        whole = self._whole()
+        if not whole:
+            return ""
+        path = whole[-1] / METRICS_NAME
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
     def newest_name(self) -> str:
         """The last good checkpoint's path, for messages."""

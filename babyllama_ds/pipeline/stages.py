@@ -104,7 +104,11 @@ class Pipeline:
     # -- training ---------------------------------------------------------------------------------
 
     def teacher(self, spec: TeacherSpec, corpus: Corpus) -> Path:
-        """The teacher's model directory in the store: found, trained, or taken in."""
+        """The teacher's model directory in the store: found, trained, or taken in.
+
+        While it is trained, its checkpoints lie in the store too: they belong to whoever holds its
+        lock, so that a run that waited for one that died goes on where that one was.
+        """
         stage = f"teachers/{spec.name}"
         key = ranks.on_rank_zero(lambda: self._teacher_key(spec, corpus))
         self.storages.on_each(
@@ -113,13 +117,16 @@ class Pipeline:
             )
         )
         with self.storages.held(self.store.lock("teachers", key)):
+            checkpoints = self._checkpoints_in_store(key)
             entry = self.storages.everywhere(lambda: self.store.find_whole("teachers", key))
             if entry is None:
-                entry = self._teacher_in_store(spec, corpus, stage, key)
+                entry = self._teacher_in_store(spec, corpus, stage, key, checkpoints)
             else:
                 log.info("%s: done before", stage)
                 done = entry
                 ranks.on_rank_zero(lambda: self._forget_cut_short(stage, done))
+                # Some are left where a run died when the model stood already.
+                self.storages.on_each(checkpoints.remove)
         found = entry
         self.storages.on_each(lambda: link_entry(found, self.run_dir / "teachers" / spec.name))
         return found
@@ -131,8 +138,20 @@ class Pipeline:
             )
         return self._trained_key(f"teachers/{spec.name}", spec.model, spec.training, corpus)
 
-    def _teacher_in_store(self, spec: TeacherSpec, corpus: Corpus, stage: str, key: str) -> Path:
-        checkpoints = self._checkpoints(stage, key)
+    def _checkpoints_in_store(self, key: str) -> CheckpointFolder:
+        of_each = self.storages.on_each(lambda: self.store.building_place("teachers", key))
+        return CheckpointFolder(
+            of_each[self.storages.mine], fingerprint=key, storages=self.storages
+        )
+
+    def _teacher_in_store(
+        self,
+        spec: TeacherSpec,
+        corpus: Corpus,
+        stage: str,
+        key: str,
+        checkpoints: CheckpointFolder,
+    ) -> Path:
         model, summary = self.maker.make(stage, spec.model, spec.training, corpus, checkpoints)
 
         def publish() -> None:
@@ -197,7 +216,9 @@ class Pipeline:
             log.info("%s: done before", stage)
             self._share_milestones(stage)
             return target
-        checkpoints = self._checkpoints(stage, key)
+        checkpoints = CheckpointFolder(
+            self.run_dir / "checkpoints" / stage, fingerprint=key, storages=self.storages
+        )
         model, summary = self.maker.make(
             stage, self.job.student.model, training, corpus, checkpoints, teachers=teachers
         )
@@ -234,11 +255,6 @@ class Pipeline:
             windows=self.job.windows,
             seed=self.job.stage_seed(stage),
             precision=self.parts.precision,
-        )
-
-    def _checkpoints(self, stage: str, key: str) -> CheckpointFolder:
-        return CheckpointFolder(
-            self.run_dir / "checkpoints" / stage, fingerprint=key, storages=self.storages
         )
 
     # -- after training ---------------------------------------------------------------------------

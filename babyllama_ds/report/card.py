@@ -297,6 +297,8 @@ def _optimisation(report: Mapping[str, Any], model_name: str) -> list[str]:
         on = f" on {where[0]} {where[1]} rank{'s' * (where[0] > 1)}" if all(where) else ""
         if words.trained_elsewhere(report, model_name):
             on = ", in another run, which shares it through the store"
+        if runs := words.taken_over(report, model_name):
+            on = f", in {runs}, one after another"
         lines.append(f"{model['steps']:,} steps in {duration(model['seconds'])}{on}.")
     return lines
 

@@ -49,6 +49,7 @@ TRAINING_FACTS = (
     "best_step",
     "best_dev_ce",
     "final_dev_ce",
+    "runs",
 )
 TASK_SCORES = ("score", "scores", "epochs")
 GAINS_NOTE = (

@@ -115,7 +115,7 @@ def _points_over_control(report: Mapping[str, Any], measure: str, name: str) -> 
 
 def trainings(report: Mapping[str, Any]) -> list[str]:
     """What the tables do not show: trainings that ended early, weights that are an average, times
-    of another run's machine."""
+    of other runs' machines."""
     models = report["models"].items()
     sentences = [
         f"The training of {name} ended after {model['steps']:,} of {model['planned_steps']:,} "
@@ -132,7 +132,13 @@ def trainings(report: Mapping[str, Any]) -> list[str]:
         f"{name} was trained in another run, which shares it through the store: its training time "
         "and tokens/s are of that run's machine."
         for name in report["models"]
-        if trained_elsewhere(report, name)
+        if trained_elsewhere(report, name) and not taken_over(report, name)
+    ]
+    sentences += [
+        f"{name} was trained in {runs}, each of which went on where the one before had ended: its "
+        "training time and tokens/s are of all of them."
+        for name in report["models"]
+        if (runs := taken_over(report, name))
     ]
     return [" ".join(sentences)] if sentences else []
 
@@ -145,6 +151,12 @@ def trained_elsewhere(report: Mapping[str, Any], name: str) -> bool:
     model, logged = report["models"][name], report["last_logged_step"]
     trained = model["role"] == "teacher" and bool(model["steps"])
     return trained and bool(logged) and f"teachers/{name}" not in logged
+
+
+def taken_over(report: Mapping[str, Any], name: str) -> str:
+    """The runs that trained a model one after another; empty where it was one."""
+    runs = report["models"][name]["runs"] or []
+    return f"the runs {', '.join(runs[:-1])} and {runs[-1]}" if len(runs) > 1 else ""
 
 
 def speed(report: Mapping[str, Any]) -> str:

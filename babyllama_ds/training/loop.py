@@ -30,14 +30,13 @@ from babyllama_ds.evaluation.forward import OnBatch
 from babyllama_ds.models.build import count_parameters
 from babyllama_ds.models.compiled import forget_compiled
 from babyllama_ds.patience import Patience
-from babyllama_ds.rundir import METRICS_NAME
 from babyllama_ds.stopping import stopped
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import BatchPlan, WindowSource
 from babyllama_ds.training.clock import Clock
 from babyllama_ds.training.limits import Limits
-from babyllama_ds.training.metrics import MetricsLog
+from babyllama_ds.training.metrics import MetricsLog, logged_of
 from babyllama_ds.training.not_finite import NotFinite
 from babyllama_ds.training.objective import objective_of
 from babyllama_ds.training.profiling import ProfiledSteps
@@ -139,6 +138,10 @@ class Trainer:
         self.progress = surroundings.checkpoints.resume(self.engine, self.best)
         if surroundings.milestones is not None:
             surroundings.milestones.go_on_from(self.progress.step)
+        run = surroundings.run_dir.name
+        self.runs = list(dict.fromkeys([*self.progress.runs, run]))
+        if others := [name for name in self.progress.runs if name != run]:
+            log.info("%s was begun by %s: going on with it", stage.name, " and ".join(others))
         self.clock = Clock(self.progress.seconds)
         self.limits = Limits(stage.training, total_steps=self.batches.total_steps)
         self.not_finite = NotFinite(
@@ -173,7 +176,7 @@ class Trainer:
                 self.stage.name,
                 first_step=self.progress.step,
                 total_steps=self.batches.total_steps,
-                evaluation_due=self.progress.evaluation_due,
+                logged=self.around.checkpoints.logged,
             ) as metrics,
         ):
             if self.progress.evaluation_due:
@@ -217,6 +220,7 @@ class Trainer:
             "best_dev_ce": progress.best_dev_ce,
             "best_step": progress.best_step,
             "final_dev_ce": progress.last_dev_ce,
+            "runs": progress.runs,
             **self._milestones(),
         }
 
@@ -255,6 +259,7 @@ class Trainer:
             step=step + 1,
             tokens=self.progress.tokens + batch.num_valid,
             seconds=self.limits.seconds(self.clock.seconds),
+            runs=self.runs,
         )
         if self.telling.due(step + 1):
             self.telling.tell(self.progress, batch, sums, rate, metrics)
@@ -320,8 +325,12 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Write one, of where the training stands. A collective."""
-        self.around.checkpoints.save(self.engine, self.progress, self.best)
-        self.around.checkpoints.keep_beside(self.around.run_dir / METRICS_NAME)
+        self.around.checkpoints.save(
+            self.engine,
+            self.progress,
+            self.best,
+            lambda: logged_of(self.around.run_dir, self.stage.name),
+        )
 
     def _due_evaluation(self) -> bool:
         every = self.stage.training.evaluate_every_steps or self.batches.steps_per_epoch

@@ -1,9 +1,10 @@
 """What people watch: numbers of logged steps enter; metrics.jsonl, TensorBoard and a bar leave.
 
 Only rank 0 writes. A resumed training first takes back what was logged after its checkpoint, so
-that every step stands once in the file. TensorBoard's files lie on one node alone: those of a node
-that was replaced are written anew from the file. Where the disk refuses, all ranks raise: one that
-waited for rank 0 would end with an error of the network instead.
+that every step stands once in the file; of steps that another run made, it takes over what that one
+logged. TensorBoard's files lie in one run on one node alone: those of other runs' steps, or of a
+node that was replaced, are written anew from the file. Where the disk refuses, all ranks raise: one
+that waited for rank 0 would end with an error of the network instead.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from babyllama_ds.rundir import METRICS_NAME
 log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float | int | str | None]
+BOARDS_NAME = "tensorboard"
 UNPLOTTED = ("stage", "step", "epoch", "tokens")
 
 
@@ -44,22 +46,22 @@ class MetricsLog:
         *,
         first_step: int,
         total_steps: int,
-        evaluation_due: bool = False,
+        logged: Callable[[], str | None] = lambda: None,
     ) -> None:
-        """After `first_step` steps; `evaluation_due`: but before the evaluation behind them."""
+        """After `first_step` steps, of which rank 0's `logged` has the lines (none: its file)."""
         self.stage = stage
         self._total_steps = total_steps
         self._bar: tqdm[Any] | None = None
         self._board: SummaryWriter | None = None
         self._run_dir = run_dir
         self._file = run_dir / METRICS_NAME
-        self._on_rank_zero(lambda: self._open(first_step, evaluation_due))
+        self._on_rank_zero(lambda: self._open(first_step, logged()))
 
-    def _open(self, first_step: int, evaluation_due: bool) -> None:
-        forget_later_steps(self._file, self.stage, first_step, evaluation_too=evaluation_due)
-        boards = self._run_dir / "tensorboard"
-        restore_boards(self._file, boards)
-        self._board = SummaryWriter(str(boards / self.stage), purge_step=first_step + 1)
+    def _open(self, first_step: int, logged: str | None) -> None:
+        go_back(self._run_dir, self.stage, first_step, logged)
+        restore_boards(self._file, self._run_dir / BOARDS_NAME)
+        board = _board_of(self._run_dir, self.stage)
+        self._board = SummaryWriter(str(board), purge_step=first_step + 1)
         self._bar = tqdm(
             total=self._total_steps,
             initial=first_step,
@@ -147,24 +149,28 @@ class MetricsLog:
         )
 
 
-def forget_later_steps(
-    path: Path, stage: str, last_step: int, *, evaluation_too: bool = False
-) -> None:
-    """Drop the lines of `stage` after `last_step`, and a last line cut short by a kill.
+def go_back(run_dir: Path, stage: str, last_step: int, logged: str | None = None) -> None:
+    """Leave of `stage` the lines that a checkpoint of `last_step` steps has `logged`.
 
-    `evaluation_too`: that of `last_step` as well.
+    They may be another run's, of a teacher that has another name there, and come to stand last.
+    None: those that stand here, of so many steps.
     """
-    if not path.exists():
-        return
+    path = run_dir / METRICS_NAME
+    own = _lines_of(path, stage)
+    if logged is None:
+        past = [line for line, entry in own if entry["step"] <= last_step]
+    else:
+        past = [json.dumps({**json.loads(line), "stage": stage}) for line in logged.splitlines()]
+    if [line for line, _ in own[: len(past)]] != past:
+        shutil.rmtree(_board_of(run_dir, stage), ignore_errors=True)  # it tells of other steps
+    if path.exists() or past:
+        others = [line for line, entry in _whole_lines(path) if entry["stage"] != stage]
+        files.write_atomic(path, "".join(line + "\n" for line in [*others, *past]))
 
-    def later(entry: dict[str, Any]) -> bool:
-        evaluated_there = entry["step"] == last_step and "dev_ce" in entry
-        return entry["step"] > last_step or (evaluation_too and evaluated_there)
 
-    kept = [
-        line for line, entry in _whole_lines(path) if entry["stage"] != stage or not later(entry)
-    ]
-    files.write_atomic(path, "".join(line + "\n" for line in kept))
+def logged_of(run_dir: Path, stage: str) -> str:
+    """The lines of a stage."""
+    return "".join(line + "\n" for line, _ in _lines_of(run_dir / METRICS_NAME, stage))
 
 
 def forget_cut_short(run_dir: Path, stage: str, last_step: int) -> None:
@@ -172,11 +178,18 @@ def forget_cut_short(run_dir: Path, stage: str, last_step: int) -> None:
 
     It is of a training that was begun here, and done by another run that shares the store.
     """
-    path = run_dir / METRICS_NAME
-    steps = [entry["step"] for _, entry in _whole_lines(path) if entry["stage"] == stage]
+    steps = [entry["step"] for _, entry in _lines_of(run_dir / METRICS_NAME, stage)]
     if steps and max(steps) < last_step:
-        forget_later_steps(path, stage, 0)
-        shutil.rmtree(run_dir / "tensorboard" / stage, ignore_errors=True)
+        go_back(run_dir, stage, 0)
+        shutil.rmtree(_board_of(run_dir, stage), ignore_errors=True)
+
+
+def _board_of(run_dir: Path, stage: str) -> Path:
+    return run_dir / BOARDS_NAME / stage
+
+
+def _lines_of(path: Path, stage: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(line, entry) for line, entry in _whole_lines(path) if entry["stage"] == stage]
 
 
 def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

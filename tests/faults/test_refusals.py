@@ -117,7 +117,7 @@ def test_run_directory_in_use(
     seen = metrics(run)[-1]["step"]
     holder.signal_all(signal.SIGINT)
     ended = holder.end()
-    checkpoints = (run / "checkpoints" / "teachers" / "gpt2").glob("step-*")
+    checkpoints = (tmp_path / "runs" / "store" / "teachers").glob(".building-*/step-*")
     newest = max(int(folder.name.removeprefix("step-")) for folder in checkpoints)
     assert newest >= seen
     state = json.loads((run / "state.json").read_text())

@@ -76,6 +76,7 @@ def test_nothing_unfinished_is_left(finished: Any) -> None:
     everything = [path.name for path in finished.runs.rglob("*")]
     assert [name for name in everything if "tmp" in name or name.endswith(".lock.json")] == []
     assert not list(finished.run_dir.glob("checkpoints/**/*.safetensors"))
+    assert not list(finished.runs.glob("store/teachers/.building-*"))
 
 
 def test_shared_work_lies_in_the_store(finished: Any) -> None:

@@ -7,6 +7,7 @@ run that all others are compared with has two ranks on one node.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -60,16 +61,16 @@ def struck(
     start_nodes: Callable[..., Any],
     metrics: Callable[[Path], list[dict[str, Any]]],
 ) -> Any:
-    """Killed in the student's training and again in the control's, a node lost each time.
+    """Killed in the trainings of a teacher, the student and the control, a node lost each time.
 
-    First the second node is replaced, which has copies; then the first one, which leads.
+    The first one leads; the second has copies.
     """
 
     def make(scene: Any) -> list[Any]:
         words = (tiny_job(scene.folder, windows=PHASES), *NODE)
         nodes = folders_of(scene)
         ended = []
-        for stage, lost in (("student", 1), ("control", 0)):
+        for stage, lost in (("teachers/llama", 0), ("student", 1), ("control", 0)):
 
             def steps(stage: str = stage) -> int:
                 lines = metrics(nodes[0] / "runs" / "tiny-1")
@@ -97,14 +98,18 @@ def test_each_node_ends_with_the_models_of_an_undisturbed_run(
 
 
 def test_it_went_on_with_what_the_other_node_had(struck: Any) -> None:
-    _, second, third = (ended.err for ended in struck.ended)
-    for said in (second, third):
+    _, second, third, fourth = (ended.err for ended in struck.ended)
+    for said in (second, third, fourth):
         assert said.count("teachers/gpt2: done before") == 1
+    for said in (third, fourth):
         assert said.count("teachers/llama: done before") == 1
-    assert "going on from" in second
-    assert "student: done before" in third
-    assert "going on from runs/tiny-1/checkpoints/control/step-00000005" in third
-    assert "sent to node 0" in third
+    (place,) = re.findall(r"going on from (.*)", second)
+    assert re.fullmatch(r"runs/store/teachers/\.building-\w+/step-00000005", place)
+    assert "going on from runs/tiny-1/checkpoints/student/step-00000005" in third
+    assert "student: done before" in fourth
+    assert "going on from runs/tiny-1/checkpoints/control/step-00000005" in fourth
+    for said in (second, fourth):
+        assert "step-00000005: sent to node 0" in said
 
 
 def test_every_node_holds_whole_entries_and_nothing_unfinished(struck: Any) -> None:
@@ -126,6 +131,7 @@ def test_every_node_holds_whole_entries_and_nothing_unfinished(struck: Any) -> N
         names = [path.name for path in runs.rglob("*")]
         assert [name for name in names if "tmp" in name or name.endswith(".lock.json")] == []
         assert not list(runs.glob("tiny-1/checkpoints/**/*.safetensors"))
+        assert [name for name in names if ".building" in name] == []
 
 
 def test_both_nodes_tell_how_the_run_stands_and_the_first_reports(

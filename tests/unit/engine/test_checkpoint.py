@@ -22,7 +22,18 @@ from babyllama_ds.engine.checkpoint import BestWeights, CheckpointFolder, Progre
 from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import RunError
 
-PROGRESS = Progress(step=3, tokens=96, seconds=1.25, best_dev_ce=2.5, best_step=2, last_dev_ce=2.75)
+PROGRESS = Progress(
+    step=3,
+    tokens=96,
+    seconds=1.25,
+    best_dev_ce=2.5,
+    best_step=2,
+    last_dev_ce=2.75,
+    runs=["one", "two"],
+)
+
+
+FILES = ("state.safetensors", "progress.json", "best.safetensors", "metrics.jsonl")
 
 
 class Regression(nn.Module):
@@ -145,6 +156,7 @@ def test_no_pickle_is_written_or_read(
     assert sorted(path.name for path in written.iterdir()) == [
         "best.safetensors",
         "manifest.json",
+        "metrics.jsonl",
         "progress.json",
         "state.safetensors",
     ]
@@ -180,19 +192,30 @@ def test_the_same_step_is_written_once(new_engine: MakeEngine, folder: Checkpoin
     assert {path.name: path.stat().st_mtime_ns for path in written.iterdir()} == before
 
 
+def test_what_was_logged_travels(new_engine: MakeEngine, folder: CheckpointFolder) -> None:
+    engine = new_engine()
+    assert folder.logged() == ""
+    for step, lines in ((1, "one\n"), (2, "one\n√2\n")):
+        folder.save(engine, Progress(step=step), BestWeights(), lambda lines=lines: lines)
+    assert folder.logged() == "one\n√2\n"
+    for path in folder.directory.glob("*/metrics.jsonl"):
+        path.unlink()  # as in a checkpoint of an earlier version
+    assert folder.logged() is None
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["state.safetensors", "progress.json", "best.safetensors"])
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_and_the_one_before_is_good(
     name: str, new_engine: MakeEngine, folder: CheckpointFolder
 ) -> None:
     engine, best = new_engine(), BestWeights()
     best.take(engine.module)
-    folder.save(engine, Progress(step=1), best)
+    folder.save(engine, Progress(step=1), best, lambda: "a line\n")
     first = state_of(engine)
     train(engine, range(1))
-    folder.save(engine, Progress(step=2), best)
+    folder.save(engine, Progress(step=2), best, lambda: "a line\n")
     newest = folder.directory / "step-00000002"
     data = bytearray((newest / name).read_bytes())
     data[-2] ^= 1
@@ -296,6 +319,7 @@ def test_what_a_killed_writer_left_is_overwritten(
     (written,) = folder.directory.iterdir()
     assert sorted(path.name for path in written.iterdir()) == [
         "manifest.json",
+        "metrics.jsonl",
         "progress.json",
         "state.safetensors",
     ]

@@ -115,8 +115,12 @@ def test_a_teacher_that_another_run_finished_has_no_beginning_here(
 
     monkeypatch.setattr(Pipeline, "_teacher_key", lambda *_: "key")
     entry = killed.store.build("teachers", "key", make)
+    # What that one left, if it was killed between the end and the checkpoints' removal.
+    building = killed.store.building_place("teachers", "key")
+    (building / "step-00000024").mkdir()
     assert killed.teacher(teacher, corpus) == entry
     assert [json.loads(line)["stage"] for line in metrics.read_text().splitlines()] == [
         "teachers/own"
     ]
     assert (tmp_path / "run" / stage / "training.json").exists()
+    assert not building.exists()

@@ -63,6 +63,7 @@ def training(params: int, seconds: float) -> dict:
         "best_dev_ce": 4.5,
         "best_step": 400,
         "final_dev_ce": 4.6,
+        "runs": ["demo-11"],
         "vocab_size": 1000,
         "more": "than is shown",
     }
@@ -200,6 +201,7 @@ def test_models_side_by_side(run_dir: Path) -> None:
         "best_step": 400,
         "best_dev_ce": 4.5,
         "final_dev_ce": 4.6,
+        "runs": ["demo-11"],
         "dev_ce": 4.642,
         "perplexity": math.exp(4.642),
         "bits_per_byte": 4.642 / 3,
@@ -357,6 +359,22 @@ def test_the_times_of_a_teacher_of_another_run_are_not_this_machines(run_dir: Pa
     assert "488 steps in 2 min 5 s, in another run" in card
     (run_dir / "metrics.jsonl").unlink()  # which is told as missing
     assert told not in render_markdown(collect_report(run_dir))
+
+
+def test_a_teacher_that_several_runs_trained_is_told_of_all_of_them(run_dir: Path) -> None:
+    """Whether this one was the last of them, as of `wide`, or another, as of `deep`."""
+    for name in ("wide", "deep"):
+        path = run_dir / "teachers" / name / "training.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"runs": ["a", "b", "demo-11"]}))
+    report = collect_report(run_dir)
+    page = render_markdown(report)
+    for name in ("wide", "deep"):
+        told = f"{name} was trained in the runs a, b and demo-11, each of which went on where the "
+        assert told in page
+        card = render_model_card(report, name)
+        assert "in the runs a, b and demo-11, one after another." in card
+        assert "on 2 cpu ranks" not in card
+    assert "in another run" not in page
 
 
 def test_the_error_of_top_k_targets_is_told(run_dir: Path) -> None:

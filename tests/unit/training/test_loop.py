@@ -167,7 +167,8 @@ def test_stopped_and_started_again_ends_with_the_same_weights(
 
 
 def without_times(summary: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in summary.items() if k not in ("seconds", "tokens_per_s")}
+    dropped = ("seconds", "tokens_per_s", "runs")  # runs are called by their folders
+    return {k: v for k, v in summary.items() if k not in dropped}
 
 
 def without_timing(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -311,6 +312,58 @@ def test_after_the_last_checkpoint_only_the_end_is_left(new_run: Callable[..., R
     again = run.train(before=no_step)
     assert again == summary
     assert_equal_weights(run.weights(), weights)
+
+
+def test_a_run_goes_on_with_what_others_began(new_run: Callable[..., Run]) -> None:
+    """One is killed, a second stopped, a third has steps of its own that are worth nothing now."""
+
+    def kill(epoch: int, k: int) -> None:
+        if (epoch, k) == (0, 3):
+            raise Killed
+
+    options = {"of_model": DROPOUT, "checkpoint_every_steps": 2, "log_every_steps": 1}
+    undisturbed = new_run("undisturbed", **options)
+    expected = undisturbed.train()
+    one, two, three = (new_run(name, **options) for name in ("one", "two", "three"))
+    with pytest.raises(Stopped):
+        three.train(stop_after=1)
+    with pytest.raises(Killed):
+        one.train(before=kill)
+    assert sorted(one.logged()) == [1, 2, 3]
+    two.checkpoints = three.checkpoints = one.folder.directory
+    with pytest.raises(Stopped):
+        two.train(stop_after=3)
+    assert two.folder.saved == [4, 5]
+    so_far_s = json.loads((one.folder.directory / "step-00000005" / "progress.json").read_text())[
+        "seconds"
+    ]
+    began_s = time.perf_counter()
+    summary = three.train()
+    took_s = time.perf_counter() - began_s
+    assert three.folder.saved == [6, 8]
+    assert_equal_weights(three.weights(), undisturbed.weights())
+    assert without_times(summary) == without_times(expected)
+    assert (expected["runs"], summary["runs"]) == (["undisturbed"], ["one", "two", "three"])
+    assert so_far_s < summary["seconds"] < so_far_s + took_s
+    assert without_timing(three.metrics()) == without_timing(undisturbed.metrics())
+
+
+def test_a_checkpoint_without_what_was_logged_leaves_the_runs_own(
+    new_run: Callable[..., Run],
+) -> None:
+    """As one of an earlier version."""
+    undisturbed, run = new_run("undisturbed"), new_run("stopped")
+    undisturbed.train()
+    with pytest.raises(Stopped):
+        run.train(stop_after=5)
+    for path in run.folder.directory.glob("*/metrics.jsonl"):
+        path.unlink()
+        manifest = path.parent / "manifest.json"
+        plain = json.loads(manifest.read_text())
+        del plain["files"]["metrics.jsonl"]
+        manifest.write_text(json.dumps(plain))
+    run.train()
+    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
 
 
 def test_micro_batches_change_nothing_but_rounding(new_run: Callable[..., Run]) -> None:
@@ -491,7 +544,7 @@ def test_the_minutes_of_all_starts_end_a_training(
     assert "student ends after step 4 of 8: 0.1 minutes of steps, max_minutes" in caplog.text
     with pytest.raises(Stopped):
         run.train(stop_after=2)
-    assert run.train() == summary
+    assert run.train() == summary | {"runs": ["stopped"]}
     assert_equal_weights(run.weights(), undisturbed.weights())
 
 

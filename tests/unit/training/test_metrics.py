@@ -21,7 +21,8 @@ from babyllama_ds.training.metrics import (
     MetricsLog,
     duration,
     forget_cut_short,
-    forget_later_steps,
+    go_back,
+    logged_of,
 )
 
 
@@ -129,20 +130,76 @@ def test_forgetting_leaves_other_stages_and_drops_a_line_cut_short(tmp_path: Pat
     path = tmp_path / "metrics.jsonl"
     kept = [
         '{"stage": "teachers/a", "step": 9, "loss": 1}',
+        '{"stage": "control", "step": 70, "loss": 4}',
         '{"stage": "student", "step": 3,   "loss": 2}',  # byte for byte
         '{"stage": "student", "step": 4, "loss": 3}',
-        '{"stage": "control", "step": 70, "loss": 4}',
     ]
     later = '{"stage": "student", "step": 5, "loss": 5}'
     cut_short = '{"stage": "student", "step": 4, "lo'
-    path.write_text("\n".join([kept[0], kept[1], later, kept[2], kept[3], cut_short]))
+    path.write_text("\n".join([kept[0], *kept[2:], later, kept[1], cut_short]))
     path.write_bytes(path.read_bytes() + b"\n\0\0\0\n\xff\xfe")  # as after a power cut
-    forget_later_steps(path, "student", 4)
+    go_back(tmp_path, "student", 4)
     assert path.read_text() == "".join(line + "\n" for line in kept)
-    forget_later_steps(path, "student", 0)
+    go_back(tmp_path, "student", 0)
     assert [line["stage"] for line in lines_of(path)] == ["teachers/a", "control"]
-    forget_later_steps(tmp_path / "none.jsonl", "student", 4)
-    assert not (tmp_path / "none.jsonl").exists()
+    go_back(tmp_path / "none", "student", 4)
+    assert not (tmp_path / "none").exists()
+
+
+# -- steps of another run --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead(tmp_path: Path) -> Path:
+    """A run that died behind step 4 of its teacher `a`, another one done before; its folder."""
+    run_dir = tmp_path / "dead"
+    with open_log(run_dir, stage="teachers/other") as metrics:
+        metrics.write(1, {"loss": 8.0})
+    with open_log(run_dir, stage="teachers/a") as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, {"tokens": 32 * step, "loss": 1 / step})
+        metrics.write(3, {"tokens": 96, "dev_ce": 2.5})
+    return run_dir
+
+
+@pytest.mark.parametrize("begun", [None, 1, 5])
+def test_what_another_run_logged_is_taken_over(
+    begun: int | None, dead: Path, tmp_path: Path
+) -> None:
+    """By one that waited, or had made some of these steps itself, or more, before it died."""
+    logged = logged_of(dead, "teachers/a")
+    assert len(logged.splitlines()) == 4
+    with open_log(tmp_path / "own", stage="teachers/own") as metrics:
+        metrics.write(2, {"loss": 7.0})
+    if begun:
+        with open_log(tmp_path / "own", stage="teachers/b") as metrics:
+            for step in range(1, begun + 1):
+                metrics.write(step, {"loss": 100.0 + step})
+    with MetricsLog(
+        tmp_path / "own", "teachers/b", first_step=3, total_steps=9, logged=lambda: logged
+    ) as metrics:
+        metrics.write(4, {"tokens": 128, "loss": 0.25})
+    assert lines_of(tmp_path / "own" / "metrics.jsonl") == [
+        {"stage": "teachers/own", "step": 2, "loss": 7.0},
+        *({"stage": "teachers/b", "step": n, "tokens": 32 * n, "loss": 1 / n} for n in (1, 2, 3)),
+        {"stage": "teachers/b", "step": 3, "tokens": 96, "dev_ce": 2.5},
+        {"stage": "teachers/b", "step": 4, "tokens": 128, "loss": 0.25},
+    ]
+    assert scalars(tmp_path / "own", "teachers/b", "loss") == [
+        (step, pytest.approx(1 / step)) for step in (1, 2, 3, 4)
+    ]
+    assert scalars(tmp_path / "own", "teachers/b", "dev_ce") == [(3, 2.5)]
+    assert scalars(tmp_path / "own", "teachers/own", "loss") == [(2, 7.0)]
+
+
+def test_a_run_that_goes_on_by_itself_keeps_its_boards(dead: Path) -> None:
+    """And of its lines those that the checkpoint has: an evaluation behind it is not in it."""
+    logged = "".join(logged_of(dead, "teachers/a").splitlines(keepends=True)[:3])
+    before = sorted((dead / "tensorboard" / "teachers" / "a").iterdir())
+    go_back(dead, "teachers/a", 3, logged)
+    assert sorted((dead / "tensorboard" / "teachers" / "a").iterdir()) == before
+    assert logged_of(dead, "teachers/a") == logged
+    assert logged_of(dead, "teachers/other") != ""
 
 
 def test_what_another_run_has_finished_is_forgotten_unless_it_was_finished_here(
