@@ -17,6 +17,7 @@ from babyllama_ds.plan.planned import Question
 from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.text import plan_as_json, render_plan
 from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.training.meter import flops_per_token
 from babyllama_ds.training.pace import EvaluationPace, JobPace, StagePace, StepPace
 
 Job = Callable[..., JobSpec]
@@ -112,6 +113,23 @@ def test_rates_are_those_of_the_steps(plan: Callable[..., Any]) -> None:
     assert student.tokens_per_s == pytest.approx(32 * 64 / 0.5)
     flops = (work.flops.training + work.flops.teachers) / work.steps
     assert student.flops_per_s == pytest.approx(flops / 0.5)
+
+
+@pytest.mark.parametrize("cache", ["hidden", "topk"])
+def test_the_rate_of_a_cache_is_of_what_its_steps_compute(
+    cache: Any, plan: Callable[..., Any]
+) -> None:
+    """As a run's meter counts it: what fills the cache is not in the steps."""
+    planned = plan("windows.offsets={phases: 2}", f"distillation.cache={cache}")
+    (student,) = (stage for stage in planned.measured.stages if stage.name == "student")
+    a_token = flops_per_token(
+        planned.work.stages[2].sizes,
+        [teacher.sizes for teacher in planned.work.teachers],
+        length=64,
+        vocab_size=800,
+        cache=cache,
+    )
+    assert student.flops_per_s == pytest.approx(a_token * 32 * 64 / (0.5 - 0.2))
 
 
 def test_a_loaded_teacher_takes_no_steps(plan: Callable[..., Any]) -> None:

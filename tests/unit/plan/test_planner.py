@@ -27,6 +27,7 @@ from babyllama_ds.plan.text import plan_as_json, render_plan
 from babyllama_ds.plan.traced import NotTracedError
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.store import Store
+from babyllama_ds.training.meter import flops_per_token
 
 Job = Callable[..., JobSpec]
 ON_CPU = "deepspeed.device=cpu"
@@ -227,6 +228,21 @@ def test_time_at_a_measured_rate(nursery: Job, tmp_path: Path) -> None:
     assert two["student"] == pytest.approx(one["student"] / 2)
     per_flop = one["student"] / student.flops.total
     assert one["teachers/gpt2"] == pytest.approx(plan.work.stages[0].flops.total * per_flop)
+
+
+@pytest.mark.parametrize("cache", ["none", "hidden", "topk"])
+def test_a_rate_is_that_of_the_steps(cache: Any, nursery: Job, tmp_path: Path) -> None:
+    """As a run prints it, whose meter counts what its steps compute: no filling of a cache."""
+    job = nursery(ON_CPU, "windows.offsets={phases: 2}", f"distillation.cache={cache}")
+    question = Question(tokens=6_500, runs=tmp_path, rate=Rate(1_000, "tok/s"), ranks=(1,))
+    plan = plan_job(job, question)
+    (seconds,) = (count.seconds for count in plan.counts)
+    assert seconds is not None
+    teachers = [teacher.sizes for teacher in plan.work.teachers]
+    student, control = plan.work.stages[2:]
+    a_token = flops_per_token(student.sizes, teachers, length=64, vocab_size=800, cache=cache)
+    assert seconds["control"] == pytest.approx(control.flops.total / (1_000 * a_token))
+    assert seconds["student"] == pytest.approx(student.flops.total / (1_000 * a_token))
 
 
 def test_time_and_room_of_a_named_card(nursery: Job, tmp_path: Path) -> None:
