@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, Qwen2Config
+from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
@@ -468,6 +468,40 @@ def test_rank_counts_that_do_not_divide_the_batch_are_told(nursery: Job, tmp_pat
     assert "–" in render_plan(plan)
     with pytest.raises(JobError, match=r"--ranks: got 4, 8, expected at least one number"):
         plan_job(job, Question(tokens=6_500, runs=tmp_path, ranks=(4, 8)))
+
+
+def test_ranks_are_taken_in_groups_of_every_split_teacher(nursery: Job, tmp_path: Path) -> None:
+    """Of the second of two loaded ones, which 2 and 4 ranks can share, and 1 and 3 cannot."""
+    LlamaConfig(
+        vocab_size=800, hidden_size=64, intermediate_size=96, num_hidden_layers=1
+    ).save_pretrained(tmp_path / "a")
+    loaded = f"model: {{kind: pretrained, path: {tmp_path / 'a'}}}"
+    teachers = f"teachers=[{{name: a, {loaded}}}, {{name: b, {loaded}, tensor_parallel: 2}}]"
+    sizes = ("student.training.batch_windows=24", "student.training.micro_batch=2")
+    question = Question(tokens=65_000, runs=tmp_path, ranks=(1, 2, 3, 4))
+    plan = plan_job(nursery(ON_CPU, teachers, "control=null", *sizes), question)
+    refused = "teachers.b.tensor_parallel: 2 with {}, expected a divisor of the number of ranks: "
+    assert [count.impossible for count in plan.counts] == [
+        refused.format("1 rank") + "each is in one group",
+        None,
+        refused.format("3 ranks") + "each is in one group",
+        None,
+    ]
+
+
+def test_a_stage_fits_to_the_last_byte(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On so many ranks as share the memory; the hungriest is the one that needs most."""
+    plan = plan_job(nursery(ON_CPU), Question(tokens=6_500, runs=tmp_path, ranks=(1, 2)))
+    one, two = plan.counts
+    peaks = {name: memory.peak_bytes for name, memory in two.memory.items()}
+    assert peaks[two.hungriest] == max(peaks.values()) > min(peaks.values())
+    room = {1: 1, 2: peaks[two.hungriest]}
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: room[ranks])
+    assert (plan.fits(one), plan.fits(two)) == (False, True)
+    room[2] -= 1
+    assert plan.too_large(two) == [two.hungriest]
 
 
 def test_what_a_run_would_refuse_is_not_planned(nursery: Job, tmp_path: Path) -> None:
