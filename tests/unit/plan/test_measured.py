@@ -135,8 +135,39 @@ def test_the_rate_of_a_cache_is_of_what_its_steps_compute(
 def test_a_loaded_teacher_takes_no_steps(plan: Callable[..., Any]) -> None:
     loaded = replace(STAGE, training=None)
     pace = replace(PACE, stages={"teachers/other": loaded, "student": STAGE, "control": STAGE})
-    time = plan(pace=pace).measured
-    assert parts_of(time)["teachers/other"] == {"start": 1, "export": 0.25}
+    planned = plan(pace=pace)
+    assert parts_of(planned.measured)["teachers/other"] == {"start": 1, "export": 0.25}
+    assert list(planned.counts[0].seconds) == ["student", "control"]  # stages that train
+
+
+def test_no_more_development_windows_are_measured_than_the_job_asks_for(
+    plan: Callable[..., Any],
+) -> None:
+    of_all, of_seven = (
+        plan(f"evaluation.dev_windows={number}").measured.evaluations["student"]
+        for number in ("null", 7)
+    )
+    available = plan().corpus.dev_tokens // 64
+    assert of_all - of_seven == pytest.approx((available - 7) * 0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "cache", "prepared_before"),
+    [
+        ("preparation: the prepared text stood in the store", "none", True),
+        ("student: its steps with the teachers' heads, which a top-k cache spares", "topk", False),
+    ],
+)
+def test_what_was_not_as_it_will_be_is_told(
+    words: str, cache: str, prepared_before: bool, plan: Callable[..., Any]
+) -> None:
+    def told(cache: str, *, before: bool) -> bool:
+        pace = replace(PACE, prepared_before=before)
+        planned = plan("windows.offsets=fixed", f"distillation.cache={cache}", pace=pace)
+        return any(line.startswith(words) for line in planned.assumptions)
+
+    assert told(cache, before=prepared_before)
+    assert not told("hidden", before=False)
 
 
 def test_what_is_shown(plan: Callable[..., Any]) -> None:

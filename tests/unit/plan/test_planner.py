@@ -216,16 +216,20 @@ def test_what_options_add_to_the_disk(nursery: Job, tmp_path: Path) -> None:
 
 
 def test_time_at_a_measured_rate(nursery: Job, tmp_path: Path) -> None:
+    text = f"corpus={{kind: files, train: ['{tmp_path}/*'], split: {{kind: tail, fraction: 0.2}}}}"
     question = Question(tokens=6_500, runs=tmp_path, rate=Rate(1_000, "tok/s"))
-    plan = plan_job(nursery(ON_CPU, "control=null"), question)
+    plan = plan_job(nursery(ON_CPU, "control=null", text), question)
     student = plan.work.stages[2]
     one, two = plan.counts[0].seconds, plan.counts[1].seconds
     assert one is not None
     assert two is not None
+    assert student.flops.evaluation > 0  # at the same FLOPs a second, and not of the rate's tokens
     trained = student.flops.training + student.flops.teachers
     evaluated = student.tokens / 1_000 * student.flops.evaluation / trained
     assert one["student"] == pytest.approx(student.tokens / 1_000 + evaluated)
     assert two["student"] == pytest.approx(one["student"] / 2)
+    said = "speed: 1,000 tokens/s of the student's training, for each rank; "
+    assert said + "other stages by their FLOPs" in plan.assumptions
     per_flop = one["student"] / student.flops.total
     assert one["teachers/gpt2"] == pytest.approx(plan.work.stages[0].flops.total * per_flop)
 

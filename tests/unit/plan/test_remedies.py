@@ -304,10 +304,18 @@ def test_ranks_of_a_cpu_share_its_memory() -> None:
         ("40TFLOP/s", Rate(40e12, "FLOP/s")),
         ("40e12 FLOP/s", Rate(40e12, "FLOP/s")),
         ("1.5 pflops", Rate(1.5e15, "FLOP/s")),
+        ("3_000 kFLOP/s", Rate(3e6, "FLOP/s")),
+        ("3 MFLOP/s", Rate(3e6, "FLOP/s")),
+        ("3 GFLOP/s", Rate(3e9, "FLOP/s")),
     ],
 )
 def test_rates(text: str, rate: Rate) -> None:
     assert read_rate(text) == rate
+
+
+def test_a_rate_in_words() -> None:
+    assert str(Rate(25_000, "tok/s")) == "25,000 tokens/s of the student's training"
+    assert str(Rate(40e12, "FLOP/s")) == "40 TFLOP/s"
 
 
 @pytest.mark.parametrize("text", ["", "fast", "0", "-3", "3 apples", "1e3 TFLOP/h"])
