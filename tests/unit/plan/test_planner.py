@@ -15,7 +15,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
-from babyllama_ds.errors import JobError, ModelError
+from babyllama_ds.errors import JobError, MachineError, ModelError
 from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.models.sizes import meta_model
 from babyllama_ds.plan import shapes
@@ -213,6 +213,32 @@ def test_what_options_add_to_the_disk(nursery: Job, tmp_path: Path) -> None:
     text = f"corpus={{kind: files, train: ['{tmp_path}/*'], split: {{kind: tail, fraction: 0.2}}}}"
     found, _ = items(text)
     assert found["token"] == 2 * (6_400 + 1_600)
+
+
+def test_what_lies_on_the_disk_in_fp32_and_of_loaded_teachers(nursery: Job, tmp_path: Path) -> None:
+    config = tmp_path / "fp32.json"
+    config.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    GPT2Config(vocab_size=800, n_embd=64, n_layer=1, n_head=4).save_pretrained(tmp_path / "b")
+    loaded = f"{{name: b, model: {{kind: pretrained, path: {tmp_path / 'b'}}}}}"
+    large = "{name: a, model: {kind: gpt2, hidden_size: 512, num_layers: 8, num_heads: 8, "
+    large += "max_positions: 64}, training: {batch_windows: 32, epochs: 1, learning_rate: 1e-3}}"
+    layers = "[{teacher: b, teacher_layer: 1, student_layer: 1}]"
+
+    def items(*overrides: str) -> tuple[dict[str, int], Plan]:
+        job = nursery(ON_CPU, f"deepspeed.config={config}", *overrides)
+        plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
+        return {item.name.split()[0]: item.bytes for item in plan.disk}, plan
+
+    found, plan = items(
+        f"teachers=[{large}, {loaded}]",
+        f"distillation.hidden_matching={{weight: 0.5, layers: {layers}}}",
+    )
+    a, b = (teacher.sizes.params for teacher in plan.work.teachers)
+    student = plan.work.stages[1].sizes.params
+    assert found["models"] == 4 * (a + b + 2 * student)
+    assert found["checkpoints"] == 3 * 16 * a  # of the largest stage, which matches no layers
+    found, _ = items("windows.offsets=fixed", "distillation.cache=hidden")
+    assert found["teacher"] == 100 * 64 * (192 + 192) * 4
 
 
 def test_time_at_a_measured_rate(nursery: Job, tmp_path: Path) -> None:
@@ -457,6 +483,53 @@ def test_what_options_change_in_memory(nursery: Job, tmp_path: Path) -> None:
     apart, _ = planned("student.model.attention=eager", *of_documents)
     inside, _ = planned("student.model.attention=eager")
     assert apart["backward"]["work of a layer"] > inside["backward"]["work of a layer"]
+
+
+def test_what_else_changes_in_memory(nursery: Job, tmp_path: Path) -> None:
+    """Micro-batches, windows, matched layers and split teachers, each by what it is made of."""
+
+    def planned(*overrides: str, ranks: int = 1) -> Plan:
+        changes = ("control=null", "student.training.micro_batch=8", *overrides)
+        question = Question(tokens=65_000, runs=tmp_path, gpu="H100", ranks=(ranks,))
+        return plan_job(nursery(*changes), question)
+
+    def forward(plan: Plan) -> dict[str, int]:
+        return dict(plan.counts[0].memory["student"].moments["forward"])
+
+    whole = planned("student.training.batch_windows=8")
+    student = whole.work.stages[2].sizes
+    assert forward(whole)["gradients, fp32"] == 0
+    assert forward(planned())["gradients, fp32"] == 4 * student.params  # of three micro-batches
+    short, long = (
+        forward(planned(f"windows.length={n}"))["teachers' hidden states"] for n in (32, 64)
+    )
+    assert long == 2 * short == 8 * 64 * 2 * (192 + 192)
+
+    narrow = "teachers.gpt2.model.hidden_size=96"
+    layer = "[{teacher: gpt2, teacher_layer: 1, student_layer: 1}]"
+    for loss, in_fp32 in (("mse", 2), ("cosine", 3)):
+        matching = f"{{weight: 0.5, loss: {loss}, layers: {layer}}}"
+        plan = planned(narrow, f"distillation.hidden_matching={matching}")
+        a_position = 2 * (96 + student.hidden_size) + in_fp32 * 4 * 96
+        assert forward(plan)["states of matched layers"] == 8 * 64 * a_position
+        trained = student.params + 96 * student.hidden_size
+        assert forward(plan)["parameters"] == 2 * trained
+
+    split = "teachers.llama.tensor_parallel=2"
+    backbone = whole.work.teachers[1].sizes.backbone_weights
+    for cache, moment in (("none", "forward"), ("topk", "cache")):
+        changes = ("windows.offsets=fixed", f"distillation.cache={cache}")
+        one, two = (
+            planned(*changes, *more, ranks=2).counts[0].memory["student"].moments[moment]
+            for more in ((), (split,))
+        )
+        assert one["teachers"] - two["teachers"] == 2 * (backbone - backbone // 2)
+
+
+def test_an_attention_that_a_cpu_lacks_is_refused(nursery: Job, tmp_path: Path) -> None:
+    question = Question(tokens=6_500, runs=tmp_path, ranks=(1,))
+    with pytest.raises(MachineError, match=r"student\.model\.attention: got "):
+        plan_job(nursery(ON_CPU, "student.model.attention=flash_attention_2"), question)
 
 
 # -- ranks -----------------------------------------------------------------------------------------
