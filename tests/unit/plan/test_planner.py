@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.rates import Rate
 from babyllama_ds.plan.text import plan_as_json, render_plan
 from babyllama_ds.plan.traced import NotTracedError
+from babyllama_ds.report.formatting import duration
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.store import Store
 from babyllama_ds.training.meter import flops_per_token
@@ -625,6 +627,43 @@ def test_the_text_says_what_it_is_about(nursery: Job, tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_every_number_of_the_text_has_its_unit(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row at a time against what the plan holds, each column of its own rank count."""
+    monkeypatch.setitem(CARDS, "TINY", (1, 1.0))
+    changes = ("windows.offsets=fixed", "distillation.cache=hidden", "distillation.cache_tier=host")
+    question = Question(tokens=6_500, runs=tmp_path, gpu="TINY", ranks=(1, 4))
+    plan = plan_job(nursery(*changes), question)
+    one, four = plan.counts
+    rows = {
+        name.strip(): cells
+        for line in render_plan(plan).splitlines()
+        for name, *cells in [re.split(r" {2,}", line.strip())]
+    }
+    mib = [f"{count.memory['student'].peak_bytes / 2**20:,.1f}" for count in (one, four)]
+    assert rows["peak of student"] == mib
+    assert mib[0] != mib[1]
+    host = [max(memory.host_bytes for memory in count.memory.values()) for count in (one, four)]
+    assert rows["host memory of rank 0"] == [f"{b / 2**20:,.1f}" for b in host]
+    cache = 101 * 64 * 2 * 192 * 2  # of which every rank has its copy
+    assert rows["teacher cache in host memory, all ranks"] == [
+        f"{n * cache / 2**20:,.1f}" for n in (1, 4)
+    ]
+    assert rows["fits"] == ["yes", "yes"]
+    assert rows["models"][-1] == rows["teacher cache"][-1] == "stays"
+    assert rows["checkpoints (2, and one being written)"][-1] == "while training"
+    work, times = (part.splitlines() for part in render_plan(plan).split("\n\n")[1:3])
+    tera = sum(stage.flops.total for stage in plan.work.stages) / 1e12
+    assert 1 < tera < 10
+    assert work[0] == "work, matrix products in TFLOP"
+    assert work[-1].split() == ["all", f"{tera:.2f}"]
+    assert one.seconds is not None
+    assert times[-1].split()[:2] == ["all", duration(sum(one.seconds.values())).split()[0]]
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: 1)
+    assert re.search(r"fits +NO +NO", render_plan(plan))
+
+
 def test_the_json_holds_the_same(nursery: Job, tmp_path: Path) -> None:
     plan = plan_job(nursery(), Question(tokens=6_500, runs=tmp_path, gpu="H100", ranks=(1, 2)))
     data = json.loads(json.dumps(plan_as_json(plan)))
@@ -633,7 +672,19 @@ def test_the_json_holds_the_same(nursery: Job, tmp_path: Path) -> None:
     stage = data["ranks"]["1"]["stages"]["student"]
     assert stage["peak_bytes"] == plan.counts[0].memory["student"].peak_bytes
     assert stage["peak_bytes"] == sum(stage["moments"][stage["peak"]].values())
-    assert data["stages"]["student"]["flops"]["training"] == plan.work.stages[2].flops.training
+    flops = plan.work.stages[2].flops
+    assert data["stages"]["student"]["flops"] == {
+        "training": flops.training,
+        "teachers": flops.teachers,
+        "evaluation": flops.evaluation,
+    }
+    assert data["ranks"]["2"]["seconds"] == plan.counts[1].seconds
+    assert set(data["models"]) == {"gpt2", "llama", "student", "control"}
+    phased = nursery("windows.offsets={phases: 3}")
+    question = Question(tokens=6_500, runs=tmp_path)
+    data = plan_as_json(plan_job(phased, question))
+    assert data["corpus"]["distinct_windows"] == 3 * data["corpus"]["windows"]
+    assert {count["fits"] for count in data["ranks"].values()} == {None}  # nobody asked where
 
 
 # -- the real windows ------------------------------------------------------------------------------
