@@ -20,7 +20,9 @@ ON_CPU = "deepspeed.device=cpu"
 def said(nursery: Job, tmp_path: Path) -> Callable[..., list[str]]:
     """The assumptions that begin with some words, of the nursery with changes."""
 
-    def make(words: str, *overrides: str, ranks: Sequence[int] = (1,), known: bool = False):
+    def make(
+        words: str, *overrides: str, ranks: Sequence[int] = (1,), known: bool = False
+    ) -> list[str]:
         tokens = None if known else 65_000
         question = Question(tokens=tokens, runs=tmp_path, ranks=ranks)
         found = plan_job(nursery(ON_CPU, *overrides), question).assumptions
