@@ -115,7 +115,7 @@ def _stage_time(
         length=job.windows.length,
         num_windows=work.num_windows,
     )
-    a_token = (stage.flops.training + stage.flops.teachers) / stage.tokens
+    a_token = stage.flops.steps / stage.tokens
     tokens_per_s = batch * job.windows.length / step_s
     passes = (work.distinct_windows or 0) / batch if cached else 0
     return StageTime(

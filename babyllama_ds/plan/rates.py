@@ -24,7 +24,7 @@ class Rate:
     unit: Literal["tok/s", "FLOP/s"]
 
     def flops_a_second(self, flops_a_token: float) -> float:
-        """In FLOP/s; tokens are those of the student's training, its teachers beside it."""
+        """In FLOP/s; tokens are those of the student's steps, with their part of its teachers."""
         return self.value if self.unit == "FLOP/s" else self.value * flops_a_token
 
     def __str__(self) -> str:

@@ -37,9 +37,7 @@ def _flops_a_second(basis: Basis) -> float | None:
     rate = basis.question.rate
     if rate is not None:
         student = basis.student
-        return rate.flops_a_second(
-            (student.flops.training + student.flops.teachers) / student.tokens
-        )
+        return rate.flops_a_second(student.flops.steps / student.tokens)
     peak = _peak_flops(basis)
     return None if peak is None else peak * UTILISATION
 

@@ -29,8 +29,15 @@ class StageFlops:
     once more."""
     teachers: int
     """The teachers, forward."""
+    cache: int
+    """Those of the teachers' that fill a cache, before the first step."""
     evaluation: int
     """The trained model on development windows, during training and after."""
+
+    @property
+    def steps(self) -> int:
+        """What is computed in the steps: a run's tokens per second are of these."""
+        return self.training + self.teachers - self.cache
 
     @property
     def total(self) -> int:
@@ -140,9 +147,11 @@ class _Planner:
         a_token = sizes.training_flops(length, self.corpus.vocab_size)
         if training.gradient_checkpointing:
             a_token += sizes.backbone_flops(length)
+        in_steps, cache = self._teacher_flops(tokens) if distilled else (0, 0)
         flops = StageFlops(
             training=tokens * a_token,
-            teachers=self._teacher_flops(tokens) if distilled else 0,
+            teachers=in_steps + cache,
+            cache=cache,
             evaluation=self._evaluation_flops(sizes, training, steps),
         )
         return PlannedStage(
@@ -157,17 +166,18 @@ class _Planner:
             distilled=distilled,
         )
 
-    def _teacher_flops(self, tokens: int) -> int:
-        """Backbones and heads on every token; what a cache keeps, on distinct windows alone."""
+    def _teacher_flops(self, tokens: int) -> tuple[int, int]:
+        """In the steps, on every token; to fill a cache, on distinct windows alone."""
         length, cache = self.windows.length, self.job.distillation.cache
         distinct = (self.windows.num_distinct or 0) * length
-        through_backbones = tokens if cache == "none" else distinct
-        through_heads = distinct if cache == "topk" else tokens
-        return sum(
-            through_backbones * teacher.sizes.backbone_flops(length)
-            + through_heads * teacher.sizes.head_flops(self.corpus.vocab_size)
-            for teacher in self.teachers
-        )
+        sizes = [teacher.sizes for teacher in self.teachers]
+        backbones = sum(one.backbone_flops(length) for one in sizes)
+        heads = sum(one.head_flops(self.corpus.vocab_size) for one in sizes)
+        if cache == "hidden":
+            return tokens * heads, distinct * backbones
+        if cache == "topk":
+            return 0, distinct * (backbones + heads)
+        return tokens * (backbones + heads), 0
 
     def _evaluation_flops(self, sizes: ModelSizes, training: TrainingSpec, steps: int) -> int:
         """Forward passes over development windows, during training and at the end."""

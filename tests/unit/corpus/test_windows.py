@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +343,73 @@ def test_each_token_is_of_the_file_that_it_comes_from() -> None:
         tokens = windows.windows(indices)  # an id is its position
         for number, token in zip(numbers.ravel(), tokens.ravel(), strict=True):
             assert windows.domains[number] == of_token[token]
+
+
+# -- more tokens than 32 bits count ----------------------------------------------------------------
+
+SHARD_TOKENS = 2**31 + 77
+"""Of two shards in files with holes: they take no room on the disk."""
+MARKED_FROM = (0, 2**31 - 10, SHARD_TOKENS - 40, 2 * SHARD_TOKENS - 90)
+"""Places of the stream from which on 90 tokens are no zeros."""
+
+
+@pytest.fixture
+def vast(tmp_path: Path) -> tuple[TokenShards, dict[int, int]]:
+    """The shards, as train and dev; and the tokens that are marked. Each mark begins a document."""
+    marks = {at + i: (at + 7 * i) % 9_973 + 1 for at in MARKED_FROM for i in range(90)}
+    paths = [tmp_path / f"both-{number}.bin" for number in range(2)]
+    for number, path in enumerate(paths):
+        with path.open("wb") as stream:
+            stream.truncate(2 * SHARD_TOKENS)
+            for at, token in marks.items():
+                if at // SHARD_TOKENS == number:
+                    stream.seek(2 * (at % SHARD_TOKENS))
+                    stream.write(token.to_bytes(2, "little"))
+        begins = [at % SHARD_TOKENS for at in MARKED_FROM if at // SHARD_TOKENS == number]
+        path.with_suffix(".starts").write_bytes(b"".join(at.to_bytes(4, "little") for at in begins))
+    split = {
+        "files": [{"name": path.name, "tokens": SHARD_TOKENS} for path in paths],
+        "documents": [3, 1],
+    }
+    index = {"dtype": "uint16", "vocab_size": 9_974, "splits": {"train": split, "dev": split}}
+    (tmp_path / "shards.json").write_text(json.dumps(index))
+    return TokenShards.open(tmp_path), marks
+
+
+@pytest.mark.parametrize("offsets", ["fixed", "random", Phases(phases=3)])
+def test_places_beyond_32_bits(offsets: Offsets, vast: tuple[TokenShards, dict[int, int]]) -> None:
+    tokens, marks = vast
+    windows = TrainWindows(tokens, length=64, offsets=offsets, seed=3, within_documents=True)
+    spare = {"fixed": 0, "random": 64}.get(str(offsets), 2 * 64 // 3)
+    assert windows.num_windows == (2 * SHARD_TOKENS - spare) // 64
+    near = {at // 64 + by for at in MARKED_FROM for by in range(-2, 3)}
+    indices = np.array(sorted(i for i in near if 0 <= i < windows.num_windows), np.int64)
+    starts = windows.starts(2, indices)
+    if offsets != "random":
+        phase = 2 if isinstance(offsets, Phases) else 0
+        assert starts.tolist() == [64 * int(i) + phase * 64 // 3 for i in indices]
+        numbers = windows.numbers(2, indices)
+        assert numbers.tolist() == [phase * windows.num_windows + int(i) for i in indices]
+        assert np.array_equal(windows.numbered(numbers), windows.windows(2, indices))
+        assert np.array_equal(windows.numbered_begins(numbers), windows.begins(2, indices))
+    places = [range(start, start + 64) for start in starts.tolist()]
+    expected = [[marks.get(at, 0) for at in place] for place in places]
+    assert windows.windows(2, indices).tolist() == expected
+    if offsets == "fixed":  # all that is marked was looked at, but for the rest of a window
+        seen = {at for place in places for at in place}
+        assert {at for at in marks if at < windows.num_windows * 64} <= seen
+    begins = windows.begins(2, indices)
+    assert begins is not None
+    assert begins.tolist() == [
+        [i == 0 or at in MARKED_FROM for i, at in enumerate(p)] for p in places
+    ]
+
+
+def test_development_windows_beyond_32_bits(vast: tuple[TokenShards, dict[int, int]]) -> None:
+    tokens, _ = vast
+    limit = 1_001
+    windows = DevWindows(tokens, length=64, limit=limit)
+    available = 2 * SHARD_TOKENS // 64
+    expected = [i * available // limit * 64 for i in range(limit)]
+    tokens.gather = lambda split, starts, length: starts  # type: ignore[method-assign]
+    assert windows.windows(np.arange(limit)).tolist() == expected

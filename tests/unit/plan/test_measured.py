@@ -17,6 +17,7 @@ from babyllama_ds.plan.planned import Question
 from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.text import plan_as_json, render_plan
 from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.training.meter import flops_per_token
 from babyllama_ds.training.pace import EvaluationPace, JobPace, StagePace, StepPace
 
 Job = Callable[..., JobSpec]
@@ -114,11 +115,59 @@ def test_rates_are_those_of_the_steps(plan: Callable[..., Any]) -> None:
     assert student.flops_per_s == pytest.approx(flops / 0.5)
 
 
+@pytest.mark.parametrize("cache", ["hidden", "topk"])
+def test_the_rate_of_a_cache_is_of_what_its_steps_compute(
+    cache: Any, plan: Callable[..., Any]
+) -> None:
+    """As a run's meter counts it: what fills the cache is not in the steps."""
+    planned = plan("windows.offsets={phases: 2}", f"distillation.cache={cache}")
+    (student,) = (stage for stage in planned.measured.stages if stage.name == "student")
+    a_token = flops_per_token(
+        planned.work.stages[2].sizes,
+        [teacher.sizes for teacher in planned.work.teachers],
+        length=64,
+        vocab_size=800,
+        cache=cache,
+    )
+    assert student.flops_per_s == pytest.approx(a_token * 32 * 64 / (0.5 - 0.2))
+
+
 def test_a_loaded_teacher_takes_no_steps(plan: Callable[..., Any]) -> None:
     loaded = replace(STAGE, training=None)
     pace = replace(PACE, stages={"teachers/other": loaded, "student": STAGE, "control": STAGE})
-    time = plan(pace=pace).measured
-    assert parts_of(time)["teachers/other"] == {"start": 1, "export": 0.25}
+    planned = plan(pace=pace)
+    assert parts_of(planned.measured)["teachers/other"] == {"start": 1, "export": 0.25}
+    assert list(planned.counts[0].seconds) == ["student", "control"]  # stages that train
+
+
+def test_no_more_development_windows_are_measured_than_the_job_asks_for(
+    plan: Callable[..., Any],
+) -> None:
+    of_all, of_seven = (
+        plan(f"evaluation.dev_windows={number}").measured.evaluations["student"]
+        for number in ("null", 7)
+    )
+    available = plan().corpus.dev_tokens // 64
+    assert of_all - of_seven == pytest.approx((available - 7) * 0.02)
+
+
+@pytest.mark.parametrize(
+    ("words", "cache", "prepared_before"),
+    [
+        ("preparation: the prepared text stood in the store", "none", True),
+        ("student: its steps with the teachers' heads, which a top-k cache spares", "topk", False),
+    ],
+)
+def test_what_was_not_as_it_will_be_is_told(
+    words: str, cache: str, prepared_before: bool, plan: Callable[..., Any]
+) -> None:
+    def told(cache: str, *, before: bool) -> bool:
+        pace = replace(PACE, prepared_before=before)
+        planned = plan("windows.offsets=fixed", f"distillation.cache={cache}", pace=pace)
+        return any(line.startswith(words) for line in planned.assumptions)
+
+    assert told(cache, before=prepared_before)
+    assert not told("hidden", before=False)
 
 
 def test_what_is_shown(plan: Callable[..., Any]) -> None:
@@ -139,15 +188,22 @@ def test_what_is_shown(plan: Callable[..., Any]) -> None:
 
 
 def test_too_long_is_an_error_that_names_what_takes_longest(plan: Callable[..., Any]) -> None:
-    time = plan("teachers.gpt2.training.epochs=24").measured
+    slow = replace(PACE, evaluations=dict.fromkeys(NAMES, replace(MEASURING, load_s=35)))
+    time = plan("teachers.gpt2.training.epochs=24", pace=slow).measured
     minutes = time.seconds / 60
-    check_within(time, minutes + 0.01, name="nursery-1")
+    check_within(time, minutes * 1.0001, name="nursery-1")
     with pytest.raises(MachineError) as caught:
-        check_within(time, minutes - 0.2, name="nursery-1")
+        check_within(time, minutes * 0.9999, name="nursery-1")
     (problem,) = caught.value.problems
     assert problem.where == "--within, nursery-1 on this machine"
     assert problem.got == f"{minutes:.1f} minutes by what was measured"
-    assert (problem.hint or "").startswith("what takes longest: teachers/gpt2 ")
+    longest = next(stage for stage in time.stages if stage.name == "teachers/gpt2").seconds
+    evaluations = sum(time.evaluations.values())
+    assert max(stage.seconds for stage in time.stages[1:]) < evaluations < longest
+    assert problem.hint == (
+        f"what takes longest: teachers/gpt2 {longest / 60:.1f}, "
+        f"the evaluations {evaluations / 60:.1f} minutes"
+    )
 
 
 @pytest.mark.parametrize(

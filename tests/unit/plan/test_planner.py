@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, Qwen2Config
+from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
-from babyllama_ds.errors import JobError, ModelError
+from babyllama_ds.errors import JobError, MachineError, ModelError
 from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.models.sizes import meta_model
 from babyllama_ds.plan import shapes
@@ -25,8 +26,10 @@ from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.rates import Rate
 from babyllama_ds.plan.text import plan_as_json, render_plan
 from babyllama_ds.plan.traced import NotTracedError
+from babyllama_ds.report.formatting import duration
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.store import Store
+from babyllama_ds.training.meter import flops_per_token
 
 Job = Callable[..., JobSpec]
 ON_CPU = "deepspeed.device=cpu"
@@ -229,19 +232,64 @@ def test_what_options_add_to_the_disk(nursery: Job, tmp_path: Path) -> None:
     assert found["token"] == 2 * (6_400 + 1_600)
 
 
+def test_what_lies_on_the_disk_in_fp32_and_of_loaded_teachers(nursery: Job, tmp_path: Path) -> None:
+    config = tmp_path / "fp32.json"
+    config.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    GPT2Config(vocab_size=800, n_embd=64, n_layer=1, n_head=4).save_pretrained(tmp_path / "b")
+    loaded = f"{{name: b, model: {{kind: pretrained, path: {tmp_path / 'b'}}}}}"
+    large = "{name: a, model: {kind: gpt2, hidden_size: 512, num_layers: 8, num_heads: 8, "
+    large += "max_positions: 64}, training: {batch_windows: 32, epochs: 1, learning_rate: 1e-3}}"
+    layers = "[{teacher: b, teacher_layer: 1, student_layer: 1}]"
+
+    def items(*overrides: str) -> tuple[dict[str, int], Plan]:
+        job = nursery(ON_CPU, f"deepspeed.config={config}", *overrides)
+        plan = plan_job(job, Question(tokens=64 * 100, runs=tmp_path))
+        return {item.name.split()[0]: item.bytes for item in plan.disk}, plan
+
+    found, plan = items(
+        f"teachers=[{large}, {loaded}]",
+        f"distillation.hidden_matching={{weight: 0.5, layers: {layers}}}",
+    )
+    a, b = (teacher.sizes.params for teacher in plan.work.teachers)
+    student = plan.work.stages[1].sizes.params
+    assert found["models"] == 4 * (a + b + 2 * student)
+    assert found["checkpoints"] == 3 * 16 * a  # of the largest stage, which matches no layers
+    found, _ = items("windows.offsets=fixed", "distillation.cache=hidden")
+    assert found["teacher"] == 100 * 64 * (192 + 192) * 4
+
+
 def test_time_at_a_measured_rate(nursery: Job, tmp_path: Path) -> None:
+    text = f"corpus={{kind: files, train: ['{tmp_path}/*'], split: {{kind: tail, fraction: 0.2}}}}"
     question = Question(tokens=6_500, runs=tmp_path, rate=Rate(1_000, "tok/s"))
-    plan = plan_job(nursery(ON_CPU, "control=null"), question)
+    plan = plan_job(nursery(ON_CPU, "control=null", text), question)
     student = plan.work.stages[2]
     one, two = plan.counts[0].seconds, plan.counts[1].seconds
     assert one is not None
     assert two is not None
+    assert student.flops.evaluation > 0  # at the same FLOPs a second, and not of the rate's tokens
     trained = student.flops.training + student.flops.teachers
     evaluated = student.tokens / 1_000 * student.flops.evaluation / trained
     assert one["student"] == pytest.approx(student.tokens / 1_000 + evaluated)
     assert two["student"] == pytest.approx(one["student"] / 2)
+    said = "speed: 1,000 tokens/s of the student's training, for each rank; "
+    assert said + "other stages by their FLOPs" in plan.assumptions
     per_flop = one["student"] / student.flops.total
     assert one["teachers/gpt2"] == pytest.approx(plan.work.stages[0].flops.total * per_flop)
+
+
+@pytest.mark.parametrize("cache", ["none", "hidden", "topk"])
+def test_a_rate_is_that_of_the_steps(cache: Any, nursery: Job, tmp_path: Path) -> None:
+    """As a run prints it, whose meter counts what its steps compute: no filling of a cache."""
+    job = nursery(ON_CPU, "windows.offsets={phases: 2}", f"distillation.cache={cache}")
+    question = Question(tokens=6_500, runs=tmp_path, rate=Rate(1_000, "tok/s"), ranks=(1,))
+    plan = plan_job(job, question)
+    (seconds,) = (count.seconds for count in plan.counts)
+    assert seconds is not None
+    teachers = [teacher.sizes for teacher in plan.work.teachers]
+    student, control = plan.work.stages[2:]
+    a_token = flops_per_token(student.sizes, teachers, length=64, vocab_size=800, cache=cache)
+    assert seconds["control"] == pytest.approx(control.flops.total / (1_000 * a_token))
+    assert seconds["student"] == pytest.approx(student.flops.total / (1_000 * a_token))
 
 
 def test_time_and_room_of_a_named_card(nursery: Job, tmp_path: Path) -> None:
@@ -454,6 +502,53 @@ def test_what_options_change_in_memory(nursery: Job, tmp_path: Path) -> None:
     assert apart["backward"]["work of a layer"] > inside["backward"]["work of a layer"]
 
 
+def test_what_else_changes_in_memory(nursery: Job, tmp_path: Path) -> None:
+    """Micro-batches, windows, matched layers and split teachers, each by what it is made of."""
+
+    def planned(*overrides: str, ranks: int = 1) -> Plan:
+        changes = ("control=null", "student.training.micro_batch=8", *overrides)
+        question = Question(tokens=65_000, runs=tmp_path, gpu="H100", ranks=(ranks,))
+        return plan_job(nursery(*changes), question)
+
+    def forward(plan: Plan) -> dict[str, int]:
+        return dict(plan.counts[0].memory["student"].moments["forward"])
+
+    whole = planned("student.training.batch_windows=8")
+    student = whole.work.stages[2].sizes
+    assert forward(whole)["gradients, fp32"] == 0
+    assert forward(planned())["gradients, fp32"] == 4 * student.params  # of three micro-batches
+    short, long = (
+        forward(planned(f"windows.length={n}"))["teachers' hidden states"] for n in (32, 64)
+    )
+    assert long == 2 * short == 8 * 64 * 2 * (192 + 192)
+
+    narrow = "teachers.gpt2.model.hidden_size=96"
+    layer = "[{teacher: gpt2, teacher_layer: 1, student_layer: 1}]"
+    for loss, in_fp32 in (("mse", 2), ("cosine", 3)):
+        matching = f"{{weight: 0.5, loss: {loss}, layers: {layer}}}"
+        plan = planned(narrow, f"distillation.hidden_matching={matching}")
+        a_position = 2 * (96 + student.hidden_size) + in_fp32 * 4 * 96
+        assert forward(plan)["states of matched layers"] == 8 * 64 * a_position
+        trained = student.params + 96 * student.hidden_size
+        assert forward(plan)["parameters"] == 2 * trained
+
+    split = "teachers.llama.tensor_parallel=2"
+    backbone = whole.work.teachers[1].sizes.backbone_weights
+    for cache, moment in (("none", "forward"), ("topk", "cache")):
+        changes = ("windows.offsets=fixed", f"distillation.cache={cache}")
+        one, two = (
+            planned(*changes, *more, ranks=2).counts[0].memory["student"].moments[moment]
+            for more in ((), (split,))
+        )
+        assert one["teachers"] - two["teachers"] == 2 * (backbone - backbone // 2)
+
+
+def test_an_attention_that_a_cpu_lacks_is_refused(nursery: Job, tmp_path: Path) -> None:
+    question = Question(tokens=6_500, runs=tmp_path, ranks=(1,))
+    with pytest.raises(MachineError, match=r"student\.model\.attention: got "):
+        plan_job(nursery(ON_CPU, "student.model.attention=flash_attention_2"), question)
+
+
 # -- ranks -----------------------------------------------------------------------------------------
 
 
@@ -467,6 +562,40 @@ def test_rank_counts_that_do_not_divide_the_batch_are_told(nursery: Job, tmp_pat
     assert "–" in render_plan(plan)
     with pytest.raises(JobError, match=r"--ranks: got 4, 8, expected at least one number"):
         plan_job(job, Question(tokens=6_500, runs=tmp_path, ranks=(4, 8)))
+
+
+def test_ranks_are_taken_in_groups_of_every_split_teacher(nursery: Job, tmp_path: Path) -> None:
+    """Of the second of two loaded ones, which 2 and 4 ranks can share, and 1 and 3 cannot."""
+    LlamaConfig(
+        vocab_size=800, hidden_size=64, intermediate_size=96, num_hidden_layers=1
+    ).save_pretrained(tmp_path / "a")
+    loaded = f"model: {{kind: pretrained, path: {tmp_path / 'a'}}}"
+    teachers = f"teachers=[{{name: a, {loaded}}}, {{name: b, {loaded}, tensor_parallel: 2}}]"
+    sizes = ("student.training.batch_windows=24", "student.training.micro_batch=2")
+    question = Question(tokens=65_000, runs=tmp_path, ranks=(1, 2, 3, 4))
+    plan = plan_job(nursery(ON_CPU, teachers, "control=null", *sizes), question)
+    refused = "teachers.b.tensor_parallel: 2 with {}, expected a divisor of the number of ranks: "
+    assert [count.impossible for count in plan.counts] == [
+        refused.format("1 rank") + "each is in one group",
+        None,
+        refused.format("3 ranks") + "each is in one group",
+        None,
+    ]
+
+
+def test_a_stage_fits_to_the_last_byte(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On so many ranks as share the memory; the hungriest is the one that needs most."""
+    plan = plan_job(nursery(ON_CPU), Question(tokens=6_500, runs=tmp_path, ranks=(1, 2)))
+    one, two = plan.counts
+    peaks = {name: memory.peak_bytes for name, memory in two.memory.items()}
+    assert peaks[two.hungriest] == max(peaks.values()) > min(peaks.values())
+    room = {1: 1, 2: peaks[two.hungriest]}
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: room[ranks])
+    assert (plan.fits(one), plan.fits(two)) == (False, True)
+    room[2] -= 1
+    assert plan.too_large(two) == [two.hungriest]
 
 
 def test_what_a_run_would_refuse_is_not_planned(nursery: Job, tmp_path: Path) -> None:
@@ -513,6 +642,43 @@ def test_the_text_says_what_it_is_about(nursery: Job, tmp_path: Path) -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_every_number_of_the_text_has_its_unit(
+    nursery: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row at a time against what the plan holds, each column of its own rank count."""
+    monkeypatch.setitem(CARDS, "TINY", (1, 1.0))
+    changes = ("windows.offsets=fixed", "distillation.cache=hidden", "distillation.cache_tier=host")
+    question = Question(tokens=6_500, runs=tmp_path, gpu="TINY", ranks=(1, 4))
+    plan = plan_job(nursery(*changes), question)
+    one, four = plan.counts
+    rows = {
+        name.strip(): cells
+        for line in render_plan(plan).splitlines()
+        for name, *cells in [re.split(r" {2,}", line.strip())]
+    }
+    mib = [f"{count.memory['student'].peak_bytes / 2**20:,.1f}" for count in (one, four)]
+    assert rows["peak of student"] == mib
+    assert mib[0] != mib[1]
+    host = [max(memory.host_bytes for memory in count.memory.values()) for count in (one, four)]
+    assert rows["host memory of rank 0"] == [f"{b / 2**20:,.1f}" for b in host]
+    cache = 101 * 64 * 2 * 192 * 2  # of which every rank has its copy
+    assert rows["teacher cache in host memory, all ranks"] == [
+        f"{n * cache / 2**20:,.1f}" for n in (1, 4)
+    ]
+    assert rows["fits"] == ["yes", "yes"]
+    assert rows["models"][-1] == rows["teacher cache"][-1] == "stays"
+    assert rows["checkpoints (2, and one being written)"][-1] == "while training"
+    work, times = (part.splitlines() for part in render_plan(plan).split("\n\n")[1:3])
+    tera = sum(stage.flops.total for stage in plan.work.stages) / 1e12
+    assert 1 < tera < 10
+    assert work[0] == "work, matrix products in TFLOP"
+    assert work[-1].split() == ["all", f"{tera:.2f}"]
+    assert one.seconds is not None
+    assert times[-1].split()[:2] == ["all", duration(sum(one.seconds.values())).split()[0]]
+    monkeypatch.setattr(Machine, "usable_bytes", lambda _self, ranks: 1)
+    assert re.search(r"fits +NO +NO", render_plan(plan))
+
+
 def test_the_json_holds_the_same(nursery: Job, tmp_path: Path) -> None:
     plan = plan_job(nursery(), Question(tokens=6_500, runs=tmp_path, gpu="H100", ranks=(1, 2)))
     data = json.loads(json.dumps(plan_as_json(plan)))
@@ -521,7 +687,19 @@ def test_the_json_holds_the_same(nursery: Job, tmp_path: Path) -> None:
     stage = data["ranks"]["1"]["stages"]["student"]
     assert stage["peak_bytes"] == plan.counts[0].memory["student"].peak_bytes
     assert stage["peak_bytes"] == sum(stage["moments"][stage["peak"]].values())
-    assert data["stages"]["student"]["flops"]["training"] == plan.work.stages[2].flops.training
+    flops = plan.work.stages[2].flops
+    assert data["stages"]["student"]["flops"] == {
+        "training": flops.training,
+        "teachers": flops.teachers,
+        "evaluation": flops.evaluation,
+    }
+    assert data["ranks"]["2"]["seconds"] == plan.counts[1].seconds
+    assert set(data["models"]) == {"gpt2", "llama", "student", "control"}
+    phased = nursery("windows.offsets={phases: 3}")
+    question = Question(tokens=6_500, runs=tmp_path)
+    data = plan_as_json(plan_job(phased, question))
+    assert data["corpus"]["distinct_windows"] == 3 * data["corpus"]["windows"]
+    assert {count["fits"] for count in data["ranks"].values()} == {None}  # nobody asked where
 
 
 # -- the real windows ------------------------------------------------------------------------------

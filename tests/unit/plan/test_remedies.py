@@ -75,10 +75,13 @@ def test_more_ranks(refused: Callable[..., tuple[str, Reload, Question]]) -> Non
     text, reload, question = refused(
         LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1"
     )
-    advice = re.search(r"--ranks (\d+)", text)
+    advice = re.search(r"--ranks (\d+)  \((.*) GiB a rank\)", text)
     assert advice is not None
     more = Question(tokens=65_000, runs=question.runs, gpu="L4", ranks=(int(advice[1]),))
-    assert planned(reload, more, ()).fits(planned(reload, more, ()).counts[0])
+    plan = planned(reload, more, ())
+    assert plan.fits(plan.counts[0])
+    peak = max(memory.peak_bytes for memory in plan.counts[0].memory.values())
+    assert advice[2] == f"{peak / 2**30:.1f}"
 
 
 def test_where_nothing_helps_a_larger_card_is_what_is_left(
@@ -186,6 +189,31 @@ def test_a_cache_takes_large_teachers_off_the_card(
     assert len(overrides) == 3
     plan = planned(reload, question, overrides)
     assert plan.fits(plan.counts[0])
+
+
+def test_attention_that_keeps_its_probabilities_is_advised_against(
+    refused: Callable[..., tuple[str, Reload, Question]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are what is too much; and of a job without them it is not said."""
+    monkeypatch.setitem(machines.CARDS, "TINY", (1, 1.0))
+    long = (
+        "windows.length=1024",
+        "student.model={kind: llama, hidden_size: 64, num_layers: 4, num_heads: 16, "
+        "intermediate_size: 64, max_positions: 1024, attention: KERNEL}",
+        "student.training={batch_windows: 8, micro_batch: 8, epochs: 1, learning_rate: 1e-3}",
+        "control=null",
+        "teachers=[{name: a, model: {kind: llama, hidden_size: 64, num_layers: 1, num_heads: 1, "
+        "intermediate_size: 64, max_positions: 1024}, training: "
+        "{batch_windows: 8, micro_batch: 1, epochs: 1, learning_rate: 1e-3}}]",
+    )
+    text, reload, question = refused(*(o.replace("KERNEL", "eager") for o in long), gpu="TINY")
+    (line,) = [line for line in text.splitlines() if "no S × S probabilities are kept" in line]
+    advice = line.removeprefix("    hint:").split("  (")[0].split()
+    assert "student.model.attention=sdpa" in advice
+    plan = planned(reload, question, advice)
+    assert plan.fits(plan.counts[0])
+    large = (LARGE, "student.training.batch_windows=512", "student.training.warmup_steps=1")
+    assert "attention=sdpa" not in refused(*large)[0]
 
 
 def test_nothing_is_refused_where_no_machine_was_named(
@@ -304,10 +332,18 @@ def test_ranks_of_a_cpu_share_its_memory() -> None:
         ("40TFLOP/s", Rate(40e12, "FLOP/s")),
         ("40e12 FLOP/s", Rate(40e12, "FLOP/s")),
         ("1.5 pflops", Rate(1.5e15, "FLOP/s")),
+        ("3_000 kFLOP/s", Rate(3e6, "FLOP/s")),
+        ("3 MFLOP/s", Rate(3e6, "FLOP/s")),
+        ("3 GFLOP/s", Rate(3e9, "FLOP/s")),
     ],
 )
 def test_rates(text: str, rate: Rate) -> None:
     assert read_rate(text) == rate
+
+
+def test_a_rate_in_words() -> None:
+    assert str(Rate(25_000, "tok/s")) == "25,000 tokens/s of the student's training"
+    assert str(Rate(40e12, "FLOP/s")) == "40 TFLOP/s"
 
 
 @pytest.mark.parametrize("text", ["", "fast", "0", "-3", "3 apples", "1e3 TFLOP/h"])

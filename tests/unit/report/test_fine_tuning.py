@@ -12,6 +12,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from babyllama_ds.files import read_json
 from babyllama_ds.report.board import write_boards
 from babyllama_ds.report.card import render_model_card
 from babyllama_ds.report.collect import collect_report
@@ -286,6 +287,11 @@ def test_the_cards_front_matter_has_the_hubs_metrics(run: Path) -> None:
 
     assert results("student") == {("rte", "accuracy"): 0.8, ("mrpc", "f1"): pytest.approx(0.8)}
     assert results("wide") == {}
+    own = read_json(run / "evaluation" / "control.json")["fine_tuning"]["glue"]["tasks"]
+    assert {task: score for (task, _), score in results("control").items()} == {
+        task: pytest.approx(measured["score"]) for task, measured in own.items()
+    }
+    assert own["rte"]["score"] != 0.8
     report["fine_tuning"]["glue"]["tasks"]["rte"]["metric"] = "mcc"
     assert ("rte", "matthews_correlation") in results("student")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.teachers.cache.heads import load_head
@@ -38,6 +38,31 @@ def test_it_is_the_frozen_models(
     assert torch.equal(head.weight_PD, expected.weight_PD.to(dtype))
     assert head.bias_P is None
     assert not head.weight_PD.requires_grad
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_with_a_bias(tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Phi; a file has a tied head under the embedding's name. The rest is not read."""
+    monkeypatch.delattr("babyllama_ds.teachers.cache.heads.load_model")
+    torch.manual_seed(5)
+    model = PhiForCausalLM(
+        PhiConfig(
+            vocab_size=61,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )
+    torch.nn.init.normal_(model.lm_head.bias)
+    model.save_pretrained(tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    found = load_head(tmp_path, device=CPU, dtype=torch.float32)
+    of_head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert torch.equal(found.weight_PD, kept[of_head])
+    assert found.bias_P is not None
+    assert torch.equal(found.bias_P, kept["lm_head.bias"])
 
 
 def test_it_is_found_in_the_second_of_two_files(teacher_of: Callable[..., Teacher]) -> None:

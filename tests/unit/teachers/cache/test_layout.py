@@ -29,7 +29,7 @@ def records(shard: int) -> torch.Tensor:
     )
 
 
-@pytest.mark.parametrize("num_windows", [1, 7, 100, 4096, 4097])
+@pytest.mark.parametrize("num_windows", [1, 7, 100, 4096, 4097, 20_000])
 @pytest.mark.parametrize("forward_windows", [1, 6, 32])
 @pytest.mark.parametrize("record_bytes", [8, 2**18, 2**27])
 def test_every_window_is_in_one_shard_of_whole_forward_passes(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from babyllama_ds.teachers.cache.layout import Layout, write_shard
+from babyllama_ds.teachers.cache.layout import Layout, shard_path, write_shard
 from babyllama_ds.teachers.cache.records import FileRecords, MemoryRecords, Records
 
 # A record of 5,000 bytes does not end on a page of 4,096.
@@ -50,6 +50,19 @@ def test_records_come_back_by_number(
     found.zero_()  # a copy: what is kept stays
     assert torch.equal(records.read(windows_B), CONTENT[numbers])
     records.close()
+
+
+def test_places_beyond_32_bits(tmp_path: Path) -> None:
+    """In a shard of more than 4 GiB: a file with a hole, which takes no room on the disk."""
+    last = 2**29 + 5
+    layout = Layout(num_windows=last + 1, record_bytes=8, forward_windows=1, shard_windows=last + 1)
+    with shard_path(tmp_path, 0).open("wb") as stream:
+        stream.seek(8 * last)
+        stream.write(b"the last")
+    records = FileRecords(tmp_path, layout, device=CPU)
+    windows_B = np.array([last, 5, last], np.int64)
+    records.expect(windows_B)
+    assert bytes(records.read(windows_B).flatten().tolist()) == b"the last" + bytes(8) + b"the last"
 
 
 def test_closing_gives_the_cards_memory_back(
