@@ -159,6 +159,7 @@ def other_student(
             "name=other",
             "student.model.tied_embeddings=true",
             "student.training.max_steps=10",
+            "student.milestones=null",
             "control=null",
             f"teachers.1={loaded}",
         )

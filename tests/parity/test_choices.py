@@ -18,6 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from babyllama_ds import cli
 from babyllama_ds.corpus.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("process_as_it_was")
+
 WORDS = ("the", "little", "dog", "café", "sees", "a", "日本", "red", "ball", "🙂", "runs", "to")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 ITEMS = 14
