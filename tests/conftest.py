@@ -375,14 +375,22 @@ def command_line(pid: int) -> str:
 # -- in this process -------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Some commands set it up for a process of their own: what later tests see must not depend on
+    which of them shared theirs."""
+    log = logging.getLogger("babyllama_ds")
+    logging_was = (log.handlers[:], log.level, log.propagate)
+    yield
+    log.handlers[:], log.level, log.propagate = logging_was
+
+
 @pytest.fixture
 def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`main` owns a process: it sets environment, logging and threads. Give them back."""
+    """`main` owns a process: it sets environment and threads. Give them back."""
     import torch
 
     environment, threads = dict(os.environ), torch.get_num_threads()
-    log = logging.getLogger("babyllama_ds")
-    logging_was = (log.handlers[:], log.level, log.propagate)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -391,7 +399,6 @@ def process_as_it_was(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(environment)
-    log.handlers[:], log.level, log.propagate = logging_was
     torch.set_num_threads(threads)
 
 
