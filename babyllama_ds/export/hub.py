@@ -115,7 +115,8 @@ def push(
         library_name="babyllama_ds",
         library_version=__version__,
     )
-    with _told("making", to, refused=NOTHING_SENT, cut_off=NOTHING_SENT):
+    place = to.url if branch is None else f"{to.url}, branch {branch}"
+    with _told("making", place, refused=NOTHING_SENT, cut_off=NOTHING_SENT):
         if branch is None:
             api.create_repo(to.repo_id, private=private or None, exist_ok=True)
         else:
@@ -136,13 +137,13 @@ def push(
         names = sorted(theirs)
         more = ", …" if len(names) > 3 else ""
         raise RunError.of(
-            to.url if branch is None else f"{to.url}, branch {branch}",
+            place,
             got=f"a repository with other content ({', '.join(names[:3])}{more})",
             expected="a new one, or one with nothing in it",
             hint="choose another name; or give --replace: one commit puts this model in its "
             "place, and what was there stays in the repository's history",
         )
-    with _told("uploading to", to, refused=NOTHING_SENT, cut_off=PERHAPS_SENT):
+    with _told("uploading to", place, refused=NOTHING_SENT, cut_off=PERHAPS_SENT):
         commit = api.create_commit(
             to.repo_id,
             [
@@ -153,11 +154,11 @@ def push(
             commit_message=f"Model exported by babyllama_ds {__version__}",
             parent_commit=there.sha,  # whoever came in between is not written over
         )
-    with _told("looking at", to, refused=SENT, cut_off=SENT):
+    with _told("looking at", place, refused=SENT, cut_off=SENT):
         arrived = api.repo_info(to.repo_id, revision=commit.oid, files_metadata=True)
     if wrong := _differing(ours, _files_there(arrived)):
         raise RunError.of(
-            f"{to.url} at {commit.oid}",
+            f"{place} at {commit.oid}",
             got=f"other content than was sent, or none, in {', '.join(wrong)}",
             expected="the files of the manifest, byte for byte",
             hint="does a .gitignore there leave them out? Otherwise push again, with --replace",
@@ -224,7 +225,7 @@ SENT = "the files were sent; push again to look anew"
 
 
 @contextmanager
-def _told(doing: str, to: Destination, *, refused: str, cut_off: str) -> Iterator[None]:
+def _told(doing: str, place: str, *, refused: str, cut_off: str) -> Iterator[None]:
     """What `huggingface_hub` raises, as one of ours.
 
     `refused` and `cut_off` say how things stand after the hub's no, and without an answer.
@@ -242,7 +243,7 @@ def _told(doing: str, to: Destination, *, refused: str, cut_off: str) -> Iterato
             expected, hint = EXPECTED.get(response.status_code, fallback)
         stands = cut_off if response is None else refused
         raise RunError.of(
-            f"{doing} {to.url}",
+            f"{doing} {place}",
             got=got,
             expected=expected,
             hint=f"{hint}; {stands}" if hint else stands,

@@ -169,7 +169,7 @@ def test_a_push_of_milestones_that_broke_off_goes_on(hub: Any, run_with_mileston
     hub.refuses[f"POST /api/models/{NAME}/commit/chck_10K"] = 500
     with pytest.raises(RunError) as caught:
         pushed(run_with_milestones)
-    assert caught.value.problems[0].where == f"uploading to {hub.url}/{NAME}"
+    assert caught.value.problems[0].where == f"uploading to {hub.url}/{NAME}, branch chck_10K"
     assert branch(hub, "chck_10K") == {}
     hub.refuses.clear()
     pushed(run_with_milestones)
