@@ -166,16 +166,19 @@ def read_manifest(directory: Path) -> Manifest | None:
     return _parse_manifest(path, read_json(path))
 
 
-def verify_manifest(directory: Path) -> Manifest:
+def verify_manifest(directory: Path, *, hint: str | None = None) -> Manifest:
     """Hash every file again and return the manifest; files that it does not name are allowed.
 
-    Raises `RunError` naming the first file (in sorted order) that is missing or damaged.
+    Raises `RunError` naming the first file (in sorted order) that is missing or damaged, with the
+    `hint`; without one, that what is deleted is made anew.
     """
+    hint = hint or _made_anew(directory)
     manifest = read_manifest(directory)
     if manifest is None:
-        raise _damaged(directory / MANIFEST_NAME, directory, got="no such file", expected="one")
+        path = directory / MANIFEST_NAME
+        raise RunError.of(path, got="no such file", expected="one", hint=hint)
     for name, facts in sorted(manifest.files.items()):
-        _verify_file(directory, name, facts)
+        _verify_file(directory / name, facts, hint)
     return manifest
 
 
@@ -302,31 +305,27 @@ def _parse_manifest(path: Path, value: Any) -> Manifest:
             for name, entry in files.items()
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(
-            path, path.parent, got="JSON of another shape", expected="a manifest"
-        ) from error
+        got, hint = "JSON of another shape", _made_anew(path.parent)
+        raise RunError.of(path, got=got, expected="a manifest", hint=hint) from error
     return Manifest(fingerprint=fingerprint, files=parsed, facts=facts)
 
 
-def _verify_file(directory: Path, name: str, facts: FileFacts) -> None:
-    path = directory / name
+def _made_anew(directory: Path) -> str:
+    return f"delete the folder {directory} and start again: it is made anew"
+
+
+def _verify_file(path: Path, facts: FileFacts, hint: str) -> None:
+    def damaged(*, got: str, expected: str) -> UserError:
+        return RunError.of(path, got=got, expected=expected, hint=hint)
+
     try:
         size = path.stat().st_size
         if size != facts.bytes:  # cheap, and the usual damage
-            raise _damaged(path, directory, got=f"{size} bytes", expected=f"{facts.bytes} bytes")
+            raise damaged(got=f"{size} bytes", expected=f"{facts.bytes} bytes")
         digest = sha256_file(path)
     except FileNotFoundError as error:
-        raise _damaged(
-            path, directory, got="no such file", expected=f"{facts.bytes} bytes"
-        ) from error
+        raise damaged(got="no such file", expected=f"{facts.bytes} bytes") from error
     except OSError as error:
-        raise _damaged(
-            path, directory, got=_reason(error), expected=f"{facts.bytes} readable bytes"
-        ) from error
+        raise damaged(got=_reason(error), expected=f"{facts.bytes} readable bytes") from error
     if digest != facts.sha256:
-        raise _damaged(path, directory, got=f"SHA-256 {digest}", expected=facts.sha256)
-
-
-def _damaged(path: Path, directory: Path, *, got: str, expected: str) -> UserError:
-    hint = f"delete the folder {directory} and start again: it is made anew"
-    return RunError.of(path, got=got, expected=expected, hint=hint)
+        raise damaged(got=f"SHA-256 {digest}", expected=facts.sha256)

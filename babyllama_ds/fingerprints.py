@@ -40,6 +40,9 @@ HOW_IT_RUNS = {
 HOW_TARGETS_ARE_HAD = {"chunk_tokens", "cache", "cache_tier", "cache_kept", "cache_top_k"}
 """Of the loss, what does not change what it is of; a top-k cache does, and is named apart."""
 
+MEASURED_APART = {"batch_tokens", "minimal_pairs", "fine_tuning", "milestones"}
+"""Of an evaluation, what changes nothing of a model's measurement, or is named apart."""
+
 NEUTRAL: dict[type[Spec], dict[str, Any]] = {
     TrainingSpec: {
         "z_loss": None,
@@ -130,8 +133,7 @@ def evaluation_fingerprint(
         model_hashes(model_dir),
         tokens=tokens_key,
         length=job.windows.length,
-        settings=_plain(job.evaluation, exclude={"batch_tokens", "minimal_pairs", "fine_tuning"})
-        | _attention(job.windows),
+        settings=_plain(job.evaluation, exclude=MEASURED_APART) | _attention(job.windows),
         benchmarks=benchmarks,
         suites=job.evaluation.suites_of(teacher=teacher),
     )

@@ -108,7 +108,7 @@ def tiny_job() -> Callable[..., Path]:
                 "milestones": [400, 700, 2_150],
             },
             "control": {"milestones": [1_000]},
-            "evaluation": {"samples": 2},
+            "evaluation": {"samples": 2, "milestones": {}},
             **changes,
         }
         path = folder / "job.yaml"

@@ -23,6 +23,7 @@ from babyllama_ds.patience import Patience
 from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.spec.job import TeacherSpec
+from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 
@@ -44,8 +45,8 @@ class Measurer:
         """
         job = self.parts.job
         teacher = next((spec for spec in job.teachers if spec.name == name), None)
-        model = job.student.model if teacher is None else teacher.model
-        attention = self.parts.attention(name, model, training=False)
+        stage, model = self._stage_of(teacher)
+        attention = self.parts.attention(stage, model, training=False)
         key = store_key(
             fingerprint,
             device=self.parts.device_kind,
@@ -58,6 +59,12 @@ class Measurer:
                 return self._measure_now(name, path, corpus, attention, teacher, patience)
 
         return stored_evaluation(self.store, key, measure, name=name)
+
+    def _stage_of(self, teacher: TeacherSpec | None) -> tuple[str, ModelSpec]:
+        """What a model is in the job: all that are no teachers are what the student is."""
+        if teacher is None:
+            return "student", self.parts.job.student.model
+        return f"teachers/{teacher.name}", teacher.model
 
     def _measure_now(
         self,
@@ -123,11 +130,7 @@ class Measurer:
     ) -> dict[str, Any]:
         """Every suite's scores; each training is in the store as soon as it has ended."""
         evaluation = self.parts.job.evaluation
-        stage, model = (
-            (name, self.parts.job.student.model)
-            if teacher is None
-            else (f"teachers/{name}", teacher.model)
-        )
+        stage, model = self._stage_of(teacher)
         key = self.parts.job.model_key(stage)
         attention = kernel_to_learn(
             model.attention,

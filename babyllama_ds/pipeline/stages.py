@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +16,6 @@ from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus, CorpusEntries, open_corpus, prepare_corpus
 from babyllama_ds.engine.checkpoint import CheckpointFolder
 from babyllama_ds.fingerprints import (
-    evaluation_fingerprint,
     loaded_teacher_fingerprint,
     student_fingerprint,
     trained_fingerprint,
@@ -24,9 +23,9 @@ from babyllama_ds.fingerprints import (
 from babyllama_ds.models.export import export_model
 from babyllama_ds.pipeline.checks import check_job
 from babyllama_ds.pipeline.describing import describe_run
-from babyllama_ds.pipeline.equal import check_same_benchmarks, check_same_corpus
+from babyllama_ds.pipeline.equal import check_same_corpus
+from babyllama_ds.pipeline.evaluations import Evaluations
 from babyllama_ds.pipeline.making import Maker
-from babyllama_ds.pipeline.measuring import Measurer
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.report.board import write_boards
@@ -41,7 +40,6 @@ from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
 from babyllama_ds.training.metrics import forget_cut_short
 from babyllama_ds.training.milestones import share_milestones
-from babyllama_ds.training.out_of_memory import memory_needed
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +65,7 @@ class Pipeline:
         self.parts = Parts(job, device)
         self.speed = Speed(self.parts)
         self.maker = Maker(self.parts, directory, self.speed, store, storages, stop)
-        self.measurer = Measurer(self.parts, store, stop)
+        self.evaluations = Evaluations(self.parts, self.run_dir, store, storages, stop)
 
     def run(self) -> None:
         """Every stage, in order."""
@@ -79,7 +77,7 @@ class Pipeline:
         models = {**teachers, "student": student}
         if self.job.control is not None:
             models["control"] = self.control(corpus)
-        self.evaluate(models, corpus)
+        self.evaluations.make(models, corpus)
         self.storages.on_each(self.tidy)
         ranks.on_rank_zero(self.report)
 
@@ -259,51 +257,6 @@ class Pipeline:
 
     # -- after training ---------------------------------------------------------------------------
 
-    def evaluate(self, models: Mapping[str, Path], corpus: Corpus) -> None:
-        """Measure finished models by name, but for what stands here or in the store.
-
-        What earlier starts measured in another way goes before anything is measured: a report of
-        a run that ends in between would set it beside the new.
-        """
-        fingerprints = {
-            name: self._evaluation_fingerprint(name, path, corpus) for name, path in models.items()
-        }
-        ranks.on_rank_zero(lambda: self._forget_other_evaluations(fingerprints))
-        for name, path in models.items():
-            self._evaluate(name, path, corpus, fingerprints[name])
-
-    def _evaluation_fingerprint(self, name: str, path: Path, corpus: Corpus) -> str:
-        of_each = self.storages.on_each(
-            lambda: evaluation_fingerprint(
-                path,
-                self.job,
-                corpus.entries.tokens_key,
-                corpus.entries.pairs_dir,
-                teacher=name in {spec.name for spec in self.job.teachers},
-            )
-        )
-        check_same_benchmarks(self.storages, of_each)
-        return of_each[0]
-
-    def _forget_other_evaluations(self, fingerprints: Mapping[str, str]) -> None:
-        for name, fingerprint in fingerprints.items():
-            path = self._result_path(name)
-            if path.exists() and not _stands(path, fingerprint):
-                path.unlink()
-
-    def _evaluate(self, name: str, path: Path, corpus: Corpus, fingerprint: str) -> None:
-        result_path = self._result_path(name)
-        if ranks.on_rank_zero(lambda: _stands(result_path, fingerprint)):
-            log.info("evaluation of %s: done before", name)
-            return
-        with memory_needed("evaluation.batch_tokens", hint="fewer tokens in a pass"):
-            result = self.measurer.measure(name, path, corpus, fingerprint)
-        result |= {"fingerprint": fingerprint}
-        ranks.on_rank_zero(lambda: files.write_json(result_path, result))
-
-    def _result_path(self, name: str) -> Path:
-        return self.run_dir / "evaluation" / f"{name}.json"
-
     def tidy(self) -> None:
         """Remove what only an unfinished run needs."""
         shutil.rmtree(self.run_dir / "checkpoints", ignore_errors=True)
@@ -317,7 +270,3 @@ class Pipeline:
                 files.write_atomic(self.run_dir / name / "README.md", card)
         write_boards(self.run_dir, report)
         log.info("report: %s", self.run_dir / "report" / "report.html")
-
-
-def _stands(result_path: Path, fingerprint: str) -> bool:
-    return result_path.exists() and files.read_json(result_path).get("fingerprint") == fingerprint

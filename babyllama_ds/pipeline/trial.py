@@ -141,13 +141,16 @@ class _Trial:
             models["control"] = job.student.model, path
         with _timed() as read:
             benchmarks = self.parts.benchmarks(self.corpus)
-        num_pairs = sum(len(task.items) for tasks in benchmarks.values() for task in tasks)
+        num_items = [len(task.items) for tasks in benchmarks.values() for task in tasks]
+        of_milestones = self.parts.job.evaluation.of_milestones()
+        most = None if of_milestones is None else of_milestones.max_pairs_per_task
         return JobPace(
             start_s=0,
             preparation_s=0,
             prepared_before=False,
             pairs_s=read.seconds,
-            num_pairs=num_pairs,
+            num_pairs=sum(num_items),
+            num_milestone_pairs=sum(min(items, most or items) for items in num_items),
             stages=paces,
             evaluations={
                 stage: self._evaluation(stage, spec, path, benchmarks)

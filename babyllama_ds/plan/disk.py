@@ -9,11 +9,10 @@ from typing import Literal
 from babyllama_ds.engine.checkpoint import KEPT
 from babyllama_ds.engine.training import MOMENTS
 from babyllama_ds.plan.corpus import PlannedCorpus
-from babyllama_ds.plan.stages import PlannedStage, PlannedStages
+from babyllama_ds.plan.stages import PlannedStage, PlannedStages, num_milestones
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.teachers.cache.layout import padded_bytes
 from babyllama_ds.teachers.cache.topk import record_bytes
-from babyllama_ds.training.milestones import TextSize, milestones_within
 
 _FP32 = 4
 _TOKEN_ID_BYTES = 2
@@ -54,7 +53,10 @@ def disk_items(
     )
     own = job.deepspeed.storage == "node"
     every: Literal["one", "every"] = "every" if own else "one"
-    kept = sum(stage.sizes.params * _num_milestones(job, corpus, stage) for stage in work.stages)
+    kept = sum(
+        stage.sizes.params * num_milestones(job, corpus, stage.name, stage.tokens)
+        for stage in work.stages
+    )
     return [
         DiskItem(name="models", bytes=element_bytes * models, stays=True, nodes=every),
         DiskItem(name="milestones", bytes=element_bytes * kept, stays=True, nodes=every),
@@ -79,12 +81,6 @@ def disk_items(
             nodes="first two" if own else "one",
         ),
     ]
-
-
-def _num_milestones(job: JobSpec, corpus: PlannedCorpus, stage: PlannedStage) -> int:
-    asked = job.milestones_of(stage.name)
-    text = TextSize(words=corpus.train_words, tokens=corpus.train_tokens)
-    return 0 if asked is None else len(milestones_within(asked, text.words_in(stage.tokens)))
 
 
 def cache_bytes(

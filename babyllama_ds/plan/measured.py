@@ -13,7 +13,13 @@ from dataclasses import dataclass
 
 from babyllama_ds.errors import MachineError
 from babyllama_ds.plan.corpus import PlannedCorpus
-from babyllama_ds.plan.stages import PlannedStage, PlannedStages, evaluations
+from babyllama_ds.plan.stages import (
+    PlannedStage,
+    PlannedStages,
+    evaluations,
+    num_milestones,
+)
+from babyllama_ds.spec.evaluation import EvaluationSpec
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.training.pace import EvaluationPace, JobPace, StagePace
 
@@ -50,7 +56,7 @@ class MeasuredTime:
     """`start` and `preparation`."""
     stages: Sequence[StageTime]
     evaluations: Mapping[str, float]
-    """Of each finished model, by stage."""
+    """Of each finished model, by stage, and of each one's milestones together."""
     notes: Sequence[str]
 
     @property
@@ -74,8 +80,10 @@ def measured_time(
             for name, of in pace.stages.items()
         ],
         evaluations={
-            name: _evaluation_s(job, corpus, pace, of) for name, of in pace.evaluations.items()
-        },
+            name: _evaluation_s(job, job.evaluation, pace.num_pairs, corpus, pace, of)
+            for name, of in pace.evaluations.items()
+        }
+        | _milestones_s(job, corpus, planned, pace),
         notes=list(_notes(job, pace)),
     )
 
@@ -139,11 +147,36 @@ def _loaded_time(name: str, pace: StagePace) -> StageTime:
     return StageTime(name=name, step_s=0, tokens_per_s=0, flops_per_s=0, parts=parts)
 
 
-def _evaluation_s(job: JobSpec, corpus: PlannedCorpus, pace: JobPace, of: EvaluationPace) -> float:
+def _evaluation_s(
+    job: JobSpec,
+    evaluation: EvaluationSpec,
+    num_pairs: int,
+    corpus: PlannedCorpus,
+    pace: JobPace,
+    of: EvaluationPace,
+) -> float:
     available = (corpus.dev_tokens or 0) // job.windows.length
-    windows = min(available, job.evaluation.dev_windows or available)
-    pairs_s = pace.pairs_s + pace.num_pairs * of.pair_s
-    return of.load_s + windows * of.dev_window_s + pairs_s + of.samples_s
+    windows = min(available, evaluation.dev_windows or available)
+    pairs_s = pace.pairs_s + num_pairs * of.pair_s
+    samples_s = of.samples_s if evaluation.samples else 0.0
+    return of.load_s + windows * of.dev_window_s + pairs_s + samples_s
+
+
+def _milestones_s(
+    job: JobSpec, corpus: PlannedCorpus, stages: Mapping[str, PlannedStage], pace: JobPace
+) -> dict[str, float]:
+    """Of measuring each model's milestones."""
+    evaluation = job.evaluation.of_milestones()
+    if evaluation is None:
+        return {}
+    found = {}
+    for name, stage in stages.items():
+        if number := num_milestones(job, corpus, name, stage.tokens):
+            one_s = _evaluation_s(
+                job, evaluation, pace.num_milestone_pairs, corpus, pace, pace.evaluations[name]
+            )
+            found[f"{number} milestones of {name}"] = number * one_s
+    return found
 
 
 def _notes(job: JobSpec, pace: JobPace) -> Iterator[str]:

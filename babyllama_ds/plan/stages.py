@@ -18,6 +18,7 @@ from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.batches import check_warmup, steps_per_epoch, total_steps
+from babyllama_ds.training.milestones import TextSize, milestones_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class _Planner:
             training=tokens * a_token,
             teachers=in_steps + cache,
             cache=cache,
-            evaluation=self._evaluation_flops(sizes, training, steps),
+            evaluation=self._evaluation_flops(name, sizes, training, steps),
         )
         return PlannedStage(
             name=name,
@@ -179,8 +180,11 @@ class _Planner:
             return 0, distinct * (backbones + heads)
         return tokens * (backbones + heads), 0
 
-    def _evaluation_flops(self, sizes: ModelSizes, training: TrainingSpec, steps: int) -> int:
-        """Forward passes over development windows, during training and at the end."""
+    def _evaluation_flops(
+        self, name: str, sizes: ModelSizes, training: TrainingSpec, steps: int
+    ) -> int:
+        """Forward passes over development windows, during training, at the end, and of what was
+        kept on the way."""
         if self.corpus.dev_tokens is None:
             return 0
         length = self.windows.length
@@ -189,8 +193,19 @@ class _Planner:
             training, steps, self.corpus, length=length, num_windows=self.windows.num_windows
         )
         after = min(available, self.job.evaluation.dev_windows or available)
+        if (of_milestones := self.job.evaluation.of_milestones()) is not None:
+            tokens = steps * training.batch_windows * length
+            number = num_milestones(self.job, self.corpus, name, tokens)
+            after += number * min(available, of_milestones.dev_windows or available)
         flops = sizes.forward_flops(length, self.corpus.vocab_size)
         return (times * windows + after) * length * flops
+
+
+def num_milestones(job: JobSpec, corpus: PlannedCorpus, stage: str, tokens: int) -> int:
+    """How many models a training that shows so many tokens keeps on its way."""
+    asked = job.milestones_of(stage)
+    text = TextSize(words=corpus.train_words, tokens=corpus.train_tokens)
+    return 0 if asked is None else len(milestones_within(asked, text.words_in(tokens)))
 
 
 def evaluations(

@@ -14,6 +14,8 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from babyllama_ds.report.milestones import measures as measures_of_milestone
+
 SUFFIX = ".final"
 """How a file of this module ends, to be found again."""
 
@@ -39,6 +41,9 @@ def write_boards(run_dir: Path, report: Report) -> None:
             step = model["steps"] or 0
             for key, value in measures[name].items():
                 board.add_scalar(key, value, step)
+            for milestone in report["milestones"].get(name, ()):
+                for key, value in measures_of_milestone(milestone).items():
+                    board.add_scalar(f"milestones/{key}", value, milestone["steps"])
             for number, sample in enumerate(report["samples"].get(name, ()), start=1):
                 board.add_text(f"sample/{number}", _verbatim(sample), step)
         for path in old:

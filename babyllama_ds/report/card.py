@@ -25,6 +25,7 @@ from babyllama_ds.report.markdown import (
     loading_snippet,
     models_table,
 )
+from babyllama_ds.report.milestones import how_measured, measures
 
 CITATION = """@misc{timiryasov2023babyllama,
   title = {Baby Llama: knowledge distillation from an ensemble of teachers trained on a small
@@ -123,6 +124,7 @@ def render_milestone_card(
         f"({training['train_tokens']:,} tokens, {training['steps']:,} optimizer steps) of its "
         "training: kept on the way, at the learning rate of then. How it was made, and what came "
         "of it in the end, stands in the card of `main`, whose results are not this model's.",
+        *_results_of_milestone(report, model_name, name),
         "## Use",
         loading_snippet(place, revision=name),
         "## License",
@@ -325,6 +327,14 @@ def _results(report: Mapping[str, Any]) -> list[str]:
         report["gains"]["note"],
         *fine_tuning_sections(report, "###"),
     ]
+
+
+def _results_of_milestone(report: Mapping[str, Any], model_name: str, name: str) -> list[str]:
+    measured = {one["name"]: one for one in report["milestones"].get(model_name, ())}
+    if name not in measured:
+        return []
+    scores = [[title, number(value, 4)] for title, value in measures(measured[name]).items()]
+    return ["## Results", table(["measure", "value"], scores), how_measured(report["job"])]
 
 
 def _license(license_id: str | None) -> str:

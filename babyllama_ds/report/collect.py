@@ -22,6 +22,7 @@ from babyllama_ds.files import hash_json, read_json, read_manifest
 from babyllama_ds.report.fine_tuning import TASK_FACTS
 from babyllama_ds.report.loss import loss_facts
 from babyllama_ds.report.metrics import read_metrics
+from babyllama_ds.report.milestones import collect_milestones, milestones_missing
 from babyllama_ds.report.uncertainty import (
     accuracy_error,
     difference_error,
@@ -85,6 +86,8 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
     logged = _logged_steps(run_dir / "metrics.jsonl")
     last_logged = {line["stage"]: line for line in logged}
     student = made["student"][1]
+    trainings = {name: training for name, (_, training) in made.items()}
+    asked = (job.get("evaluation") or {}).get("milestones") is not None
     return {
         "name": run_dir.name,
         "job": job,
@@ -93,7 +96,10 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         "finished": student.get("finished"),
         "unfinished": how_it_stands(
             _read_optional(run_dir / "state.json"),
-            what_is_missing(made, evaluations, last_logged),
+            [
+                *what_is_missing(made, evaluations, last_logged),
+                *(milestones_missing(run_dir, trainings) if asked else []),
+            ],
         ),
         "environment": _read_optional(run_dir / "environment.json"),
         "data": _data(_read_optional(run_dir / "tokens" / "shards.json")),
@@ -110,6 +116,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         "gains": _gains(models, measured),
         "domains": _domains(measured),
         "minimal_pairs": _benchmarks(measured),
+        "milestones": collect_milestones(run_dir, trainings) if asked else {},
         "fine_tuning": _suites(measured),
         "last_logged_step": last_logged,
         "samples": _samples(measured),

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from babyllama_ds.report.formatting import count, number
 from babyllama_ds.report.metrics import Curve, last_values
@@ -137,54 +137,72 @@ def draw_curves(
     *,
     unit: str,
     markers: bool = False,
+    against: Literal["tokens", "words"] = "tokens",
+    chance: float | None = None,
 ) -> Figure:
-    """One measure of all models against the tokens that each has seen; the student above all.
+    """One measure of all models against what each has seen; the student above all.
 
-    The frame holds what came after the first tenth of each training: a loss falls steeply at first,
-    and would leave no room for the differences that are of interest.
+    Against tokens the frame holds what came after the first tenth of each training: a loss falls
+    steeply at first, and would leave no room for the differences that are of interest. Against
+    words, as milestones are, it holds everything, on a logarithmic axis: they lie ever farther
+    apart, and how a model begins to learn is what they are for. `chance` is a line across.
     """
+    early = against == "words"
     with _canvas(name, CURVES_HEIGHT_PT) as (canvas, axes):
-        low, high = _window(curves.values())
+        low, high = _window(curves.values(), whole=early)
         for model, curve in curves.items():
             style = styles[model]
             axes.plot(
-                curve.tokens,
+                curve.seen,
                 curve.values,
                 color=style.colour,
                 linewidth=style.width_pt,
                 linestyle=_line_style(style),
-                marker=style.marker if markers or len(curve.tokens) == 1 else "",
+                marker=style.marker if markers or len(curve.seen) == 1 else "",
                 markersize=0.6 * style.size_pt,
                 zorder=3 + style.width_pt,
             )
         axes.set_ylim(low, high)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("tokens seen", parse_math=False)
+        if chance is not None and low <= chance <= high:
+            axes.axhline(chance, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+        if early:
+            _count_by_powers(axes)
+        else:
+            axes.set_xlim(left=0)
+            axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(f"{against} seen", parse_math=False)
         axes.set_ylabel(unit, parse_math=False)
-        axes.xaxis.set_major_formatter(lambda tokens, _: _tokens(tokens))
-        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter(lambda seen, _: _tokens(seen))
         _name_curves(axes, curves, styles, low=low, high=high)
         _decorate(canvas, axes, title, left_pt=48, right_pt=96, top_pt=30, bottom_pt=36)
         svg = _svg(canvas)
     ends = ", ".join(f"{model} {value:.4g}" for model, value in last_values(curves).items())
-    alt = f"{title}, in {unit}, against tokens seen. The curves end at: {ends}."
+    alt = f"{title}, in {unit}, against {against} seen. The curves end at: {ends}."
     return Figure(name=name, title=title, alt=alt, svg=svg)
 
 
-def _window(curves: Iterable[Curve]) -> tuple[float, float]:
-    """Limits of the axis, between which every curve ends."""
-    settled = [_from_a_tenth_on(curve) for curve in curves]
+def _count_by_powers(axes: Axes) -> None:
+    """A logarithmic axis to the right; where it shows few powers of ten, with numbers between."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_xscale("log")
+    first, last = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if last < 200 * first else (1,)))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _window(curves: Iterable[Curve], *, whole: bool = False) -> tuple[float, float]:
+    """Limits of the axis, between which every curve ends, or lies as a `whole`."""
+    settled = [curve.values if whole else _from_a_tenth_on(curve) for curve in curves]
     low, high = min(map(min, settled)), max(map(max, settled))
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.1
     return low - margin, high + margin
 
 
 def _from_a_tenth_on(curve: Curve) -> tuple[float, ...]:
-    beginning = 0.1 * curve.tokens[-1]
+    beginning = 0.1 * curve.seen[-1]
     return tuple(
-        value
-        for tokens, value in zip(curve.tokens, curve.values, strict=True)
-        if tokens >= beginning
+        value for tokens, value in zip(curve.seen, curve.values, strict=True) if tokens >= beginning
     )
 
 
@@ -203,7 +221,7 @@ def _name_curves(
     high: float,
 ) -> None:
     """Names to the right of where curves end, moved apart until none covers another."""
-    ends = {model: (curve.tokens[-1], curve.values[-1]) for model, curve in curves.items()}
+    ends = {model: (curve.seen[-1], curve.values[-1]) for model, curve in curves.items()}
     wanted = {model: (value - low) / (high - low) for model, (_, value) in ends.items()}
     for model, height in _moved_apart(wanted, gap=1.3 * TEXT_PT / 196).items():
         style = styles[model]

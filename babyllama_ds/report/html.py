@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from babyllama_ds import __version__
-from babyllama_ds.report import tables, words
+from babyllama_ds.report import milestones, tables, words
 from babyllama_ds.report.figures import (
     Figure,
     Style,
@@ -74,6 +74,7 @@ class View:
     curves: Sequence[Figure]
     curves_notes: Sequence[str]
     benchmarks: Sequence[Benchmark]
+    milestones: Sequence[Figure]
     suites: Sequence[Suite]
     domains: Figure | None
 
@@ -82,7 +83,8 @@ class View:
         """All of the page's."""
         of_domains = [self.domains] if self.domains else []
         of_suites = [one.figure for one in self.suites]
-        return [*self.curves, *(one.figure for one in self.benchmarks), *of_suites, *of_domains]
+        of_benchmarks = [one.figure for one in self.benchmarks]
+        return [*self.curves, *of_benchmarks, *self.milestones, *of_suites, *of_domains]
 
 
 def view_of(report: Report, curves: Mapping[str, Mapping[str, Curve]]) -> View:
@@ -94,6 +96,7 @@ def view_of(report: Report, curves: Mapping[str, Mapping[str, Curve]]) -> View:
         curves=[_curves(measure, of_model, styles) for measure, of_model in drawn.items()],
         curves_notes=_curves_notes(report, drawn),
         benchmarks=_benchmarks(report, styles),
+        milestones=_milestones(report, styles),
         suites=_suites(report, styles),
         domains=_domains(report, styles),
     )
@@ -115,6 +118,7 @@ def render_html(view: View) -> str:
         view=view,
         words=words,
         tables=tables,
+        milestones=milestones,
         colours=variables(),
         job=yaml.safe_dump(dict(view.report["job"]), sort_keys=False, allow_unicode=True),
         version=__version__,
@@ -176,7 +180,7 @@ def _benchmarks(report: Report, styles: Mapping[str, Style]) -> list[Benchmark]:
             _by_term(benchmark),
             styles,
             unit="accuracy (%)",
-            chance=50.0,
+            chance=_one_chance(benchmark),
         )
         benchmarks.append(
             Benchmark(
@@ -205,6 +209,43 @@ def _by_term(benchmark: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         }
         for term, of_tasks in accuracies.items()
     }
+
+
+def _one_chance(benchmark: Mapping[str, Any]) -> float | None:
+    """What guessing gives (%), where it is the same for every term."""
+    return words.guessing(benchmark) if len(set(words.chances_of(benchmark))) == 1 else None
+
+
+def _milestones(report: Report, styles: Mapping[str, Style]) -> list[Figure]:
+    """How models learned: cross-entropy, then each benchmark, against words seen."""
+    figures: list[Figure] = []
+    if on_text := milestones.curves_on_text(report["milestones"]):
+        figures.append(
+            draw_curves(
+                "milestones",
+                "Development cross-entropy on the way",
+                on_text,
+                styles,
+                unit="nats/token",
+                markers=True,
+                against="words",
+            )
+        )
+    for benchmark in milestones.benchmarks_of(report["milestones"]):
+        finished = report["minimal_pairs"].get(benchmark)
+        figures.append(
+            draw_curves(
+                _file_name(f"milestones-{benchmark}", [other.name for other in figures]),
+                f"{benchmark} on the way",
+                milestones.curves_on(report["milestones"], benchmark),
+                styles,
+                unit="accuracy (%)",
+                markers=True,
+                against="words",
+                chance=words.guessing(finished) if finished else None,
+            )
+        )
+    return figures
 
 
 def _suites(report: Report, styles: Mapping[str, Style]) -> list[Suite]:

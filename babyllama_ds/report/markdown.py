@@ -9,6 +9,7 @@ import yaml
 
 from babyllama_ds.report import tables, words
 from babyllama_ds.report.formatting import number, table
+from babyllama_ds.report.milestones import how_measured
 from babyllama_ds.report.tables import Table
 
 MOST_TASKS_SHOWN = 20
@@ -32,6 +33,7 @@ def render_markdown(report: Mapping[str, Any]) -> str:
         *_speed(report),
         *_domains(report),
         *_tasks(report),
+        *_milestones(report),
         *fine_tuning_sections(report),
         *_environment(report),
         *_loading(),
@@ -145,6 +147,12 @@ def _tasks(report: Mapping[str, Any]) -> list[str]:
             tasks,
         ]
     return sections
+
+
+def _milestones(report: Mapping[str, Any]) -> list[str]:
+    if not report["milestones"]:
+        return []
+    return ["## Milestones", _laid_out(tables.milestones(report)), how_measured(report["job"])]
 
 
 def _environment(report: Mapping[str, Any]) -> list[str]:

@@ -78,7 +78,7 @@ def _benchmark(name: str, benchmark: Mapping[str, Any]) -> list[str]:
     ]
     return [
         f"{name}: {accuracy} % (mean over {len(tasks)} tasks; guessing gives "
-        f"{guessing(benchmark)} %; {space}; {scored}; ties: {ties}, which count as wrong)",
+        f"{guessing(benchmark):.4g} %; {space}; {scored}; ties: {ties}, which count as wrong)",
         *([table(["term", "tasks", "pairs", "accuracy (%)"], by_term)] if terms else []),
         table(["task", "term", "pairs", "accuracy (%)"], [*by_task, *whole], left=2),
     ]

@@ -29,9 +29,10 @@ MOST_POINTS = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One measure of one model against the tokens it had seen."""
+    """One measure of one model against what it had seen."""
 
-    tokens: tuple[float, ...]
+    seen: tuple[float, ...]
+    """Tokens or, of milestones, words."""
     values: tuple[float, ...]
     per_point: int
     """Logged values, at most, whose means one point is; 1: every value as it was logged."""
@@ -90,7 +91,7 @@ def _is_finite(value: object) -> bool:
 def _thinned(points: Iterable[tuple[float, float]], most_points: int) -> Curve:
     tokens_N, values_N = np.array(sorted(points), dtype=np.float64).T
     if len(tokens_N) <= most_points:
-        return Curve(tokens=tuple(tokens_N), values=tuple(values_N), per_point=1)
+        return Curve(seen=tuple(tokens_N), values=tuple(values_N), per_point=1)
     edges = np.linspace(tokens_N[0], tokens_N[-1], most_points + 1)[1:-1]
     bin_N = np.searchsorted(edges, tokens_N, side="left")
     counts = np.bincount(bin_N, minlength=most_points)
@@ -99,4 +100,4 @@ def _thinned(points: Iterable[tuple[float, float]], most_points: int) -> Curve:
         np.bincount(bin_N, weights=of_N, minlength=most_points)[full] / counts[full]
         for of_N in (tokens_N, values_N)
     ]
-    return Curve(tokens=tuple(means[0]), values=tuple(means[1]), per_point=int(counts.max()))
+    return Curve(seen=tuple(means[0]), values=tuple(means[1]), per_point=int(counts.max()))

@@ -20,6 +20,7 @@ from babyllama_ds.report.formatting import (
     points,
 )
 from babyllama_ds.report.loss import in_words, name_of_divergence, weights_in_words
+from babyllama_ds.report.milestones import benchmarks_of
 
 Report = Mapping[str, Any]
 
@@ -224,6 +225,33 @@ def terms(benchmark: Mapping[str, Any], models: Sequence[str]) -> Table:
             )
             for term, scores in benchmark["terms"].items()
         ],
+    )
+
+
+def milestones(report: Report) -> Table:
+    """What models measured at on their way."""
+    of_models = report["milestones"]
+    benchmarks = benchmarks_of(of_models)
+    titles = [f"{name} (%)" for name in benchmarks]
+    return Table(
+        caption="What models measured at on their way.",
+        header=["milestone", "model", "words seen", "step", "dev CE (nats/token)", *titles],
+        rows=[
+            Row(
+                role=report["models"][model]["role"],
+                cells=[
+                    one["name"],
+                    model,
+                    number(one["words"], 0),
+                    number(one["steps"], 0),
+                    number(one["dev_ce"], 4),
+                    *(percent(one["minimal_pairs"].get(name)) for name in benchmarks),
+                ],
+            )
+            for model, of_model in of_models.items()
+            for one in of_model
+        ],
+        left=2,
     )
 
 

@@ -251,15 +251,19 @@ def presentation(benchmark: Mapping[str, Any]) -> str:
     counted = ", ".join(f"{model} {n}" for model, n in ties.items() if n) or "none"
     return (
         f"Sum of log-probabilities; {scored}; {space}. Ties count as wrong (ties: {counted}). "
-        f"Guessing gives {guessing(benchmark)} %."
+        f"Guessing gives {guessing(benchmark):.4g} %."
     )
 
 
-def guessing(benchmark: Mapping[str, Any]) -> str:
+def guessing(benchmark: Mapping[str, Any]) -> float:
     """The accuracy (%) of guessing, like a model's a mean over tasks."""
-    tasks = benchmark["tasks"].values()
-    chance = sum(scores.get("chance", CHANCE_OF_PAIRS) for scores in tasks) / len(tasks)
-    return f"{100 * chance:.4g}"
+    chances = chances_of(benchmark)
+    return 100 * sum(chances) / len(chances)
+
+
+def chances_of(benchmark: Mapping[str, Any]) -> list[float]:
+    """What guessing gives in each task, a share."""
+    return [scores.get("chance", CHANCE_OF_PAIRS) for scores in benchmark["tasks"].values()]
 
 
 def fine_tuning(suite: Mapping[str, Any]) -> list[str]:

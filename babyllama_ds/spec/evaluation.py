@@ -110,6 +110,16 @@ class FineTuning(Spec):
         )
 
 
+class MilestoneEvaluation(Spec):
+    """How milestones are measured: on development text and minimal pairs, as finished models are
+    but for what is said here."""
+
+    max_pairs_per_task: PositiveInt | None = None
+    """Only the first pairs of each task; none: as many as of finished models."""
+    dev_windows: PositiveInt | None = None
+    """Development windows, evenly spaced; none: as many as of finished models."""
+
+
 class EvaluationSpec(Spec):
     """What finished models are measured on. Changing it retrains nothing."""
 
@@ -121,6 +131,9 @@ class EvaluationSpec(Spec):
     """Suites of tasks that copies of the models are fine-tuned on. Far longer than the rest."""
     dev_windows: PositiveInt | None = None
     """Development windows, evenly spaced, that finished models are measured on; none: all."""
+    milestones: MilestoneEvaluation | None = None
+    """Measures what `student.milestones` and `control.milestones` keep, too: how models learned
+    (docs/milestones.md). `{}`: as finished models are; none: they are not measured."""
     leading_space: bool = True
     """Whether sentences are tokenized with a leading space, as inside running text."""
     prefix: Prefix = "none"
@@ -138,6 +151,14 @@ class EvaluationSpec(Spec):
         cls, sets: tuple[MinimalPairs | FineTuning, ...]
     ) -> tuple[MinimalPairs | FineTuning, ...]:
         return consistent(sets, repeated_names([one.name for one in sets]))
+
+    def of_milestones(self) -> EvaluationSpec | None:
+        """What milestones are measured on; none: they are not."""
+        if self.milestones is None:
+            return None
+        own = self.milestones.model_dump(exclude_none=True)
+        nothing_more = {"fine_tuning": (), "samples": 0, "milestones": None}
+        return self.model_copy(update={**own, **nothing_more})
 
     def suites_of(self, *, teacher: bool) -> tuple[FineTuning, ...]:
         """The suites that a model is fine-tuned on."""

@@ -287,6 +287,19 @@ class JobSpec(Spec):
         ]
         return consistent(evaluation, taught)
 
+    @field_validator("evaluation")
+    @classmethod
+    def _milestones_are_kept(
+        cls, evaluation: EvaluationSpec, info: ValidationInfo
+    ) -> EvaluationSpec:
+        student, control = info.data.get("student"), info.data.get("control")
+        kept = student is None or any(one and one.milestones for one in (student, control))
+        if evaluation.milestones is None or kept:
+            return evaluation
+        hint = "say which are kept: student.milestones: babylm, or a list of words"
+        found = Mismatch(("milestones",), "milestones to measure", "none: none are kept", hint)
+        return consistent(evaluation, [found])
+
     @field_validator("name")
     @classmethod
     def _name_is_free(cls, name: str) -> str:

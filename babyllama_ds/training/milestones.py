@@ -28,6 +28,7 @@ from torch import nn
 from babyllama_ds import files, ranks
 from babyllama_ds.engine.checkpoint import COPIES_TO, Progress
 from babyllama_ds.errors import JobError
+from babyllama_ds.rundir import MILESTONES_NAME
 from babyllama_ds.spec.training import Milestones, TrainingSpec
 from babyllama_ds.storages import Storages
 from babyllama_ds.training.batches import tokens_after, total_steps
@@ -200,6 +201,14 @@ class MilestoneFolder:
             there = self._storages.on_each(directory.exists)
             lacking = [storage for storage in (0, *COPIES_TO) if not there[storage]]
             self._storages.copy(directory, source=there.index(True), to=lacking)
+
+
+def kept_milestones(run_dir: Path, stage: str) -> dict[str, Path]:
+    """Those of a finished training that are still there, by name, in its order."""
+    summary = run_dir / stage / "training.json"
+    names = files.read_json(summary).get("milestones", {}) if summary.exists() else {}
+    places = {name: run_dir / MILESTONES_NAME / stage / name for name in names}
+    return {name: path for name, path in places.items() if files.read_manifest(path) is not None}
 
 
 def share_milestones(directory: Path, storages: Storages) -> None:

@@ -67,6 +67,8 @@ class JobPace:
     pairs_s: float
     """Reading all minimal pairs, which is done for each model."""
     num_pairs: int
+    num_milestone_pairs: int
+    """Of them, those that milestones are measured on."""
     stages: Mapping[str, StagePace]
     """`teachers/NAME`, `student`, `control`."""
     evaluations: Mapping[str, EvaluationPace]

@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from babyllama_ds.corpus.shards import TokenShards
 
 pytestmark = pytest.mark.launch
 
@@ -262,6 +267,29 @@ def test_every_model_wrote_as_many_texts_as_it_was_asked_for(
         name = stage.removeprefix("teachers/")
         assert dev_ce.value == pytest.approx(report["models"][name]["dev_ce"])
         assert html.escape(report["samples"][name][0]["prompt"].strip(), quote=False) in page
+
+
+def test_milestones_measure_at_what_transformers_makes_of_them(
+    finished: Any, report: dict[str, Any]
+) -> None:
+    shards = TokenShards.open(finished.run_dir / "tokens")
+    tokens = shards.read("dev", 0, shards.num_tokens("dev") // LENGTH * LENGTH)
+    windows = torch.tensor(tokens).view(-1, LENGTH)
+    kept = {name: [one["name"] for one in of] for name, of in report["milestones"].items()}
+    assert kept == {"student": ["chck_400", "chck_700", "chck_2150"], "control": ["chck_1K"]}
+    for model, of_model in report["milestones"].items():
+        for one in of_model:
+            place = finished.run_dir / "milestones" / model / one["name"]
+            loaded = AutoModelForCausalLM.from_pretrained(place, dtype="auto")
+            with torch.inference_mode():
+                logits = loaded(windows).logits[:, :-1].double()
+            ce = cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+            assert one["dev_ce"] == pytest.approx(ce.item(), abs=1e-3)
+    student = {one["name"]: one for one in report["milestones"]["student"]}
+    assert len({one["dev_ce"] for one in student.values()}) == 3
+    # That of the best evaluation, which is the finished model.
+    assert student["chck_700"]["steps"] == report["models"]["student"]["best_step"]
+    assert student["chck_700"]["dev_ce"] == report["models"]["student"]["dev_ce"]
 
 
 def test_the_log_ends_with_the_page(finished: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from babyllama_ds.corpus.prepare import Corpus, CorpusEntries
-from babyllama_ds.errors import Stopped
+from babyllama_ds.errors import RunError, Stopped
+from babyllama_ds.files import write_manifest
 from babyllama_ds.pipeline.measuring import Measurer
 from babyllama_ds.pipeline.stages import Pipeline
 from babyllama_ds.rundir import RunDirectory
@@ -84,18 +86,98 @@ def test_nothing_of_another_evaluation_stands_beside_the_new(
 ) -> None:
     """A difference of two models is one of two measurements on the same text."""
     measuring = Measuring(monkeypatch)
-    pipeline(tmp_path).evaluate(models, corpus)
+    pipeline(tmp_path).evaluations.make(models, corpus)
     assert results(tmp_path) == sorted(models)
     measuring.stop_at = "student"
     again = pipeline(tmp_path, "evaluation.dev_windows=3")
     with pytest.raises(Stopped):
-        again.evaluate(models, corpus)
+        again.evaluations.make(models, corpus)
     assert results(tmp_path) == ["big"]
     measuring.stop_at, measuring.measured = None, []
-    again.evaluate(models, corpus)
+    again.evaluations.make(models, corpus)
     assert measuring.measured == ["student", "control"]  # what was measured anew still stands
     found = [json.loads((tmp_path / "run/evaluation" / f"{m}.json").read_text()) for m in models]
     assert [each["model"] for each in found] == list(models)
+
+
+MEASURED = ("student.milestones=[9, 50]", "evaluation.milestones={dev_windows: 7}")
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> dict[str, Path]:
+    """A finished student with two milestones."""
+    run = tmp_path / "run"
+    (run / "student").mkdir(parents=True)
+    summary = {"milestones": {"chck_9": {"words": 9}, "chck_50": {"words": 50}}}
+    (run / "student" / "training.json").write_text(json.dumps(summary))
+    places = {name: run / "milestones" / "student" / name for name in summary["milestones"]}
+    for name, place in places.items():
+        place.mkdir(parents=True)
+        (place / "model.safetensors").write_text(name)
+        write_manifest(place, fingerprint="f")
+    return places
+
+
+def measured_milestones(folder: Path) -> dict[str, str]:
+    """Their names, and the fingerprints of what they were measured by."""
+    found = (folder / "run" / "evaluation" / "milestones").glob("*/*.json")
+    return {path.stem: json.loads(path.read_text())["fingerprint"] for path in found}
+
+
+def test_milestones_are_measured_after_the_models_and_once(
+    tmp_path: Path,
+    models: dict[str, Path],
+    kept: dict[str, Path],
+    corpus: Corpus,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measuring = Measuring(monkeypatch)
+    measuring.stop_at = "milestones/student/chck_50"
+    asked = pipeline(tmp_path, *MEASURED).evaluations
+    with pytest.raises(Stopped):
+        asked.make(models, corpus)
+    assert measuring.measured == [*models, "milestones/student/chck_9"]
+    measuring.stop_at, measuring.measured = None, []
+    asked.make(models, corpus)
+    assert measuring.measured == ["milestones/student/chck_50"]  # all else stands
+    before = measured_milestones(tmp_path)
+    fewer = pipeline(tmp_path, *MEASURED, "evaluation.milestones.dev_windows=5").evaluations
+    fewer.make(models, corpus)
+    assert measuring.measured[1:] == [f"milestones/student/{name}" for name in kept]
+    after = measured_milestones(tmp_path)
+    assert len({*before.values(), *after.values()}) == 4
+    assert results(tmp_path) == sorted(models)
+
+
+def test_milestones_that_are_gone_or_not_asked_for_have_no_measurements(
+    tmp_path: Path,
+    models: dict[str, Path],
+    kept: dict[str, Path],
+    corpus: Corpus,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measuring = Measuring(monkeypatch)
+    asked = pipeline(tmp_path, *MEASURED).evaluations
+    asked.make(models, corpus)
+    shutil.rmtree(kept["chck_9"])
+    asked.make(models, corpus)
+    assert list(measured_milestones(tmp_path)) == ["chck_50"]
+    pipeline(tmp_path).evaluations.make(models, corpus)
+    assert measured_milestones(tmp_path) == {}
+    assert len(measuring.measured) == len(models) + 2
+
+
+def test_a_damaged_milestone_is_not_measured(
+    tmp_path: Path, models: dict[str, Path], kept: dict[str, Path], corpus: Corpus
+) -> None:
+    (kept["chck_50"] / "model.safetensors").write_text("chck_5O")
+    with pytest.raises(RunError) as caught:
+        pipeline(tmp_path, *MEASURED).evaluations.make(models, corpus)
+    (problem,) = caught.value.problems
+    assert problem.where == str(kept["chck_50"] / "model.safetensors")
+    assert problem.hint == (
+        f"delete the folder {kept['chck_50']}: it is then left out, and not made anew"
+    )
 
 
 def test_a_teacher_that_another_run_finished_has_no_beginning_here(

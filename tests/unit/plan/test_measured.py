@@ -33,6 +33,7 @@ PACE = JobPace(
     prepared_before=False,
     pairs_s=0.75,
     num_pairs=1400,
+    num_milestone_pairs=300,
     stages=dict.fromkeys(NAMES, STAGE),
     evaluations=dict.fromkeys(NAMES, MEASURING),
 )
@@ -185,6 +186,24 @@ def test_what_is_shown(plan: Callable[..., Any]) -> None:
     assert shown["stages"]["student"]["parts"] == dict(parts_of(planned.measured)["student"])
     assert plan_as_json(plan(pace=None))["measured"] is None
     assert json.dumps(shown)
+
+
+def test_milestones_are_measured_as_often_as_there_are_any(plan: Callable[..., Any]) -> None:
+    planned = plan(
+        "student.milestones=[9, 50]",
+        "control.milestones=[9]",
+        "evaluation={samples: 3, milestones: {dev_windows: 7}}",
+    )
+    found = planned.measured.evaluations
+    one = 0.5 + 7 * 0.02 + 0.75 + 300 * 0.001  # and writes no texts
+    assert found["2 milestones of student"] == pytest.approx(2 * one)
+    assert found["1 milestones of control"] == pytest.approx(one)
+    assert "measuring 2 milestones of student" in render_plan(planned)
+    student, without = planned.work.stages[2], plan("student.milestones=[9, 50]").work.stages[2]
+    vocab = planned.corpus.vocab_size
+    assert student.flops.evaluation - without.flops.evaluation == (
+        2 * 7 * 64 * student.sizes.forward_flops(64, vocab)
+    )
 
 
 def test_too_long_is_an_error_that_names_what_takes_longest(plan: Callable[..., Any]) -> None:

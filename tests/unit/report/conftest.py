@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,7 @@ def job() -> dict[str, Any]:
         ],
         "student": {"model": {"kind": "llama"}, "training": TRAINING},
         "control": {"training": None},
+        "evaluation": {"milestones": {"max_pairs_per_task": 200, "dev_windows": None}},
         "distillation": {
             "alpha": 0.5,
             "temperature": 2.0,
@@ -48,6 +50,22 @@ def job() -> dict[str, Any]:
             "mean_of": "logits",
         },
     }
+
+
+MILESTONES = {
+    f"chck_{million}M": {"words": million * 1_000_000 + 77, "steps": 60 * million}
+    for million in (1, 2, 3, 10)
+}
+"""Of student and control."""
+
+
+def milestone(model: str, words: int) -> dict[str, Any]:
+    """One that learns: farther from the finished model the fewer words it has seen."""
+    found = json.loads(json.dumps(evaluation(model)))  # its benchmarks are one object
+    found["dev"]["ce"] += 1_000_000 / words
+    for scores in found["minimal_pairs"].values():
+        scores["accuracy"] -= 0.1 * 1_000_000 / words
+    return {key: found[key] for key in ("dev", "minimal_pairs")}
 
 
 def stage_of(model: str) -> str:
@@ -204,14 +222,18 @@ def make_run_in() -> Callable[..., Path]:
         for model in ENDS:
             write(run / stage_of(model) / "training.json", summary(1_290_000))
             write(run / "evaluation" / f"{model}.json", evaluation(model))
+        for model in ("student", "control"):
+            kept = summary(1_290_000) | {"milestones": MILESTONES}
+            write(run / model / "training.json", kept)
+            for name, seen in MILESTONES.items():
+                place = run / "evaluation" / "milestones" / model / f"{name}.json"
+                write(place, milestone(model, seen["words"]))
         lines = [json.dumps(line) for line in metrics()]
         (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         for name in without:
             path = run / name
             if path.is_dir():
-                for file in [*path.iterdir()]:
-                    file.unlink()
-                path.rmdir()
+                shutil.rmtree(path)
             else:
                 path.unlink()
         return run

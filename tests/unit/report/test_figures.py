@@ -33,9 +33,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 def curve(end: float, *, points: int = 50) -> Curve:
     tokens = tuple(float(1000 * n) for n in range(1, points + 1))
-    return Curve(
-        tokens=tokens, values=tuple(end + 5 / n for n in range(1, points + 1)), per_point=1
-    )
+    return Curve(seen=tokens, values=tuple(end + 5 / n for n in range(1, points + 1)), per_point=1)
 
 
 def curves() -> Figure:
@@ -96,10 +94,29 @@ def test_the_beginning_may_lie_above_the_frame_but_no_curves_end() -> None:
     low, high = figures._window(falling.values())
     assert low < falling["student"].values[-1] < high < falling["student"].values[0]
     assert leaves_out(falling)
-    flat = Curve(tokens=(1.0, 2.0), values=(3.0, 3.0), per_point=1)
+    flat = Curve(seen=(1.0, 2.0), values=(3.0, 3.0), per_point=1)
     assert not leaves_out({"student": flat})
-    lone = Curve(tokens=(5.0,), values=(0.0,), per_point=1)
+    lone = Curve(seen=(5.0,), values=(0.0,), per_point=1)
     assert draw_curves("kl", "KL", {"student": lone}, STYLES, unit="nats").svg
+
+
+def test_against_words_all_of_a_curve_is_in_the_frame_and_guessing_is_a_line_across() -> None:
+    words = tuple(float(10**n) for n in range(3, 7))
+    rising = {"student": Curve(seen=words, values=(40.0, 45.0, 60.0, 80.0), per_point=1)}
+    low, high = figures._window(rising.values(), whole=True)
+    assert low < 40 < 80 < high
+
+    def draw(**more: object) -> Figure:
+        return draw_curves("m", "On the way", rising, STYLES, unit="%", against="words", **more)
+
+    plain, beside, beyond = draw(), draw(chance=50.0), draw(chance=20.0)
+    assert {"words seen", "1k", "10k", "100k", "1M"} <= set(texts(plain))
+    assert "against words seen" in plain.alt
+    assert len(beside.svg) > len(plain.svg)
+    assert beyond == plain  # 20 is in no frame of these
+    words = (1e6, 2e6, 4e6)
+    rising = {"student": Curve(seen=words, values=(40.0, 45.0, 60.0), per_point=1)}
+    assert {"1M", "2M"} <= set(texts(draw()))
 
 
 def test_models_differ_in_more_than_colour() -> None:

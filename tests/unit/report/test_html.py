@@ -77,6 +77,7 @@ def test_the_page_of_a_whole_run(make_run: Callable[..., Path], domains: dict[st
         "Models",
         "Training",
         "Minimal pairs",
+        "Milestones",
         "Fine-tuning",
         "Development text by domain",
         "What the models write",
@@ -100,7 +101,8 @@ def test_the_page_of_a_whole_run(make_run: Callable[..., Path], domains: dict[st
         "30.5 (59%)",
     ):
         assert words in page.said, words
-    assert len(page.all("figure")) == 4 + 2 + 1 + 1  # curves, benchmarks, fine-tuning, domains
+    # Curves, benchmarks, text and benchmarks on the way, fine-tuning, domains.
+    assert len(page.all("figure")) == 4 + 2 + 3 + 1 + 1
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in page.all("figure"))
 
 
@@ -213,7 +215,7 @@ def test_without_metrics(make_run: Any) -> None:
     page = page_of(make_run("metrics.jsonl"))
     assert "No metrics are logged in this run, so there are no curves." in page.said
     assert "Missing: the metrics of its trainings" in page.said
-    assert len(page.all("figure")) == 3  # the benchmarks and fine-tuning
+    assert len(page.all("figure")) == 2 + 3 + 1  # the benchmarks, milestones and fine-tuning
     assert "The ensemble" not in page.of("h2")
 
 
@@ -282,6 +284,9 @@ def test_files_beside_the_page_and_its_size(make_run: Any) -> None:
         "dev_ce.svg",
         "fine_tuning-glue.svg",
         "kl.svg",
+        "milestones--script-document-title-taken-script-.svg",
+        "milestones-blimp.svg",
+        "milestones.svg",
         "minimal_pairs--script-document-title-taken-script-.svg",
         "minimal_pairs-blimp.svg",
         "report.html",

@@ -234,7 +234,7 @@ def test_figures_are_there_and_their_texts_lie_inside_and_apart(
 ) -> None:
     browser.open(page, width=width)
     figures = browser.run(TEXTS)
-    assert len(figures) == 8
+    assert len(figures) == 11
     for figure in figures:
         left, top, right, bottom = figure["svg"]
         assert min(right - left, bottom - top) > 150

@@ -38,11 +38,11 @@ def test_each_measure_by_model_in_the_models_order(tmp_path: Path) -> None:
     curves = collect_curves(path, ["a", "student"])
     assert {measure: of for measure, of in curves.items() if of} == {
         "ce": {
-            "a": Curve(tokens=(10,), values=(5.0,), per_point=1),
-            "student": Curve(tokens=(10, 20), values=(4.0, 3.0), per_point=1),
+            "a": Curve(seen=(10,), values=(5.0,), per_point=1),
+            "student": Curve(seen=(10, 20), values=(4.0, 3.0), per_point=1),
         },
-        "kl": {"student": Curve(tokens=(20,), values=(0.5,), per_point=1)},
-        "dev_ce": {"a": Curve(tokens=(10,), values=(5.5,), per_point=1)},
+        "kl": {"student": Curve(seen=(20,), values=(0.5,), per_point=1)},
+        "dev_ce": {"a": Curve(seen=(10,), values=(5.5,), per_point=1)},
     }
     assert list(curves["ce"]) == ["a", "student"]
 
@@ -57,12 +57,12 @@ def test_a_long_curve_is_the_means_of_equal_stretches(tmp_path: Path, num_lines:
     )
     curve = collect_curves(path, ["student"], most_points=8)["ce"]["student"]
     if num_lines <= 8:
-        assert (list(curve.tokens), list(curve.values)) == (tokens, values)
+        assert (list(curve.seen), list(curve.values)) == (tokens, values)
         return
     # Plainly: which of eight equal stretches a value lies in, the upper end belonging to it.
     first, width = tokens[0], (tokens[-1] - tokens[0]) / 8
     places = [max(0, math.ceil((t - first) / width) - 1) for t in tokens]
-    for place, (x, y) in enumerate(zip(curve.tokens, curve.values, strict=True)):
+    for place, (x, y) in enumerate(zip(curve.seen, curve.values, strict=True)):
         inside = [n for n in range(num_lines) if places[n] == place]
         assert x == pytest.approx(sum(tokens[n] for n in inside) / len(inside))
         assert y == pytest.approx(sum(values[n] for n in inside) / len(inside))

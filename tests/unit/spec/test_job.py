@@ -57,6 +57,27 @@ def test_the_nurserys_pairs_keep_their_name() -> None:
     assert len(job(evaluation=evaluation, corpus=files).evaluation.minimal_pairs) == 2
 
 
+def test_milestones_are_measured_as_finished_models_but_for_what_is_said() -> None:
+    student = job().student.model_dump(mode="json") | {"milestones": [9]}
+    suite = {"name": "glue", "path": "g"}
+    evaluation = {"max_pairs_per_task": 500, "dev_windows": 70, "samples": 3, "prefix": "bos"}
+    evaluation |= {"fine_tuning": [suite], "milestones": {"max_pairs_per_task": 200}}
+    asked = job(student=student, evaluation=evaluation).evaluation
+    found = asked.of_milestones()
+    assert found is not None
+    changed = {"max_pairs_per_task": 200, "samples": 0, "fine_tuning": (), "milestones": None}
+    assert found.model_dump() == asked.model_dump() | changed
+    assert job(student=student).evaluation.of_milestones() is None
+
+
+@pytest.mark.parametrize("control", [None, {}])
+def test_milestones_that_nobody_keeps_are_not_measured(control: dict[str, Any] | None) -> None:
+    expected = r"milestones: got milestones to measure, expected none: none are kept"
+    with pytest.raises(ValidationError, match=expected):
+        job(control=control, evaluation={"milestones": {}})
+    assert job(control={"milestones": [9]}, evaluation={"milestones": {}}).evaluation.milestones
+
+
 def test_a_job_is_frozen() -> None:
     with pytest.raises(ValidationError):
         job().seed = 3  # type: ignore[misc]
