@@ -237,8 +237,8 @@ class Trainer:
         """The next optimizer step, logged where it is due."""
         step = self.progress.step
         rate = learning_rate(self.stage.training, step, self.batches.total_steps)
-        with self.clock, self.profiled.parts(step) as parts:
-            with parts.part("data"):
+        with self.clock, self.profiled.timer(step) as timed:
+            with timed("data"):
                 batch = self.ahead.batch(step)
             sums = train_step(
                 self.engine,
@@ -250,7 +250,7 @@ class Trainer:
                 step=step,
                 done=step / self.batches.total_steps,
                 watch=self.telling.watches(step + 1),
-                parts=parts,
+                timed=timed,
             )
         if self.engine.overflowed:
             raise self.not_finite.in_batch("a gradient", batch, step=step + 1)

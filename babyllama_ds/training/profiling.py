@@ -14,7 +14,7 @@ from torch import nn
 
 from babyllama_ds import ranks
 from babyllama_ds.engine.training import TrainingEngine
-from babyllama_ds.training.breakdown import PARTS, UNMEASURED, Breakdown, Parts
+from babyllama_ds.training.breakdown import PARTS, Breakdown, PartTimer, untimed
 from babyllama_ds.training.metrics import MetricsLog
 from babyllama_ds.training.stage import Stage
 
@@ -39,17 +39,17 @@ class ProfiledSteps:
         self._breakdown = Breakdown(device)
 
     @contextmanager
-    def parts(self, step: int) -> Iterator[Parts]:
-        """What this step tells its parts to."""
+    def timer(self, step: int) -> Iterator[PartTimer]:
+        """Within, what times the parts of this step: nothing, unless it was asked for."""
         if step not in self._steps:
-            yield UNMEASURED
+            yield untimed
             return
         backbone: nn.Module = self._stage.model.base_model  # type: ignore[assignment]
         with (
             self._breakdown.of_module(backbone, "student forward"),
             self._engine.communicating(lambda: self._breakdown.part("communication")),
         ):
-            yield self._breakdown
+            yield self._breakdown.part
 
     def seconds(self, done: int) -> dict[str, float] | None:
         """Seconds of a step's parts, a mean over ranks and profiled steps. A collective.
