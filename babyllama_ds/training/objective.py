@@ -257,25 +257,17 @@ class Objective(nn.Module):
             found |= asdict(counts.balance)
         return found
 
-    def value(
-        self,
-        ce_sum: float,
-        kl_sum: float,
-        counts: Counts,
-        *,
-        z_sum: float = 0.0,
-        matching_sum: float = 0.0,
-    ) -> float:
-        """L of the global batch, from sums over all ranks: for logs."""
-        of_z = self.z_loss * z_sum / counts.ce
+    def value(self, totals: Totals, counts: Counts) -> float:
+        """L of the global batch: for logs."""
+        of_z = self.z_loss * totals.z / counts.ce
         balance = counts.balance or self.balance(0.0)
         if balance is None:
-            return ce_sum / counts.ce + of_z
+            return totals.ce / counts.ce + of_z
         alpha, temperature = balance.alpha, balance.temperature
-        soft = temperature**2 * kl_sum / counts.kl
+        soft = temperature**2 * totals.kl / counts.kl
         weight = 0.0 if self.matching is None else self.matching.weight
-        of_layers = weight * matching_sum / counts.valid
-        return alpha * ce_sum / counts.ce + (1 - alpha) * soft + of_z + of_layers
+        of_layers = weight * totals.matching / counts.valid
+        return alpha * totals.ce / counts.ce + (1 - alpha) * soft + of_z + of_layers
 
 
 def objective_of(

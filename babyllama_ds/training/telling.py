@@ -65,9 +65,7 @@ class Telling:
         with self._clock:  # .item() waits for the device: that time belongs to the steps
             totals = sums.over_all_ranks()
             watched = self._watched(sums, batch)
-        loss = self._objective.value(
-            totals.ce, totals.kl, sums.counts, z_sum=totals.z, matching_sum=totals.matching
-        )
+        loss = self._objective.value(totals, sums.counts)
         grad_norm = self._engine.grad_norm
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             what = f"a loss of {loss}, gradient norm {grad_norm}"

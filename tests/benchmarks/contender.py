@@ -47,7 +47,7 @@ from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import BatchPlan
 from babyllama_ds.training.breakdown import Breakdown, PartTimer, untimed
-from babyllama_ds.training.objective import Objective
+from babyllama_ds.training.objective import Objective, Totals
 from babyllama_ds.training.out_of_memory import ran_out
 from babyllama_ds.training.step import train_step
 
@@ -286,7 +286,7 @@ class Ours:
                 parts = objective(micro, targets, counts)
                 ce_sum, kl_sum = ce_sum + parts.ce_sum.item(), kl_sum + parts.kl_sum.item()
         objective.train()
-        return float(objective.value(ce_sum, kl_sum, counts))
+        return float(objective.value(Totals(ce_sum, kl_sum), counts))
 
 
 # -- the textbook ---------------------------------------------------------------------------------
