@@ -27,9 +27,9 @@ from babyllama_ds.errors import ModelError, Stopped
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.forward import OnBatch
+from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.models.build import count_parameters
 from babyllama_ds.models.compiled import forget_compiled
-from babyllama_ds.patience import Patience
 from babyllama_ds.stopping import stopped
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.ahead import BatchesAhead
@@ -170,7 +170,7 @@ class Trainer:
     def run(self) -> None:
         """Steps until a limit is reached, with evaluations and checkpoints where they are due."""
         with (
-            Patience(self.stage.name) as patience,
+            Heartbeat(self.stage.name) as heartbeat,
             MetricsLog(
                 self.around.run_dir,
                 self.stage.name,
@@ -180,17 +180,17 @@ class Trainer:
             ) as metrics,
         ):
             if self.progress.evaluation_due:
-                self._evaluate(metrics, patience)
+                self._evaluate(metrics, heartbeat)
             while self.limits.ended_by(self.progress) is None:
                 self._stop_if_asked()
                 self.step(metrics)
-                patience.alive(f"step {self.progress.step}")
+                heartbeat.beat(f"step {self.progress.step}")
                 self._keep_milestone()
                 if self._due_evaluation():
-                    self._evaluate(metrics, patience)
+                    self._evaluate(metrics, heartbeat)
                 if self._due_checkpoint():
                     self.checkpoint()
-                    patience.alive(f"the checkpoint of step {self.progress.step}")
+                    heartbeat.beat(f"the checkpoint of step {self.progress.step}")
         if self.limits.ended_by(self.progress) != "steps":
             log.info("%s %s", self.stage.name, self.limits.told(self.progress))
 
@@ -284,11 +284,11 @@ class Trainer:
             with self.engine.averaged():
                 milestones.keep(self.stage.model, self.progress)
 
-    def _evaluate(self, metrics: MetricsLog, patience: Patience) -> None:
+    def _evaluate(self, metrics: MetricsLog, heartbeat: Heartbeat) -> None:
         step = self.progress.step
 
         def on_batch(done: int, batches: int) -> None:
-            patience.alive(f"batch {done} of {batches} of the evaluation at step {step}")
+            heartbeat.beat(f"batch {done} of {batches} of the evaluation at step {step}")
             self.around.stop.check()
 
         with self.engine.averaged():

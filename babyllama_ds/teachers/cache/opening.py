@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from babyllama_ds import files, ranks
-from babyllama_ds.patience import Patience
+from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
@@ -76,14 +76,14 @@ def open_cache(
         Stopped: the run was asked to stop; the next start goes on.
     """
     lock = around.store.lock(KIND, wanted.key)
-    with around.storages.held(lock), Patience(wanted.name) as patience:
-        return _Opening(wanted, around, patience).records(make_compute)
+    with around.storages.held(lock), Heartbeat(wanted.name) as heartbeat:
+        return _Opening(wanted, around, heartbeat).records(make_compute)
 
 
 class _Opening:
     """One cache on its way, under its lock."""
 
-    def __init__(self, wanted: Wanted, around: Surroundings, patience: Patience) -> None:
+    def __init__(self, wanted: Wanted, around: Surroundings, heartbeat: Heartbeat) -> None:
         self.wanted, self.around = wanted, around
         self.entry, self.place, layout = self._places()
         self.work = Work(
@@ -91,7 +91,7 @@ class _Opening:
             layout=layout,
             stop=around.stop,
             storages=around.storages,
-            alive=patience.alive,
+            alive=heartbeat.beat,
             in_step=wanted.in_step,
         )
 
