@@ -46,7 +46,7 @@ from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.pace import EvaluationPace, JobPace, StagePace, StepPace
-from babyllama_ds.training.stage import Stage, Surroundings
+from babyllama_ds.training.stage import RunContext, Stage
 from babyllama_ds.training.trial import try_out
 
 TIMED_PAIRS = 2_000
@@ -258,9 +258,9 @@ class _TryingMaker(Maker):
         live = self.parts.job.distillation.cache == "none"
         return live_ensemble(self.parts, teachers, compiled=live and compiled == "all")
 
-    def _train(self, stage: Stage, around: Surroundings, **given: Any) -> dict[str, Any]:
+    def _train(self, stage: Stage, context: RunContext, **given: Any) -> dict[str, Any]:
         with _timed() as tried:
-            self.pace = try_out(stage, around, **given, seconds=self.seconds)
+            self.pace = try_out(stage, context, **given, seconds=self.seconds)
         self.tried_s = tried.seconds
         return {}
 

@@ -40,7 +40,7 @@ from babyllama_ds.training.metrics import MetricsLog, logged_of
 from babyllama_ds.training.not_finite import NotFinite
 from babyllama_ds.training.objective import objective_of
 from babyllama_ds.training.profiling import ProfiledSteps
-from babyllama_ds.training.stage import Stage, Surroundings
+from babyllama_ds.training.stage import RunContext, Stage
 from babyllama_ds.training.step import train_step
 from babyllama_ds.training.telling import Telling
 
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 def train(
     stage: Stage,
-    surroundings: Surroundings,
+    context: RunContext,
     *,
     windows: WindowSource,
     dev: DevWindows,
@@ -63,7 +63,7 @@ def train(
         TrainingError: a loss or gradient is not finite.
         Stopped: the run was asked to stop; a checkpoint was written.
     """
-    with trainer_of(stage, surroundings, windows=windows, dev=dev, ensemble=ensemble) as trainer:
+    with trainer_of(stage, context, windows=windows, dev=dev, ensemble=ensemble) as trainer:
         trainer.run()
         return trainer.finish()
 
@@ -71,14 +71,14 @@ def train(
 @contextmanager
 def trainer_of(
     stage: Stage,
-    surroundings: Surroundings,
+    context: RunContext,
     *,
     windows: WindowSource,
     dev: DevWindows,
     ensemble: Ensemble | None,
 ) -> Iterator[Trainer]:
     """Within, the training in progress; behind it the engine is freed and the model as it was."""
-    trainer = Trainer(stage, surroundings, windows, dev, ensemble)
+    trainer = Trainer(stage, context, windows, dev, ensemble)
     try:
         yield trainer
     finally:
@@ -95,13 +95,13 @@ class Trainer:
     def __init__(
         self,
         stage: Stage,
-        surroundings: Surroundings,
+        context: RunContext,
         windows: WindowSource,
         dev: DevWindows,
         ensemble: Ensemble | None,
     ) -> None:
         self.stage = stage
-        self.around = surroundings
+        self.context = context
         self.dev = dev
         self.ensemble = ensemble
         self.batches = BatchPlan(
@@ -110,13 +110,13 @@ class Trainer:
             rank=ranks.rank(),
             num_ranks=ranks.world_size(),
             micro_batch=stage.micro_batch,
-            device=surroundings.device,
+            device=context.device,
             has_label=stage.has_label,
         )
         self.ahead = BatchesAhead(
             self.batches.batch,
             total_steps=self.batches.total_steps,
-            device=surroundings.device,
+            device=context.device,
         )
         self.objective = objective_of(
             stage.model,
@@ -130,15 +130,15 @@ class Trainer:
             self.objective,
             training=stage.training,
             config=stage.deepspeed,
-            device=surroundings.device,
+            device=context.device,
         )
         if stage.compiled:
             self.objective.compile_layers()
         self.best = BestWeights()
-        self.progress = surroundings.checkpoints.resume(self.engine, self.best)
-        if surroundings.milestones is not None:
-            surroundings.milestones.go_on_from(self.progress.step)
-        run = surroundings.run_dir.name
+        self.progress = context.checkpoints.resume(self.engine, self.best)
+        if context.milestones is not None:
+            context.milestones.go_on_from(self.progress.step)
+        run = context.run_dir.name
         self.runs = list(dict.fromkeys([*self.progress.runs, run]))
         if others := [name for name in self.progress.runs if name != run]:
             log.info("%s was begun by %s: going on with it", stage.name, " and ".join(others))
@@ -148,7 +148,7 @@ class Trainer:
             stage=stage.name,
             vocab_size=stage.vocab_size,
             ensemble=ensemble,
-            checkpoints=surroundings.checkpoints,
+            checkpoints=context.checkpoints,
         )
         self.telling = Telling(
             stage,
@@ -162,7 +162,7 @@ class Trainer:
         self.profiled = ProfiledSteps(
             stage,
             self.engine,
-            device=surroundings.device,
+            device=context.device,
             first_step=self.progress.step,
             total_steps=self.batches.total_steps,
         )
@@ -172,11 +172,11 @@ class Trainer:
         with (
             Heartbeat(self.stage.name) as heartbeat,
             MetricsLog(
-                self.around.run_dir,
+                self.context.run_dir,
                 self.stage.name,
                 first_step=self.progress.step,
                 total_steps=self.batches.total_steps,
-                logged=self.around.checkpoints.logged,
+                logged=self.context.checkpoints.logged,
             ) as metrics,
         ):
             if self.progress.evaluation_due:
@@ -226,9 +226,9 @@ class Trainer:
 
     def _milestones(self) -> dict[str, Any]:
         """What was kept on the way, by name."""
-        if self.around.milestones is None:
+        if self.context.milestones is None:
             return {}
-        reached = self.around.milestones.reached(self.progress.step)
+        reached = self.context.milestones.reached(self.progress.step)
         return {"milestones": {one.name: {"words": one.seen, "steps": one.step} for one in reached}}
 
     # -- one step ---------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ class Trainer:
     # -- between steps ----------------------------------------------------------------------------
 
     def _stop_if_asked(self) -> None:
-        reason = self.around.stop.agreed()
+        reason = self.context.stop.agreed()
         if reason is None:
             return
         if self.progress.step > 0:
@@ -279,7 +279,7 @@ class Trainer:
     def _keep_milestone(self) -> None:
         """Before the evaluation and the checkpoint, behind which a killed training would not come
         by here again."""
-        milestones = self.around.milestones
+        milestones = self.context.milestones
         if milestones is not None and milestones.due(self.progress.step):
             with self.engine.averaged():
                 milestones.keep(self.stage.model, self.progress)
@@ -289,7 +289,7 @@ class Trainer:
 
         def on_batch(done: int, batches: int) -> None:
             heartbeat.beat(f"batch {done} of {batches} of the evaluation at step {step}")
-            self.around.stop.check()
+            self.context.stop.check()
 
         with self.engine.averaged():
             try:
@@ -314,7 +314,7 @@ class Trainer:
                 self.stage.model,
                 self.dev.windows_of,
                 self.dev.num_windows,
-                device=self.around.device,
+                device=self.context.device,
                 batch_windows=self.dev.batch_windows,
                 vocab_size=self.stage.vocab_size,
                 begins_of=self.dev.begins_of,
@@ -325,11 +325,11 @@ class Trainer:
 
     def checkpoint(self) -> None:
         """Write one, of where the training stands. A collective."""
-        self.around.checkpoints.save(
+        self.context.checkpoints.save(
             self.engine,
             self.progress,
             self.best,
-            lambda: logged_of(self.around.run_dir, self.stage.name),
+            lambda: logged_of(self.context.run_dir, self.stage.name),
         )
 
     def _due_evaluation(self) -> bool:
