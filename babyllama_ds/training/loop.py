@@ -14,8 +14,7 @@ evaluation, which comes first when it goes on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -63,30 +62,9 @@ def train(
         TrainingError: a loss or gradient is not finite.
         Stopped: the run was asked to stop; a checkpoint was written.
     """
-    with trainer_of(stage, context, windows=windows, dev=dev, ensemble=ensemble) as trainer:
+    with closing(Trainer(stage, context, windows=windows, dev=dev, ensemble=ensemble)) as trainer:
         trainer.run()
         return trainer.finish()
-
-
-@contextmanager
-def trainer_of(
-    stage: Stage,
-    context: RunContext,
-    *,
-    windows: WindowSource,
-    dev: DevWindows,
-    ensemble: Ensemble | None,
-) -> Iterator[Trainer]:
-    """Within, the training in progress; behind it the engine is freed and the model as it was."""
-    trainer = Trainer(stage, context, windows, dev, ensemble)
-    try:
-        yield trainer
-    finally:
-        trainer.ahead.close()
-        trainer.engine.destroy()
-        trainer.objective.release()
-        if stage.compiled:
-            forget_compiled()
 
 
 class Trainer:
@@ -96,6 +74,7 @@ class Trainer:
         self,
         stage: Stage,
         context: RunContext,
+        *,
         windows: WindowSource,
         dev: DevWindows,
         ensemble: Ensemble | None,
@@ -223,6 +202,14 @@ class Trainer:
             "runs": progress.runs,
             **self._milestones(),
         }
+
+    def close(self) -> None:
+        """Free the engine, and leave the model as it was: without hooks, not compiled."""
+        self.ahead.close()
+        self.engine.destroy()
+        self.objective.release()
+        if self.stage.compiled:
+            forget_compiled()
 
     def _milestones(self) -> dict[str, Any]:
         """What was kept on the way, by name."""

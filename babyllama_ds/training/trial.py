@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import WindowSource
-from babyllama_ds.training.loop import Trainer, trainer_of
+from babyllama_ds.training.loop import Trainer
 from babyllama_ds.training.metrics import MetricsLog
 from babyllama_ds.training.pace import StepPace
 from babyllama_ds.training.stage import RunContext, Stage
@@ -47,7 +48,7 @@ def try_out(
     """
     started = time.perf_counter()
     with (
-        trainer_of(stage, context, windows=windows, dev=dev, ensemble=ensemble) as trainer,
+        closing(Trainer(stage, context, windows=windows, dev=dev, ensemble=ensemble)) as trainer,
         MetricsLog(
             context.run_dir, stage.name, first_step=0, total_steps=trainer.batches.total_steps
         ) as metrics,
