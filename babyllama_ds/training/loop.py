@@ -5,7 +5,7 @@ milestones, and stops when it is asked to, all ranks at the same step boundary, 
 evaluation, which comes first when it goes on.
 
     step        one optimizer step
-    telling     what is logged of it
+    step_log    what is logged of it
     profiling   where its time goes, on request
     limits      what ends the training before its last step
     not_finite  numbers that are not finite, and whose they are
@@ -41,7 +41,7 @@ from babyllama_ds.training.objective import objective_of
 from babyllama_ds.training.profiling import ProfiledSteps
 from babyllama_ds.training.stage import RunContext, Stage
 from babyllama_ds.training.step import train_step
-from babyllama_ds.training.telling import Telling
+from babyllama_ds.training.step_log import StepLog
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ class Trainer:
             ensemble=ensemble,
             checkpoints=context.checkpoints,
         )
-        self.telling = Telling(
+        self.step_log = StepLog(
             stage,
             engine=self.engine,
             objective=self.objective,
@@ -236,7 +236,7 @@ class Trainer:
                 seed=self.stage.seed,
                 step=step,
                 done=step / self.batches.total_steps,
-                watch=self.telling.watches(step + 1),
+                watch=self.step_log.watches(step + 1),
                 timed=timed,
             )
         if self.engine.overflowed:
@@ -248,9 +248,9 @@ class Trainer:
             seconds=self.limits.seconds(self.clock.seconds),
             runs=self.runs,
         )
-        if self.telling.due(step + 1):
-            self.telling.tell(self.progress, batch, sums, rate, metrics)
-        self.profiled.tell(step + 1, metrics)
+        if self.step_log.due(step + 1):
+            self.step_log.write(self.progress, batch, sums, rate, metrics)
+        self.profiled.log(step + 1, metrics)
         metrics.advance()
 
     # -- between steps ----------------------------------------------------------------------------

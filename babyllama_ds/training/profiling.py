@@ -62,8 +62,8 @@ class ProfiledSteps:
         sums = ranks.sum_floats(*self._breakdown.seconds.values())
         return {part: total / times for part, total in zip(PARTS, sums, strict=True)}
 
-    def tell(self, done: int, metrics: MetricsLog) -> None:
-        """After the last of them, their seconds. A collective."""
+    def log(self, done: int, metrics: MetricsLog) -> None:
+        """Log their seconds, after the last of them. A collective."""
         if done != self._steps.stop or (seconds := self.seconds(done)) is None:
             return
         metrics.write(done, {f"step_s/{part}": s for part, s in seconds.items()})

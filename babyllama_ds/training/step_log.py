@@ -1,4 +1,4 @@
-"""What is told of a training: the sums of a step enter; its line of metrics and warnings leave.
+"""The log of a training's steps: the sums of a step enter; its line of metrics and warnings leave.
 
 A logged step waits for the device once more, for its sums. What it finds that is not finite ends
 the training.
@@ -26,8 +26,8 @@ from babyllama_ds.training.step import StepSums
 log = logging.getLogger(__name__)
 
 
-class Telling:
-    """Of one training's steps."""
+class StepLog:
+    """The log of one training's steps."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Telling:
         self._warned: set[str] = set()
 
     def due(self, step: int) -> bool:
-        """Whether this step, counted from 1, is told."""
+        """Whether this step, counted from 1, is logged."""
         every = self._stage.training.log_every_steps
         return step % every == 0 or step in (1, self._batches.total_steps)
 
@@ -55,10 +55,10 @@ class Telling:
         """Whether in this step, counted from 1, it is measured how teachers and student agree."""
         return bool(self._teachers) and self.due(step)
 
-    def tell(
+    def write(
         self, progress: Progress, batch: Batch, sums: StepSums, rate: float, metrics: MetricsLog
     ) -> None:
-        """The step that led to `progress`, at the learning rate `rate`. A collective.
+        """Log the step that led to `progress`, at the learning rate `rate`. A collective.
 
         Raises `TrainingError` when its loss, its gradient or a logit is not finite.
         """
