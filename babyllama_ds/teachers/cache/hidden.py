@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from babyllama_ds import ranks
+from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.models.parts import HeadKind
 from babyllama_ds.teachers.cache.build import Compute
@@ -38,13 +39,14 @@ class RememberedMember:
     head: Head
     records: Records
 
-    def states(self, windows: Windows) -> Tensor:
-        """Final hidden states [B, S, D], as they were computed once."""
+    def states(self, windows: Windows) -> TeacherStates:
+        """Its states, as they were computed once."""
         records_BR = self.records.read(windows.windows_B)
         self.records.expect(windows.next_windows_B)
         length, width = windows.input_ids_BS.shape[1], self.head.weight_PD.shape[1]
         states_BX = records_BR.view(self.head.weight_PD.dtype)
-        return states_BX[:, : length * width].reshape(-1, length, width)
+        hidden_ND = states_BX[:, : length * width].reshape(-1, width)
+        return TeacherStates(hidden_ND=hidden_ND, head=self.head, weight=self.weight)
 
     def destroy(self) -> None:
         """Free the records."""

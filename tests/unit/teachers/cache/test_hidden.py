@@ -94,9 +94,10 @@ def _distance(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def _all(member: Any, windows: TrainWindows, size: int) -> torch.Tensor:
-    """States [M, S, D] of all windows, in order, asked for in passes of `size`."""
+    """States [M * S, D] of all windows, in order, asked for in passes of `size`."""
     parts = np.split(np.arange(80), np.arange(size, 80, size))
-    return torch.cat([member.states(micro(windows, p.tolist(), [])) for p in parts]).double()
+    passes = [member.states(micro(windows, p.tolist(), [])) for p in parts]
+    return torch.cat([states.hidden_ND for states in passes]).double()
 
 
 def _exact(teacher: Teacher, windows: TrainWindows) -> torch.Tensor:
@@ -105,7 +106,7 @@ def _exact(teacher: Teacher, windows: TrainWindows) -> torch.Tensor:
     model = load_model(str(teacher.model_dir), attention="eager", where="test").double().eval()
     with torch.no_grad():
         backbone, _ = split_causal_lm(model)
-        return backbone(torch.from_numpy(windows.numbered(np.arange(80)))).double()
+        return backbone(torch.from_numpy(windows.numbered(np.arange(80)))).flatten(0, 1).double()
 
 
 def test_records_need_not_be_whole_words(
@@ -116,8 +117,9 @@ def test_records_need_not_be_whole_words(
     live = Member("live", teacher.load(), 1.0)
     remembered = remember(teacher, seen, context)
     batch = micro(seen.windows, [79, 3, 41], [])
-    assert remembered.states(batch).shape == (3, 10, 15)
-    assert torch.equal(remembered.states(batch), live.states(batch))
+    found_ND = remembered.states(batch).hidden_ND
+    assert found_ND.shape == (3 * 10, 15)
+    assert torch.equal(found_ND, live.states(batch).hidden_ND)
 
 
 def test_the_windows_of_the_next_pass_are_read_ahead(
@@ -155,8 +157,8 @@ def test_the_cache_of_another_teacher_is_not_used(
     remember(teacher_of(seed=0), seen, context)
     other = replace(teacher_of(seed=1), name="llama-0")
     batch = micro(seen.windows, [5, 2, 70], [])
-    live = Member("live", other.load(), 1.0).states(batch)
-    assert torch.equal(remember(other, seen, context).states(batch), live)
+    live_ND = Member("live", other.load(), 1.0).states(batch).hidden_ND
+    assert torch.equal(remember(other, seen, context).states(batch).hidden_ND, live_ND)
 
 
 def test_the_cache_of_other_data_is_not_used(
@@ -169,8 +171,8 @@ def test_the_cache_of_other_data_is_not_used(
     remember(teacher, seen, context)
     batch = micro(other_seen.windows, [5, 2, 70], [])
     assert not torch.equal(batch.input_ids_BS, micro(seen.windows, [5, 2, 70], []).input_ids_BS)
-    live = Member("live", teacher.load(), 1.0).states(batch)
-    assert torch.equal(remember(teacher, other_seen, context).states(batch), live)
+    live_ND = Member("live", teacher.load(), 1.0).states(batch).hidden_ND
+    assert torch.equal(remember(teacher, other_seen, context).states(batch).hidden_ND, live_ND)
 
 
 def test_only_the_head_is_kept(
