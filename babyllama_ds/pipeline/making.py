@@ -117,8 +117,8 @@ class Maker:
     def _build(
         self, stage: str, spec: ModelSpec, corpus: Corpus, *, everywhere: bool = True
     ) -> nn.Module:
-        """Not `everywhere`: on rank 0; on the others, whose host may have no room for more copies
-        of it, an empty module."""
+        """The stage's model before training. Not `everywhere`: on rank 0; on the others, whose host
+        may have no room for more copies of it, an empty module."""
         seed = self.parts.job.stage_seed(stage)
         attention = self.parts.attention(stage, spec, training=True)
 

@@ -216,7 +216,7 @@ class _Trial:
         benchmarks: Mapping[str, Sequence[Task]],
         samples: int = 0,
     ) -> float:
-        """How long it takes."""
+        """The seconds that it takes to measure a model."""
         evaluation = self.parts.job.evaluation
         with _timed() as measured:
             evaluate_model(
@@ -242,7 +242,7 @@ class _TryingMaker(Maker):
     tried_s = 0.0
 
     def make(self, *given: Any, **named: Any) -> tuple[nn.Module, dict[str, Any]]:
-        """As a run does; no training takes no time."""
+        """As in a run; where nothing is trained, `tried_s` is 0."""
         self.tried_s = 0.0
         return super().make(*given, **named)
 

@@ -29,10 +29,10 @@ class StageTime:
 
     name: str
     step_s: float
-    """Of one step, a cache's gain taken out; 0 where nothing is trained."""
+    """Seconds of one step, a cache's gain taken out; 0 where nothing is trained."""
     tokens_per_s: float
     flops_per_s: float
-    """Of training and of the teachers in its steps."""
+    """FLOP/s of training and of the teachers in its steps."""
     parts: Mapping[str, float]
     """`start`, `cache`, `steps`, `evaluations`, `checkpoints`, `export`."""
 
@@ -50,7 +50,7 @@ class MeasuredTime:
     """`start` and `preparation`."""
     stages: Sequence[StageTime]
     evaluations: Mapping[str, float]
-    """Of each finished model, by stage."""
+    """Seconds for each finished model, by stage."""
     notes: Sequence[str]
 
     @property

@@ -119,7 +119,7 @@ class Ensemble:
         return {member.name: member.model.width for member in live}
 
     def weight_bytes(self) -> int:
-        """Of live teachers' parameters, as this rank holds them."""
+        """Bytes of live teachers' parameters, as this rank holds them."""
         live = [member for member in self.members if isinstance(member, Member)]
         return sum(weight.nbytes for member in live for weight in member.model.module.parameters())
 

@@ -212,7 +212,7 @@ class Trainer:
             forget_compiled()
 
     def _milestones(self) -> dict[str, Any]:
-        """What was kept on the way, by name."""
+        """The models kept on the way, by name."""
         if self.context.milestones is None:
             return {}
         reached = self.context.milestones.reached(self.progress.step)
@@ -264,8 +264,8 @@ class Trainer:
         raise stopped(reason, at=f"{self.stage.name}, step {self.progress.step}")
 
     def _keep_milestone(self) -> None:
-        """Before the evaluation and the checkpoint, behind which a killed training would not come
-        by here again."""
+        """Keep the milestone that is due, before the evaluation and the checkpoint: a training that
+        is killed after these goes on beyond it."""
         milestones = self.context.milestones
         if milestones is not None and milestones.due(self.progress.step):
             with self.engine.averaged():
@@ -295,7 +295,7 @@ class Trainer:
         log.info("%s  step %d  dev cross-entropy %.4f", self.stage.name, step, dev_ce)
 
     def dev_ce(self, on_batch: OnBatch | None = None) -> float:
-        """Nats per token, of the weights that the module holds."""
+        """The development cross-entropy in nats per token, of the weights that the module holds."""
         try:
             return evaluate_cross_entropy(
                 self.stage.model,
@@ -311,7 +311,7 @@ class Trainer:
             raise self.not_finite.in_evaluation(step=self.progress.step) from error
 
     def checkpoint(self) -> None:
-        """Write one, of where the training stands. A collective."""
+        """Write a checkpoint of where the training stands. A collective."""
         self.context.checkpoints.save(
             self.engine,
             self.progress,

@@ -37,7 +37,7 @@ SPARED = 0.1
 """Part of the memory that stays free: for the update, for evaluation, for fragments."""
 
 Trial = Callable[[int], None]
-"""The passes of so many windows."""
+"""Runs the passes of so many windows."""
 
 
 def find_micro_batch(

@@ -48,7 +48,7 @@ from babyllama_ds.training.matching import Matching, matching_of
 
 @dataclass(frozen=True)
 class Balance:
-    """What changes in the course of a training, at one step of it."""
+    """α and T at one step: a job may have them change in the course of a training."""
 
     alpha: float
     temperature: float
@@ -64,7 +64,7 @@ class Counts:
     valid: int = 1
     """Valid positions, for the matching of hidden states."""
     balance: Balance | None = None
-    """That of this step; none: that of the first."""
+    """That of this step; none: that of the first step."""
 
 
 class Totals(NamedTuple):
@@ -84,9 +84,9 @@ class LossParts(NamedTuple):
     kl_sum: Tensor
     agreement: Agreement | None = None
     z_sum: Tensor | None = None
-    """Of (log Z)²; none without a z-loss."""
+    """The sum of (log Z)²; none without a z-loss."""
     matching_sum: Tensor | None = None
-    """Of the distances of hidden states, over pairs of layers; none where they are not matched."""
+    """The sum of distances of hidden states, over pairs of layers; none: they are not matched."""
 
 
 class Objective(nn.Module):

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class ProfiledSteps:
-    """Of one training: as many as its job says, not this start's first one, which warms up."""
+    """The steps that are timed: as many as the job says, not this start's first, which warms up."""
 
     def __init__(
         self,

@@ -98,7 +98,7 @@ def train_step(
 
 
 def seed_device(seed: int, device: torch.device) -> None:
-    """What `torch.manual_seed` does, of the CPU's and this device's generator alone.
+    """`torch.manual_seed`, for the CPU's and this device's generator alone.
 
     It would seed all that torch knows of, and keep a printed stack for each kind of device that is
     not in use: 90 µs of this.
@@ -109,6 +109,6 @@ def seed_device(seed: int, device: torch.device) -> None:
 
 
 def _sum_of(sums: Sequence[Tensor | None]) -> Tensor | None:
-    """Over micro-batches; none where there is no such term."""
+    """The sum over micro-batches; none where there is no such term."""
     given = [each for each in sums if each is not None]
     return torch.stack(given).sum() if given else None

@@ -26,7 +26,7 @@ WARM_UP_STEPS = 2
 LEAST_STEPS = 3
 """Timed, however long they take; fewer where the training has no more."""
 TIMED_PASSES = 3
-"""Of the teachers over a step's windows."""
+"""Passes of the teachers over a step's windows that are timed."""
 TIMED_BATCHES = 4
 """Forward passes of an evaluation that are timed."""
 

@@ -41,7 +41,7 @@ class Room:
     """Free bytes; of memory, what one rank may count on."""
 
     device: int | None
-    """Of the accelerator, the smallest of all ranks; none: the ranks compute on the CPU."""
+    """On the accelerator, the least of all ranks; none: the ranks compute on the CPU."""
     device_total: int
     host: int
     disk: int
@@ -104,7 +104,7 @@ def held_where_computed(
     *,
     student_bytes: int,
 ) -> int:
-    """Of caches of these sizes, what will lie in the memory that a training itself takes.
+    """Bytes of caches of these sizes that will lie in the memory that a training itself takes.
 
     They are opened one after another, each in the room that those before it left.
 
