@@ -27,7 +27,6 @@ from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import available_host_bytes
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.spec.training import TrainingSpec
-from babyllama_ds.teachers.cache.tiers import ranks_of_this_machine
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import micro_batch
 from babyllama_ds.training.objective import Counts, Objective
@@ -136,7 +135,7 @@ class HostRoom:
     """
 
     def __init__(self, taken_bytes: int = 0) -> None:
-        free_bytes = (1 - SPARED) * available_host_bytes() / ranks_of_this_machine()
+        free_bytes = (1 - SPARED) * available_host_bytes() / ranks.local_world_size()
         self._free_bytes = free_bytes - taken_bytes
         self._peaks: list[tuple[int, int]] = []
 
