@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 
 from babyllama_ds import ranks
@@ -24,6 +25,9 @@ from babyllama_ds.training.stage import Stage
 from babyllama_ds.training.step import StepSums
 
 log = logging.getLogger(__name__)
+
+SHOWN_EVERY_S = 10.0
+"""Seconds between what people are shown, in the log or on the bar."""
 
 
 class StepLog:
@@ -45,6 +49,7 @@ class StepLog:
         # None of them where only their mixture is remembered (`cache: topk`): it is not watched.
         self._teachers = [member.name for member in ensemble.members] if ensemble else []
         self._warned: set[str] = set()
+        self._shown_at = -math.inf
 
     def due(self, step: int) -> bool:
         """Whether this step, counted from 1, is logged."""
@@ -89,16 +94,15 @@ class StepLog:
                 **metered,
             },
         )
-        if self._clock.line_due(last=progress.step == self._batches.total_steps):
-            left_s = (self._batches.total_steps - progress.step) * self._clock.seconds_a_step(
-                progress.step
-            )
+        left = self._batches.total_steps - progress.step
+        if left == 0 or time.monotonic() - self._shown_at >= SHOWN_EVERY_S:
+            self._shown_at = time.monotonic()
             metrics.show(
                 progress.step,
                 shown,
                 tokens_per_s=tokens_per_s,
                 mfu=metered.get("mfu"),
-                seconds_left=left_s,
+                seconds_left=left * self._clock.seconds_a_step(progress.step),
             )
 
     def _watched(self, sums: StepSums, batch: Batch) -> dict[str, float]:
