@@ -21,7 +21,8 @@ from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache.layout import padded_bytes
 from babyllama_ds.teachers.cache.opening import CacheContext
-from babyllama_ds.teachers.cache.remembered import Teacher, TeacherInput, remembered_ensemble
+from babyllama_ds.teachers.cache.remembered import remembered_ensemble
+from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.cache.tiers import (
     TRAINED_BYTES_A_PARAMETER,
     Room,

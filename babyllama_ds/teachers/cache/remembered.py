@@ -11,8 +11,6 @@ from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.cache.topk import remember_top_k
 from babyllama_ds.teachers.ensemble import Ensemble
 
-__all__ = ["Teacher", "TeacherInput", "remembered_ensemble"]
-
 
 def remembered_ensemble(
     loss: DistillationSpec,
