@@ -71,7 +71,7 @@ def trained_fingerprint(
     seed: int,
     precision: str,
 ) -> str:
-    """Of a model trained here without teachers."""
+    """The fingerprint of a model trained here without teachers."""
     return files.hash_json(
         {
             "method": METHOD,
@@ -86,7 +86,7 @@ def trained_fingerprint(
 
 
 def student_fingerprint(alone: str, job: JobSpec, teachers: list[tuple[str, Path]]) -> str:
-    """Of the distilled model: what it would be without teachers, the teachers, and the loss."""
+    """That of the distilled model: its own without teachers, the teachers, and the loss."""
     weights = {spec.name: spec.weight for spec in job.teachers}
     return files.hash_json(
         {
@@ -110,7 +110,7 @@ def _loss(spec: DistillationSpec) -> dict[str, Any]:
 
 
 def loaded_teacher_fingerprint(spec: TeacherSpec, tokenizer_key: str, *, precision: str) -> str:
-    """Of a teacher taken in as it is, its weights rounded to the job's precision."""
+    """That of a teacher taken in as it is, its weights rounded to the job's precision."""
     return files.hash_json(
         {
             "method": METHOD,

@@ -80,6 +80,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def local_world_size() -> int:
+    """Processes on this node, as the launcher says; one without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def start_control_group() -> None:
     """Make the control group (collective); nothing to do when it stands or there is one rank.
 

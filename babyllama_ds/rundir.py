@@ -157,7 +157,7 @@ def flat_job(job: JobSpec) -> dict[str, Any]:
 
 
 def _num_bytes(path: Path) -> int:
-    """Of a file; 0 where there is none."""
+    """The size of a file; 0 where there is none."""
     return path.stat().st_size if path.exists() else 0
 
 

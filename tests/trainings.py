@@ -27,7 +27,7 @@ from babyllama_ds.training.batches import LabelMask
 from babyllama_ds.training.loop import train
 from babyllama_ds.training.meter import Meter
 from babyllama_ds.training.milestones import MilestoneFolder
-from babyllama_ds.training.stage import Stage, Surroundings
+from babyllama_ds.training.stage import RunContext, Stage
 
 VOCAB, LENGTH, WINDOWS = 61, 10, 14  # 14 windows in batches of 4: the last of an epoch has two
 
@@ -145,7 +145,7 @@ class Run:
             meter=self.meter,
         )
         stop = StopAfter(stop_after, before)
-        around = Surroundings(
+        context = RunContext(
             run_dir=self.directory,
             device=self.device,
             stop=stop,
@@ -155,7 +155,7 @@ class Run:
         parts = {"windows": RandomWindows(), "dev": dev or dev_windows()}
         stop.install()
         try:
-            return train(stage, around, **parts, ensemble=self.ensemble)
+            return train(stage, context, **parts, ensemble=self.ensemble)
         finally:
             stop.uninstall()
 

@@ -1,6 +1,6 @@
 """The command line: words enter, an exit status leaves.
 
-words       what can be typed
+parser      what can be typed
 commands    what it does
 """
 
@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from babyllama_ds.cli.commands import check, is_first_of_node, is_lead, run
-from babyllama_ds.cli.words import Parser, add_job_arguments, command_line, parse
+from babyllama_ds.cli.parser import Parser, add_job_arguments, command_line, parse
 from babyllama_ds.errors import EXIT_CODE, Stopped, UserError
 
 __all__ = ["Parser", "add_job_arguments", "check", "exit_code_of", "main", "parse", "run"]

@@ -62,7 +62,7 @@ class Progress:
 
 
 COPIES_TO = (1,)
-"""Of several storages, those that get a copy of what rank 0 writes to the first."""
+"""The storages, where there are several, that get a copy of what rank 0 writes to the first."""
 
 
 class CheckpointFolder:

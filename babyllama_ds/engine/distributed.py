@@ -56,10 +56,10 @@ def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
     if requested == "cpu" or (requested == "auto" and prefers_cpu):
         return "cpu"
     cards = torch.cuda.device_count()
-    if cards < local_ranks():
+    if cards < ranks.local_world_size():
         raise MachineError.of(
             "deepspeed.device",
-            got=f"{cards} CUDA devices for {local_ranks()} ranks on this machine",
+            got=f"{cards} CUDA devices for {ranks.local_world_size()} ranks on this machine",
             expected="a CUDA device for every rank",
             hint="start fewer ranks (NPROC, --num_gpus) or set deepspeed.device=cpu",
         )
@@ -179,12 +179,7 @@ def threads_per_rank() -> int:
     """This rank's share of the cores it may run on; `OMP_NUM_THREADS` overrides it."""
     if "OMP_NUM_THREADS" in os.environ:
         return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, len(os.sched_getaffinity(0)) // local_ranks())
-
-
-def local_ranks() -> int:
-    """Ranks on this machine, as the launcher says; one without it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size())
 
 
 def _meet(

@@ -69,7 +69,7 @@ class FrozenModel:
         self._tap = LayerTap(model, layers, where=where) if layers else None
         self._group = group
         self.params = count_parameters(model)
-        """Of the whole model, a shared one counted once."""
+        """Parameters of the whole model, a shared one counted once."""
         self._model = model.eval().requires_grad_(False)
         self._engine = (
             _alone(model, device, dtype) if group is None else _split(model, group, dtype)
@@ -113,7 +113,7 @@ class FrozenModel:
 
     @property
     def width(self) -> int:
-        """D, of its layers."""
+        """D, the width of its layers."""
         return hidden_width(self._model)
 
     def destroy(self) -> None:

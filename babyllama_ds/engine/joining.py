@@ -37,7 +37,7 @@ HELLO_S = 5.0
 LOOK_EVERY_S = 1.0
 """How often a rank that waits for an answer looks whether it was asked to stop."""
 LARGEST_BYTES = 4_000_000
-"""Of one rank's facts, or of all ranks' names: more is not one of ours."""
+"""Size of one rank's facts, or of all ranks' names: more is not one of ours."""
 
 
 def _nothing() -> None:

@@ -207,7 +207,7 @@ class _Reduction:
 
     @torch.no_grad()
     def norm(self, norm_type: int = 2) -> float:
-        """That of the whole gradient, over all ranks; not finite where the gradient is not.
+        """The norm of the whole gradient, over all ranks; not finite where the gradient is not.
 
         Here the host waits for the device, once a step: DeepSpeed leaves out an update whose norm
         is not finite.
@@ -220,7 +220,7 @@ class _Reduction:
         return float(torch.linalg.vector_norm(squares.pow_(0.5)))
 
     def _square(self, group: int) -> Tensor:
-        """Of the norm of what this rank owns of a group's gradient."""
+        """The squared norm of what this rank owns of a group's gradient."""
         owned = self._gradients(group)[: len(self._lengths[group])]  # what follows is padding
         if not owned:
             return torch.zeros((), dtype=torch.float32, device=self._zero.device)

@@ -59,7 +59,7 @@ class MatmulRates:
     square: float
     """FLOP/s of the large square product."""
     flops_per_s: Mapping[Product, float]
-    """Of every product that was asked for."""
+    """The rate of every product that was asked for."""
 
     def same_shapes(self, products: Products) -> float:
         """FLOP/s of these products, one after another, each as often as it is made."""

@@ -12,7 +12,7 @@ The main thread may wait in a collective that never ends, so the watching thread
 run's state (rank 0) and ends the process. Rank 0 learns of every loss, waits a moment for those
 that belong to it, and tells the others.
 
-A host whose kernel answers but whose ranks do nothing is not noticed here (`patience`).
+A host whose kernel answers but whose ranks do nothing is not noticed here (`heartbeat`).
 """
 
 from __future__ import annotations

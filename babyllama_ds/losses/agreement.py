@@ -48,7 +48,7 @@ class Agreement(NamedTuple):
     """Positions at which the ensemble's likeliest token is one of the teacher's likeliest (in
     bf16 some logits are equal)."""
     distance_P: Tensor
-    """Of each pair of teachers, in the order of `itertools.combinations`."""
+    """The distance of each pair of teachers, in the order of `itertools.combinations`."""
     entropy: Tensor
     student_hits: Tensor
     student_kl: Tensor

@@ -199,7 +199,7 @@ def _tile_rows(row_bytes: int, device: torch.device) -> int | None:
 
 @functools.cache
 def _second_level_cache_bytes() -> int:
-    """Of one core; 1 MiB where the system does not tell."""
+    """The second-level cache of one core; 1 MiB where the system does not tell."""
     caches = Path("/sys/devices/system/cpu/cpu0/cache")
     try:
         size = (caches / "index2" / "size").read_text().strip()

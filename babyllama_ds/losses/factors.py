@@ -24,7 +24,7 @@ class Factors:
     """What multiplies the z-loss; none: there is none."""
 
     def of(self, rows: slice) -> Factors:
-        """Those of some positions."""
+        """The factors of some positions."""
         return Factors(
             ce_C1=self.ce_C1[rows],
             kl_C1=self.kl_C1[rows],

@@ -33,7 +33,7 @@ class Mixture:
 
 
 def mix(teachers_CV: Sequence[Tensor], mixture: Mixture, *, out: Tensor, log_out: Tensor) -> Tensor:
-    """p times a number of each row, in `out`; its logarithm in `log_out`; the numbers, `[C, 1]`.
+    """p times a factor of each row, in `out`; its logarithm in `log_out`; the factors, `[C, 1]`.
 
     Where p underflows its logarithm may be that of the smallest number: right for sums weighed by
     p, and for no others.

@@ -138,7 +138,7 @@ def _say_without_kernel(why: str) -> None:
 
 
 def tiles(num_rows: int, work: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Slices of so many rows as the work spaces have, and of the spaces as many."""
+    """Slices of as many rows as the work spaces have, each with spaces of its length."""
     step = len(work[0])
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))

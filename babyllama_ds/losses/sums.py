@@ -101,25 +101,35 @@ def sum_over_chunks(hidden_ND: Tensor, head: Head, terms: Terms, wanted: Wanted)
         logits_into(student_CV, hidden_CD, head)
         for voter_CV, voter in zip(voters_CV, voters, strict=True):
             voter.logits_into(voter_CV, rows, unused_N1[rows])
-        soft: Sequence[Tensor] | TopKTargets = voters_CV
-        if isinstance(terms.teachers, TopKTargets):
-            soft = terms.teachers.chunk(rows, valid_N1[rows])
-        factors = Factors(
-            ce_C1=labelled_N1[rows].to(dtype) * terms.ce_weight,
-            kl_C1=valid_N1[rows].to(dtype) * (terms.kl_weight / mixture.temperature),
-            z_C1=labelled_N1[rows].to(dtype) * terms.z_weight if terms.z_weight else None,
-        )
+        factors = None
+        if any(wanted):
+            factors = Factors(
+                ce_C1=labelled_N1[rows].to(dtype) * terms.ce_weight,
+                kl_C1=valid_N1[rows].to(dtype) * (terms.kl_weight / mixture.temperature),
+                z_C1=labelled_N1[rows].to(dtype) * terms.z_weight if terms.z_weight else None,
+            )
         log_z_C1 = None if sums.log_z_N1 is None else sums.log_z_N1[rows]
-        ce_C1, kl_C1 = _row_losses(
-            student_CV,
-            soft,
-            label_N1[rows],
-            mixture,
-            factors if any(wanted) else None,
-            buffers.work_RV,
-            divergence=terms.divergence,
-            log_z_C1=log_z_C1,
-        )
+        if isinstance(terms.teachers, TopKTargets):
+            ce_C1, kl_C1 = top_k_row_losses(
+                student_CV,
+                terms.teachers.chunk(rows, valid_N1[rows]),
+                label_N1[rows],
+                mixture.temperature,
+                factors,
+                buffers.work_RV,
+                log_z_C1=log_z_C1,
+            )
+        else:
+            ce_C1, kl_C1 = row_losses(
+                student_CV,
+                voters_CV,
+                label_N1[rows],
+                mixture,
+                factors,
+                buffers.work_RV,
+                divergence=terms.divergence,
+                log_z_C1=log_z_C1,
+            )
         sums.ce_N1[rows] = ce_C1.masked_fill(~labelled_N1[rows], 0)
         sums.kl_N1[rows] = kl_C1.masked_fill(~valid_N1[rows], 0)
         if log_z_C1 is not None:
@@ -137,39 +147,6 @@ def _num_work(hidden_ND: Tensor, terms: Terms, num_voters: int) -> int:
     if isinstance(terms.teachers, TopKTargets):
         return TOP_K_WORK
     return num_work(hidden_ND.dtype, hidden_ND.device, num_voters, terms.divergence)
-
-
-def _row_losses(
-    student_CV: Tensor,
-    teachers: Sequence[Tensor] | TopKTargets,
-    label_C1: Tensor,
-    mixture: Mixture,
-    factors: Factors | None,
-    work: Sequence[Tensor],
-    *,
-    divergence: Divergence,
-    log_z_C1: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if isinstance(teachers, TopKTargets):
-        return top_k_row_losses(
-            student_CV,
-            teachers,
-            label_C1,
-            mixture.temperature,
-            factors,
-            work,
-            log_z_C1=log_z_C1,
-        )
-    return row_losses(
-        student_CV,
-        teachers,
-        label_C1,
-        mixture,
-        factors,
-        work,
-        divergence=divergence,
-        log_z_C1=log_z_C1,
-    )
 
 
 def _check_shapes(hidden_ND: Tensor, head: Head, terms: Terms) -> None:

@@ -51,7 +51,7 @@ class TopKTargets:
     a sum of 1 is the tail's; where rounding makes the sum exceed 1, it is divided by it."""
 
     def chunk(self, rows: slice, valid_C1: Tensor) -> TopKTargets:
-        """Those of some positions, ids int64; what lies at positions not valid is replaced."""
+        """The targets of some positions, ids int64; what lies at invalid positions is replaced."""
         ids_CK = self.token_ids_NK[rows].to(torch.int64)
         any_k_ids = torch.arange(ids_CK.shape[1], device=ids_CK.device)
         return TopKTargets(

@@ -20,8 +20,9 @@ from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache.layout import padded_bytes
-from babyllama_ds.teachers.cache.opening import Surroundings
-from babyllama_ds.teachers.cache.remembered import Teacher, TeacherInput, remembered_ensemble
+from babyllama_ds.teachers.cache.opening import CacheContext
+from babyllama_ds.teachers.cache.remembered import remembered_ensemble
+from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.cache.tiers import (
     TRAINED_BYTES_A_PARAMETER,
     Room,
@@ -85,7 +86,7 @@ def cached_ensemble(
             dtype=parts.dtype,
             forward_windows=parts.micro_batch("student", training),
         ),
-        Surroundings(
+        CacheContext(
             store=store,
             storages=storages,
             stop=stop,

@@ -33,7 +33,7 @@ from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.loop import train
 from babyllama_ds.training.milestones import MilestoneFolder
 from babyllama_ds.training.out_of_memory import memory_needed
-from babyllama_ds.training.stage import Stage, Surroundings
+from babyllama_ds.training.stage import RunContext, Stage
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Maker:
         log.info("%s: training", stage)
         summary = self._train(
             self._stage(stage, model, training, compiled, corpus, distilled=ensemble is not None),
-            self._surroundings(stage, training, corpus, checkpoints),
+            self._context(stage, training, corpus, checkpoints),
             windows=self.parts.windows(corpus, seed=seed),
             dev=self.parts.dev_windows(corpus, training.evaluate_windows),
             ensemble=ensemble,
@@ -117,8 +117,8 @@ class Maker:
     def _build(
         self, stage: str, spec: ModelSpec, corpus: Corpus, *, everywhere: bool = True
     ) -> nn.Module:
-        """Not `everywhere`: on rank 0; on the others, whose host may have no room for more copies
-        of it, an empty module."""
+        """The stage's model before training. Not `everywhere`: on rank 0; on the others, whose host
+        may have no room for more copies of it, an empty module."""
         seed = self.parts.job.stage_seed(stage)
         attention = self.parts.attention(stage, spec, training=True)
 
@@ -150,9 +150,9 @@ class Maker:
             stop=self.stop,
         )
 
-    def _train(self, stage: Stage, around: Surroundings, **given: Any) -> dict[str, Any]:
+    def _train(self, stage: Stage, context: RunContext, **given: Any) -> dict[str, Any]:
         """The training itself; rank 0's module then has the kept weights."""
-        return train(stage, around, **given)
+        return train(stage, context, **given)
 
     def _stage(
         self,
@@ -179,10 +179,10 @@ class Maker:
             has_label=parts.has_label(stage, training, corpus),
         )
 
-    def _surroundings(
+    def _context(
         self, stage: str, training: TrainingSpec, corpus: Corpus, checkpoints: CheckpointFolder
-    ) -> Surroundings:
-        return Surroundings(
+    ) -> RunContext:
+        return RunContext(
             run_dir=self.run_dir,
             device=self.parts.device,
             stop=self.stop,

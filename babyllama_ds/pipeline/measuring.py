@@ -18,8 +18,8 @@ from babyllama_ds.evaluation.fine_tuning import Learner, fine_tune_suite, kernel
 from babyllama_ds.evaluation.forward import OnBatch, Share
 from babyllama_ds.evaluation.stored import remembering, store_key, stored_evaluation
 from babyllama_ds.fingerprints import model_hashes
+from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.models.sizes import absent_kernels
-from babyllama_ds.patience import Patience
 from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.spec.job import TeacherSpec
@@ -55,8 +55,8 @@ class Measurer:
         )
 
         def measure() -> dict[str, Any]:
-            with Patience(f"evaluation of {name}") as patience:
-                return self._measure_now(name, path, corpus, attention, teacher, patience)
+            with Heartbeat(f"evaluation of {name}") as heartbeat:
+                return self._measure_now(name, path, corpus, attention, teacher, heartbeat)
 
         return stored_evaluation(self.store, key, measure, name=name)
 
@@ -73,17 +73,17 @@ class Measurer:
         corpus: Corpus,
         attention: str,
         teacher: TeacherSpec | None,
-        patience: Patience,
+        heartbeat: Heartbeat,
     ) -> dict[str, Any]:
         """`teacher`: the one that it is. One that is split is measured as it taught, in groups."""
         started = time.monotonic()
 
         def on_batch(done: int, batches: int) -> None:
-            patience.alive(f"batch {done} of {batches}")
+            heartbeat.beat(f"batch {done} of {batches}")
             self.stop.check()
 
         def on_step(done: int, steps: int) -> None:
-            patience.alive(f"step {done} of {steps} of fine-tuning")
+            heartbeat.beat(f"step {done} of {steps} of fine-tuning")
             self.stop.check()
 
         evaluation = self.parts.job.evaluation

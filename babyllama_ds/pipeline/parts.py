@@ -36,7 +36,7 @@ from babyllama_ds.training.milestones import Milestone, TextSize, milestones_of
 
 
 class Parts:
-    """One job on one device."""
+    """What several stages need of one job on one device."""
 
     def __init__(self, job: JobSpec, device: torch.device) -> None:
         self.job = job
@@ -55,7 +55,7 @@ class Parts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What parameters are in."""
+        """The dtype of parameters."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def models(self) -> Iterator[tuple[str, ModelSpec, TrainingSpec | None]]:

@@ -39,7 +39,7 @@ def pin_to_commits(job: JobSpec, directory: RunDirectory, storages: Storages) ->
 
 
 def _commits(job: JobSpec, known: dict[str, str]) -> dict[str, str]:
-    """By hub id, with the branch or tag where the job names one."""
+    """Commits by hub id, with the branch or tag where the job names one."""
     found: dict[str, str] = {}
     named: list[tuple[str, str, TokenizerSpec | ModelSpec]] = [
         ("tokenizer.path", TOKENIZER, job.tokenizer),

@@ -51,7 +51,7 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
             while_waiting=stop.check,
         )
         # Before NCCL's first collective: it would end the ranks without a word of what is missing.
-        ranks.on_every_rank(lambda: check_shared_memory(kind, distributed.local_ranks()))
+        ranks.on_every_rank(lambda: check_shared_memory(kind, ranks.local_world_size()))
         storages = find_storages(job.deepspeed.storage, runs)
         lock = RunLock(directory.path, launcher_pid=stop.launcher_pid)
         with distributed.failures_told(), storages.held(lock):

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Settling:
-    """Of one run; its directory remembers what was found."""
+    """Settles what one run's job leaves open; the run's directory remembers what was found."""
 
     def __init__(
         self, parts: Parts, directory: RunDirectory, storages: Storages, speed: Speed
@@ -93,7 +93,7 @@ class Settling:
         corpus: Corpus,
         teachers: dict[str, Path] | None,
     ) -> int:
-        """By trying out, with live teachers: those of a cache run once in the same shape.
+        """Found by trying, with live teachers: those of a cache run once in the same shape.
 
         What the cache will take beside the student is not there yet, and spared.
         """
@@ -132,7 +132,7 @@ class Settling:
                 ensemble.destroy()
 
     def _keep(self, where: str, found: dict[str, Any]) -> None:
-        """For later starts, and for the report beside the other facts of where the run is made."""
+        """Keep it for later starts, and for the report among the facts of where a run is made."""
         self.directory.settle(where, found)
         path = self.directory.path / "environment.json"
         files.write_json(path, files.read_json(path) | {"settled": self.directory.settled()})

@@ -20,7 +20,7 @@ _WHO_HOLDS_IT = (
 
 
 class Speed:
-    """Of one job on one machine."""
+    """The speed of one machine at one job."""
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
@@ -50,7 +50,7 @@ class Speed:
         return steps * tokens * meter.flops_per_token / meter.matmul_flops_per_s
 
     def _measured_rates(self, corpus: Corpus) -> MatmulRates:
-        """Of the products of all stages."""
+        """The rates of all stages' products, measured at the first call."""
         if self._rates is None:
             models = self.parts.models()
             stages = [where for where, _, training in models if training is not None]

@@ -46,7 +46,7 @@ from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.pace import EvaluationPace, JobPace, StagePace, StepPace
-from babyllama_ds.training.stage import Stage, Surroundings
+from babyllama_ds.training.stage import RunContext, Stage
 from babyllama_ds.training.trial import try_out
 
 TIMED_PAIRS = 2_000
@@ -219,7 +219,7 @@ class _Trial:
         benchmarks: Mapping[str, Sequence[Task]],
         samples: int = 0,
     ) -> float:
-        """How long it takes."""
+        """The seconds that it takes to measure a model."""
         evaluation = self.parts.job.evaluation
         with _timed() as measured:
             evaluate_model(
@@ -245,7 +245,7 @@ class _TryingMaker(Maker):
     tried_s = 0.0
 
     def make(self, *given: Any, **named: Any) -> tuple[nn.Module, dict[str, Any]]:
-        """As a run does; no training takes no time."""
+        """As in a run; where nothing is trained, `tried_s` is 0."""
         self.tried_s = 0.0
         return super().make(*given, **named)
 
@@ -261,9 +261,9 @@ class _TryingMaker(Maker):
         live = self.parts.job.distillation.cache == "none"
         return live_ensemble(self.parts, teachers, compiled=live and compiled == "all")
 
-    def _train(self, stage: Stage, around: Surroundings, **given: Any) -> dict[str, Any]:
+    def _train(self, stage: Stage, context: RunContext, **given: Any) -> dict[str, Any]:
         with _timed() as tried:
-            self.pace = try_out(stage, around, **given, seconds=self.seconds)
+            self.pace = try_out(stage, context, **given, seconds=self.seconds)
         self.tried_s = tried.seconds
         return {}
 

@@ -33,7 +33,7 @@ class MicroBatchShape:
     kernel: str
     """`eager`, `sdpa` or a FlashAttention."""
     element_bytes: int
-    """Of parameters and activations: 2 in bf16, 4 in fp32."""
+    """Bytes of a parameter or an activation: 2 in bf16, 4 in fp32."""
     device: Device
     documents: bool = False
     """Whether attention stays within documents: kernels but FlashAttention then need a mask."""
@@ -105,7 +105,7 @@ def _traced(config: PretrainedConfig, shape: MicroBatchShape) -> int:
 
 
 def _input_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
-    """Of a layer, all that is kept where it is computed again."""
+    """A layer's input: all that is kept of it where it is computed again."""
     return shape.element_bytes * shape.tokens * sizes.hidden_size
 
 
@@ -132,7 +132,7 @@ def working_bytes(sizes: ModelSizes, shape: MicroBatchShape) -> int:
 
 
 def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> tuple[int, int]:
-    """Of a layer, and of what is not in one."""
+    """Bytes kept of a layer, and of what is in no layer."""
     n, e, d = shape.tokens, shape.element_bytes, sizes.hidden_size
     # Input, 1/rms, and on a CPU the normalised input, which CUDA's kernel computes again.
     norm = e * n * d + _FP32 * n + (e * n * d if shape.device == "cpu" else 0)
@@ -147,7 +147,7 @@ def _llama(sizes: ModelSizes, shape: MicroBatchShape) -> tuple[int, int]:
 
 
 def _gpt2(sizes: ModelSizes, shape: MicroBatchShape) -> tuple[int, int]:
-    """Of a layer, and of what is not in one."""
+    """Bytes kept of a layer, and of what is in no layer."""
     n, e, d = shape.tokens, shape.element_bytes, sizes.hidden_size
     # The CPU keeps mean and 1/deviation in the input's dtype, CUDA in fp32.
     norm = e * n * d + 2 * n * (e if shape.device == "cpu" else _FP32)

@@ -10,7 +10,7 @@ from babyllama_ds.plan.speed import assumed_speed
 
 
 def assumptions(basis: Basis, counts: Sequence[RankCount]) -> list[str]:
-    """Of the plan that found `counts`."""
+    """The assumptions of the plan that found `counts`."""
     found = [f"tokens: {basis.corpus.assumption}"]
     if basis.corpus.dev_tokens is None:
         found.append("evaluations during training: left out, the development text is not known")

@@ -17,7 +17,7 @@ from babyllama_ds.spec.job import JobSpec
 
 @dataclass(frozen=True)
 class Basis:
-    """Of the plan of `job` that `question` asks for."""
+    """What the plan of `job` that `question` asks for stands on."""
 
     job: JobSpec
     question: Question

@@ -178,7 +178,7 @@ def _streamed(corpus: CorpusSpec) -> CorpusSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class _Size:
-    """Of one split."""
+    """The size of one split."""
 
     bytes: float
     documents: int = 0
@@ -186,7 +186,7 @@ class _Size:
 
     @classmethod
     def of(cls, texts: Texts) -> _Size:
-        """Of cleaned text, which is read."""
+        """The size of cleaned text, which is read."""
         num_bytes = documents = 0
         for _, lines in texts:
             for document in documents_of(lines):
@@ -250,7 +250,7 @@ def _text_sizes(corpus: TextSpec, *, with_documents: bool) -> tuple[_Size, _Size
 
 
 def _plain_sizes(corpus: FilesCorpus) -> tuple[float, float] | None:
-    """Of the files as they stand; none: they are not all plain text."""
+    """Bytes of the files as they stand; none: they are not all plain text."""
     held_out = corpus.split.dev if isinstance(corpus.split, HeldOutFiles) else ()
     sizes = {"train": 0.0, "dev": 0.0}
     for split, path in find_files(corpus.train, held_out):

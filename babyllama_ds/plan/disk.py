@@ -86,7 +86,7 @@ def disk_items(
 def cache_bytes(
     job: JobSpec, corpus: PlannedCorpus, work: PlannedStages, *, element_bytes: int
 ) -> list[int]:
-    """Of each cache, the records of every distinct window.
+    """Bytes of each cache: the records of every distinct window.
 
     One cache for each teacher's final states, or one of the ensemble's k most likely tokens.
     """

@@ -32,7 +32,7 @@ _BF16, _FP32, _FP64 = 2, 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class GradientBytes:
-    """Of the rank that needs most."""
+    """The bytes of the rank that needs most."""
 
     between: int
     """From one micro-batch to the next of the same batch."""
@@ -91,7 +91,7 @@ class _Shares:
 
     @property
     def larger(self) -> int:
-        """Of gradients that are larger than a bucket."""
+        """Elements of the gradients that are larger than a bucket."""
         return sum(size for size in self.sizes if size > self.zero.reduce_bucket_size)
 
     def next_of(self, sizes: Iterable[int]) -> int:

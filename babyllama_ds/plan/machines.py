@@ -35,8 +35,8 @@ class Machine:
     name: str
     device: Device
     memory_bytes: int | None
-    """Of one card; of the whole machine, shared by its ranks, where the device is the CPU. None:
-    no card was named."""
+    """Memory of one card; of the whole machine, shared by its ranks, where the device is the CPU.
+    None: no card was named."""
     peak_flops: float | None
     """Dense bf16 FLOP/s of one card; none: not known."""
 

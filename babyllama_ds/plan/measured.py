@@ -35,10 +35,10 @@ class StageTime:
 
     name: str
     step_s: float
-    """Of one step, a cache's gain taken out; 0 where nothing is trained."""
+    """Seconds of one step, a cache's gain taken out; 0 where nothing is trained."""
     tokens_per_s: float
     flops_per_s: float
-    """Of training and of the teachers in its steps."""
+    """FLOP/s of training and of the teachers in its steps."""
     parts: Mapping[str, float]
     """`start`, `cache`, `steps`, `evaluations`, `checkpoints`, `export`."""
 
@@ -56,7 +56,7 @@ class MeasuredTime:
     """`start` and `preparation`."""
     stages: Sequence[StageTime]
     evaluations: Mapping[str, float]
-    """Of each finished model, by stage, and of each one's milestones together."""
+    """Seconds for each finished model, by stage, and for each one's milestones together."""
     notes: Sequence[str]
 
     @property

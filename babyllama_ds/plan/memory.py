@@ -48,7 +48,7 @@ KEPT_AT_LEAST_BYTES = 120 * 2**20
 """Kept by glibc's malloc beside the tensors, as a part of the activations, and at least: fitted to
 what was measured, see docs/plan.md."""
 _REST_OF_LOSS_BYTES = 16
-"""Of a position: its label, validity, CE and KL."""
+"""Bytes of a position: its label, validity, CE and KL."""
 
 Item = Literal[
     "parameters",
@@ -125,9 +125,9 @@ class StageShape:
     the forward KL), 2 with their most likely tokens, 1 without teachers (`losses.distillation`); 0
     where the Triton kernel does it."""
     cache_bytes: int
-    """Of the teacher cache in this device's memory."""
+    """Bytes of the teacher cache in this device's memory."""
     host_cache_bytes: int
-    """Of the teacher cache in the host's memory, where that is another: one rank's copy."""
+    """Bytes of the teacher cache in the host's memory, where that is another: one rank's copy."""
     filling: Sequence[Sequence[HeldTeacher]]
     """Teachers that are there together while a cache is filled, before the student comes."""
     evaluation_tokens: int
@@ -167,8 +167,8 @@ class RankMemory:
 
     moments: Mapping[Moment, Mapping[Item, int]]
     host_bytes: int
-    """Of rank 0, at most: a gathered checkpoint, the best weights, an offloaded optimizer. 0 on a
-    CPU, where the device's numbers hold them."""
+    """Host memory of rank 0, at most: a gathered checkpoint, the best weights, an offloaded
+    optimizer. 0 on a CPU, where the device's numbers hold them."""
     host_cache_bytes: int
     """The copies of a teacher cache that all ranks hold in the host's memory; likewise 0 on a
     CPU."""
@@ -268,7 +268,7 @@ def _moments(stage: StageShape) -> int:
 
 
 def _state_bytes(stage: StageShape) -> int:
-    """Of a checkpoint: masters, moments, and the moving average."""
+    """Bytes of a checkpoint: masters, moments, and the moving average."""
     return _FP32 * ((1 + stage.averaged) * stage.trained + _moments(stage))
 
 
@@ -428,5 +428,5 @@ def _matched_states(stage: StageShape) -> int:
 
 
 def element_bytes(deepspeed: Mapping[str, Any]) -> int:
-    """Of a parameter under this configuration."""
+    """Bytes of a parameter under this configuration."""
     return 2 if precision(deepspeed) == "bf16" else 4

@@ -7,7 +7,7 @@ from babyllama_ds.plan.machines import UTILISATION
 
 
 def seconds(basis: Basis, ranks: int) -> dict[str, float] | None:
-    """Of each stage on so many ranks; none: no speed is known."""
+    """Seconds of each stage on so many ranks; none: no speed is known."""
     if basis.measured is not None:
         planned = {stage.name for stage in basis.work.stages}
         return {one.name: one.seconds for one in basis.measured.stages if one.name in planned}
@@ -33,7 +33,7 @@ def assumed_speed(basis: Basis) -> str:
 
 
 def _flops_a_second(basis: Basis) -> float | None:
-    """Of one rank: measured, or the card's peak times what is assumed of it."""
+    """FLOP/s of one rank: measured, or the card's peak times what is assumed of it."""
     rate = basis.question.rate
     if rate is not None:
         student = basis.student

@@ -304,7 +304,7 @@ def _host_cache_bytes(one: RankCount) -> int:
 
 
 def _disk(plan: Plan) -> str:
-    """Of one node, where each keeps its own: of the first, which holds everything."""
+    """The disk of one node; where each keeps its own, that of the first, which holds everything."""
     own = any(item.nodes != "one" for item in plan.disk)
     total = sum(item.bytes for item in plan.disk)
     unit = _unit(total)

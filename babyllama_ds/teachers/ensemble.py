@@ -61,8 +61,8 @@ class AnyMember(Protocol):
     def head(self) -> Head:
         """Its output head, on the device."""
 
-    def states(self, windows: Windows) -> Tensor:
-        """Final hidden states [B, S, D], on the device, outside autograd."""
+    def states(self, windows: Windows) -> TeacherStates:
+        """Its states at every position, on the device, outside autograd."""
 
     def destroy(self) -> None:
         """Free what it holds."""
@@ -81,13 +81,17 @@ class Member:
         """Its output head."""
         return self.model.head
 
-    def states(self, windows: Windows) -> Tensor:
-        """Final hidden states [B, S, D]; the windows' numbers are of no interest."""
-        return self.states_and_layers(windows)[0]
-
-    def states_and_layers(self, windows: Windows) -> tuple[Tensor, dict[int, Tensor]]:
-        """The same, and the states [B, S, D] of layers that the model was asked to keep."""
-        return self.model.hidden_states_and_layers(windows.input_ids_BS, windows.pieces)
+    def states(self, windows: Windows) -> TeacherStates:
+        """Its states, those of the layers that its model was asked to keep included."""
+        states_BSD, layers = self.model.hidden_states_and_layers(
+            windows.input_ids_BS, windows.pieces
+        )
+        return TeacherStates(
+            hidden_ND=states_BSD.flatten(0, 1),
+            head=self.head,
+            weight=self.weight,
+            layers_ND={layer: each_BSD.flatten(0, 1) for layer, each_BSD in layers.items()},
+        )
 
     def destroy(self) -> None:
         """Free the model."""
@@ -106,7 +110,7 @@ class Ensemble:
 
     def states(self, windows: Windows) -> list[TeacherStates]:
         """Each member's states of every position."""
-        return [_states(member, windows) for member in self.members]
+        return [member.states(windows) for member in self.members]
 
     def widths(self) -> dict[str, int]:
         """The width of each teacher's layers, of live teachers, in their order."""
@@ -115,7 +119,7 @@ class Ensemble:
         return {member.name: member.model.width for member in live}
 
     def weight_bytes(self) -> int:
-        """Of live teachers' parameters, as this rank holds them."""
+        """Bytes of live teachers' parameters, as this rank holds them."""
         live = [member for member in self.members if isinstance(member, Member)]
         return sum(weight.nbytes for member in live for weight in member.model.module.parameters())
 
@@ -128,17 +132,3 @@ class Ensemble:
         for member in self.members:
             member.destroy()
         self.members = ()
-
-
-def _states(member: AnyMember, windows: Windows) -> TeacherStates:
-    """A member's states; of a live one, those of its other layers too, where they are kept."""
-    if isinstance(member, Member):
-        states_BSD, layers = member.states_and_layers(windows)
-    else:
-        states_BSD, layers = member.states(windows), {}
-    return TeacherStates(
-        hidden_ND=states_BSD.flatten(0, 1),
-        head=member.head,
-        weight=member.weight,
-        layers_ND={layer: each_BSD.flatten(0, 1) for layer, each_BSD in layers.items()},
-    )

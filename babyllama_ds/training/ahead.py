@@ -37,5 +37,5 @@ class BatchesAhead:
         return batch
 
     def close(self) -> None:
-        """Read no more."""
+        """Stop reading."""
         self._reader.shutdown(cancel_futures=True)

@@ -145,7 +145,7 @@ class BatchPlan:
         )
 
     def _num_labelled(self, epoch: int, ids: NDArray[np.int64]) -> int | None:
-        """Of the windows of all ranks: each rank reads them all, and none waits for another."""
+        """Counted in all ranks' windows: each rank reads them all, and none waits for another."""
         begins_WS = self._windows.begins(epoch, ids)
         if begins_WS is None and self._has_label is None:
             return None
@@ -204,7 +204,7 @@ _NO_WINDOWS = np.empty(0, dtype=np.int64)
 
 
 def _filled(row: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What stands in a padding window has no effect: the epoch's window 0 will do."""
+    """Window numbers, 0 for padding: what stands in a padding window has no effect."""
     return np.maximum(row, 0)
 
 

@@ -16,9 +16,8 @@ than others on an accelerator, and its parts add up.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -26,22 +25,13 @@ from torch import nn
 PARTS = ("data", "teachers", "student forward", "loss", "backward", "optimizer", "communication")
 
 
-class Parts(Protocol):
-    """What the step tells its parts to."""
-
-    def part(self, name: str, /) -> AbstractContextManager[None]:
-        """Inside is the part `name` of the step."""
+PartTimer = Callable[[str], AbstractContextManager[None]]
+"""Given the name of a part of the step, the context to run that part in."""
 
 
-class Unmeasured:
-    """Nobody asked: nothing is measured and nothing waits."""
-
-    def part(self, _name: str, /) -> AbstractContextManager[None]:
-        """Nothing."""
-        return nullcontext()
-
-
-UNMEASURED = Unmeasured()
+def untimed(_name: str, /) -> AbstractContextManager[None]:
+    """The `PartTimer` of a step that nobody asked about: it measures nothing and never waits."""
+    return nullcontext()
 
 
 class Breakdown:

@@ -1,12 +1,8 @@
-"""The training's clock: optimizer steps run under it; their seconds, a rate and a beat leave."""
+"""The training's clock: optimizer steps run under it; their seconds and a rate leave."""
 
 from __future__ import annotations
 
-import math
 import time
-
-PLAIN_LINE_EVERY_S = 10.0
-"""Seconds between lines for people when there is no terminal."""
 
 
 class Clock:
@@ -16,7 +12,6 @@ class Clock:
         self.seconds = seconds
         self._entered = 0.0
         self._rate_from: tuple[float, int] | None = None
-        self._line_at = -math.inf
 
     def __enter__(self) -> None:
         self._entered = time.perf_counter()
@@ -33,11 +28,3 @@ class Clock:
     def seconds_a_step(self, steps: int) -> float:
         """Seconds of a step, on average over the training so far."""
         return self.seconds / max(steps, 1)
-
-    def line_due(self, *, last: bool) -> bool:
-        """Whether people should see a line now."""
-        now = time.monotonic()
-        if not last and now - self._line_at < PLAIN_LINE_EVERY_S:
-            return False
-        self._line_at = now
-        return True

@@ -24,10 +24,10 @@ EndedBy = Literal["steps", "early_stopping", "max_minutes"]
 
 
 class Limits:
-    """Of one training."""
+    """What ends one training."""
 
     def __init__(self, training: TrainingSpec, *, total_steps: int) -> None:
-        self._patience = training.early_stopping
+        self._early_stopping = training.early_stopping
         self._minutes = training.max_minutes
         self._total_steps = total_steps
 
@@ -39,7 +39,7 @@ class Limits:
 
     def after_evaluation(self, progress: Progress, dev_ce: float) -> Progress:
         """The progress with an evaluation more: does it count as lower?"""
-        lowest, spec = progress.lowest_counted_ce, self._patience
+        lowest, spec = progress.lowest_counted_ce, self._early_stopping
         if spec is None:
             return progress
         if lowest is None or dev_ce < lowest - spec.min_delta:
@@ -54,7 +54,8 @@ class Limits:
         """What ends the training here; none: it goes on. Asked between steps."""
         if progress.step >= self._total_steps:
             return "steps"
-        if self._patience is not None and progress.evaluations_waited >= self._patience.patience:
+        stopping = self._early_stopping
+        if stopping is not None and progress.evaluations_waited >= stopping.patience:
             return "early_stopping"
         return "max_minutes" if self.time_is_up(progress) else None
 
@@ -63,9 +64,9 @@ class Limits:
         where = f"ends after step {progress.step} of {self._total_steps}"
         if self.ended_by(progress) == "max_minutes":
             return f"{where}: {progress.seconds / 60:.1f} minutes of steps, max_minutes"
-        assert self._patience is not None, "nothing else ends a training early"
+        assert self._early_stopping is not None, "nothing else ends a training early"
         return (
             f"{where}: early stopping, {progress.evaluations_waited} evaluations without a dev "
-            f"cross-entropy more than {self._patience.min_delta:g} below "
+            f"cross-entropy more than {self._early_stopping.min_delta:g} below "
             f"{progress.lowest_counted_ce:.4f}"
         )

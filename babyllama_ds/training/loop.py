@@ -5,7 +5,7 @@ milestones, and stops when it is asked to, all ranks at the same step boundary, 
 evaluation, which comes first when it goes on.
 
     step        one optimizer step
-    telling     what is logged of it
+    step_log    what is logged of it
     profiling   where its time goes, on request
     limits      what ends the training before its last step
     not_finite  numbers that are not finite, and whose they are
@@ -14,8 +14,7 @@ evaluation, which comes first when it goes on.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -27,9 +26,9 @@ from babyllama_ds.errors import ModelError, Stopped
 from babyllama_ds.evaluation.cross_entropy import evaluate_cross_entropy
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.forward import OnBatch
+from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.models.build import count_parameters
 from babyllama_ds.models.compiled import forget_compiled
-from babyllama_ds.patience import Patience
 from babyllama_ds.stopping import stopped
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.ahead import BatchesAhead
@@ -40,16 +39,16 @@ from babyllama_ds.training.metrics import MetricsLog, logged_of
 from babyllama_ds.training.not_finite import NotFinite
 from babyllama_ds.training.objective import objective_of
 from babyllama_ds.training.profiling import ProfiledSteps
-from babyllama_ds.training.stage import Stage, Surroundings
+from babyllama_ds.training.stage import RunContext, Stage
 from babyllama_ds.training.step import train_step
-from babyllama_ds.training.telling import Telling
+from babyllama_ds.training.step_log import StepLog
 
 log = logging.getLogger(__name__)
 
 
 def train(
     stage: Stage,
-    surroundings: Surroundings,
+    context: RunContext,
     *,
     windows: WindowSource,
     dev: DevWindows,
@@ -63,30 +62,9 @@ def train(
         TrainingError: a loss or gradient is not finite.
         Stopped: the run was asked to stop; a checkpoint was written.
     """
-    with trainer_of(stage, surroundings, windows=windows, dev=dev, ensemble=ensemble) as trainer:
+    with closing(Trainer(stage, context, windows=windows, dev=dev, ensemble=ensemble)) as trainer:
         trainer.run()
         return trainer.finish()
-
-
-@contextmanager
-def trainer_of(
-    stage: Stage,
-    surroundings: Surroundings,
-    *,
-    windows: WindowSource,
-    dev: DevWindows,
-    ensemble: Ensemble | None,
-) -> Iterator[Trainer]:
-    """Within, the training in progress; behind it the engine is freed and the model as it was."""
-    trainer = Trainer(stage, surroundings, windows, dev, ensemble)
-    try:
-        yield trainer
-    finally:
-        trainer.ahead.close()
-        trainer.engine.destroy()
-        trainer.objective.release()
-        if stage.compiled:
-            forget_compiled()
 
 
 class Trainer:
@@ -95,13 +73,14 @@ class Trainer:
     def __init__(
         self,
         stage: Stage,
-        surroundings: Surroundings,
+        context: RunContext,
+        *,
         windows: WindowSource,
         dev: DevWindows,
         ensemble: Ensemble | None,
     ) -> None:
         self.stage = stage
-        self.around = surroundings
+        self.context = context
         self.dev = dev
         self.ensemble = ensemble
         self.batches = BatchPlan(
@@ -110,13 +89,13 @@ class Trainer:
             rank=ranks.rank(),
             num_ranks=ranks.world_size(),
             micro_batch=stage.micro_batch,
-            device=surroundings.device,
+            device=context.device,
             has_label=stage.has_label,
         )
         self.ahead = BatchesAhead(
             self.batches.batch,
             total_steps=self.batches.total_steps,
-            device=surroundings.device,
+            device=context.device,
         )
         self.objective = objective_of(
             stage.model,
@@ -130,15 +109,15 @@ class Trainer:
             self.objective,
             training=stage.training,
             config=stage.deepspeed,
-            device=surroundings.device,
+            device=context.device,
         )
         if stage.compiled:
             self.objective.compile_layers()
         self.best = BestWeights()
-        self.progress = surroundings.checkpoints.resume(self.engine, self.best)
-        if surroundings.milestones is not None:
-            surroundings.milestones.go_on_from(self.progress.step)
-        run = surroundings.run_dir.name
+        self.progress = context.checkpoints.resume(self.engine, self.best)
+        if context.milestones is not None:
+            context.milestones.go_on_from(self.progress.step)
+        run = context.run_dir.name
         self.runs = list(dict.fromkeys([*self.progress.runs, run]))
         if others := [name for name in self.progress.runs if name != run]:
             log.info("%s was begun by %s: going on with it", stage.name, " and ".join(others))
@@ -148,9 +127,9 @@ class Trainer:
             stage=stage.name,
             vocab_size=stage.vocab_size,
             ensemble=ensemble,
-            checkpoints=surroundings.checkpoints,
+            checkpoints=context.checkpoints,
         )
-        self.telling = Telling(
+        self.step_log = StepLog(
             stage,
             engine=self.engine,
             objective=self.objective,
@@ -162,7 +141,7 @@ class Trainer:
         self.profiled = ProfiledSteps(
             stage,
             self.engine,
-            device=surroundings.device,
+            device=context.device,
             first_step=self.progress.step,
             total_steps=self.batches.total_steps,
         )
@@ -170,27 +149,27 @@ class Trainer:
     def run(self) -> None:
         """Steps until a limit is reached, with evaluations and checkpoints where they are due."""
         with (
-            Patience(self.stage.name) as patience,
+            Heartbeat(self.stage.name) as heartbeat,
             MetricsLog(
-                self.around.run_dir,
+                self.context.run_dir,
                 self.stage.name,
                 first_step=self.progress.step,
                 total_steps=self.batches.total_steps,
-                logged=self.around.checkpoints.logged,
+                logged=self.context.checkpoints.logged,
             ) as metrics,
         ):
             if self.progress.evaluation_due:
-                self._evaluate(metrics, patience)
+                self._evaluate(metrics, heartbeat)
             while self.limits.ended_by(self.progress) is None:
                 self._stop_if_asked()
                 self.step(metrics)
-                patience.alive(f"step {self.progress.step}")
+                heartbeat.beat(f"step {self.progress.step}")
                 self._keep_milestone()
                 if self._due_evaluation():
-                    self._evaluate(metrics, patience)
+                    self._evaluate(metrics, heartbeat)
                 if self._due_checkpoint():
                     self.checkpoint()
-                    patience.alive(f"the checkpoint of step {self.progress.step}")
+                    heartbeat.beat(f"the checkpoint of step {self.progress.step}")
         if self.limits.ended_by(self.progress) != "steps":
             log.info("%s %s", self.stage.name, self.limits.told(self.progress))
 
@@ -224,11 +203,19 @@ class Trainer:
             **self._milestones(),
         }
 
+    def close(self) -> None:
+        """Free the engine, and leave the model as it was: without hooks, not compiled."""
+        self.ahead.close()
+        self.engine.destroy()
+        self.objective.release()
+        if self.stage.compiled:
+            forget_compiled()
+
     def _milestones(self) -> dict[str, Any]:
-        """What was kept on the way, by name."""
-        if self.around.milestones is None:
+        """The models kept on the way, by name."""
+        if self.context.milestones is None:
             return {}
-        reached = self.around.milestones.reached(self.progress.step)
+        reached = self.context.milestones.reached(self.progress.step)
         return {"milestones": {one.name: {"words": one.seen, "steps": one.step} for one in reached}}
 
     # -- one step ---------------------------------------------------------------------------------
@@ -237,8 +224,8 @@ class Trainer:
         """The next optimizer step, logged where it is due."""
         step = self.progress.step
         rate = learning_rate(self.stage.training, step, self.batches.total_steps)
-        with self.clock, self.profiled.parts(step) as parts:
-            with parts.part("data"):
+        with self.clock, self.profiled.timer(step) as timed:
+            with timed("data"):
                 batch = self.ahead.batch(step)
             sums = train_step(
                 self.engine,
@@ -249,8 +236,8 @@ class Trainer:
                 seed=self.stage.seed,
                 step=step,
                 done=step / self.batches.total_steps,
-                watch=self.telling.watches(step + 1),
-                parts=parts,
+                watch=self.step_log.watches(step + 1),
+                timed=timed,
             )
         if self.engine.overflowed:
             raise self.not_finite.in_batch("a gradient", batch, step=step + 1)
@@ -261,15 +248,15 @@ class Trainer:
             seconds=self.limits.seconds(self.clock.seconds),
             runs=self.runs,
         )
-        if self.telling.due(step + 1):
-            self.telling.tell(self.progress, batch, sums, rate, metrics)
-        self.profiled.tell(step + 1, metrics)
+        if self.step_log.due(step + 1):
+            self.step_log.write(self.progress, batch, sums, rate, metrics)
+        self.profiled.log(step + 1, metrics)
         metrics.advance()
 
     # -- between steps ----------------------------------------------------------------------------
 
     def _stop_if_asked(self) -> None:
-        reason = self.around.stop.agreed()
+        reason = self.context.stop.agreed()
         if reason is None:
             return
         if self.progress.step > 0:
@@ -277,19 +264,19 @@ class Trainer:
         raise stopped(reason, at=f"{self.stage.name}, step {self.progress.step}")
 
     def _keep_milestone(self) -> None:
-        """Before the evaluation and the checkpoint, behind which a killed training would not come
-        by here again."""
-        milestones = self.around.milestones
+        """Keep the milestone that is due, before the evaluation and the checkpoint: a training that
+        is killed after these goes on beyond it."""
+        milestones = self.context.milestones
         if milestones is not None and milestones.due(self.progress.step):
             with self.engine.averaged():
                 milestones.keep(self.stage.model, self.progress)
 
-    def _evaluate(self, metrics: MetricsLog, patience: Patience) -> None:
+    def _evaluate(self, metrics: MetricsLog, heartbeat: Heartbeat) -> None:
         step = self.progress.step
 
         def on_batch(done: int, batches: int) -> None:
-            patience.alive(f"batch {done} of {batches} of the evaluation at step {step}")
-            self.around.stop.check()
+            heartbeat.beat(f"batch {done} of {batches} of the evaluation at step {step}")
+            self.context.stop.check()
 
         with self.engine.averaged():
             try:
@@ -308,13 +295,13 @@ class Trainer:
         log.info("%s  step %d  dev cross-entropy %.4f", self.stage.name, step, dev_ce)
 
     def dev_ce(self, on_batch: OnBatch | None = None) -> float:
-        """Nats per token, of the weights that the module holds."""
+        """The development cross-entropy in nats per token, of the weights that the module holds."""
         try:
             return evaluate_cross_entropy(
                 self.stage.model,
                 self.dev.windows_of,
                 self.dev.num_windows,
-                device=self.around.device,
+                device=self.context.device,
                 batch_windows=self.dev.batch_windows,
                 vocab_size=self.stage.vocab_size,
                 begins_of=self.dev.begins_of,
@@ -324,12 +311,12 @@ class Trainer:
             raise self.not_finite.in_evaluation(step=self.progress.step) from error
 
     def checkpoint(self) -> None:
-        """Write one, of where the training stands. A collective."""
-        self.around.checkpoints.save(
+        """Write a checkpoint of where the training stands. A collective."""
+        self.context.checkpoints.save(
             self.engine,
             self.progress,
             self.best,
-            lambda: logged_of(self.around.run_dir, self.stage.name),
+            lambda: logged_of(self.context.run_dir, self.stage.name),
         )
 
     def _due_evaluation(self) -> bool:

@@ -92,7 +92,7 @@ def matching_of(
 
 
 def check_layers(spec: HiddenMatching, depths: Mapping[str, int], student: int) -> None:
-    """The layers exist, in models of such depths.
+    """Check that the layers exist in models of these depths.
 
     Raises:
         JobError: those that do not.

@@ -24,7 +24,7 @@ Cache = Literal["none", "hidden", "topk"]
 
 @dataclass(frozen=True)
 class Meter:
-    """Of one training stage, all ranks together."""
+    """The meter of one training stage, all ranks together."""
 
     flops_per_token: float
     matmul_flops_per_s: float
@@ -32,7 +32,7 @@ class Meter:
     (`engine.matmul_rate`)."""
 
     def read(self, tokens_per_s: float) -> dict[str, float]:
-        """What is logged: `flops_per_s`, and `mfu`, its part of the measured rate."""
+        """What is logged: `flops_per_s`, and `mfu`, the share of the measured rate."""
         flops_per_s = self.flops_per_token * tokens_per_s
         return {"flops_per_s": flops_per_s, "mfu": flops_per_s / self.matmul_flops_per_s}
 
@@ -64,7 +64,7 @@ class Work:
 
     flops_per_token: float
     products: Products
-    """Of linear layers, in a forward and backward pass of one rank."""
+    """Those of linear layers in a forward and backward pass of one rank."""
 
 
 def work_of(

@@ -150,7 +150,7 @@ class MetricsLog:
 
 
 def go_back(run_dir: Path, stage: str, last_step: int, logged: str | None = None) -> None:
-    """Leave of `stage` the lines that a checkpoint of `last_step` steps has `logged`.
+    """Take the metrics of `stage` back to what a checkpoint of `last_step` steps has `logged`.
 
     They may be another run's, of a teacher that has another name there, and come to stand last.
     None: those that stand here, of so many steps.
@@ -169,7 +169,7 @@ def go_back(run_dir: Path, stage: str, last_step: int, logged: str | None = None
 
 
 def logged_of(run_dir: Path, stage: str) -> str:
-    """The lines of a stage."""
+    """The lines that are logged of a stage."""
     return "".join(line + "\n" for line, _ in _lines_of(run_dir / METRICS_NAME, stage))
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import available_host_bytes
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.spec.training import TrainingSpec
-from babyllama_ds.teachers.cache.tiers import ranks_of_this_machine
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import micro_batch
 from babyllama_ds.training.objective import Counts, Objective
@@ -37,14 +36,7 @@ SPARED = 0.1
 """Part of the memory that stays free: for the update, for evaluation, for fragments."""
 
 Trial = Callable[[int], None]
-"""The passes of so many windows."""
-
-
-class Room(Protocol):
-    """Says whether so many windows fit; asked for ascending sizes."""
-
-    def fits(self, windows: int, trial: Trial, /) -> bool:
-        """Whether `trial(windows)` has room on this rank."""
+"""Runs the passes of so many windows."""
 
 
 def find_micro_batch(
@@ -85,9 +77,8 @@ def find_micro_batch(
         )
         # What is free is read when every rank of the machine has taken what it holds.
         ranks.barrier()
-        room: Room = (
-            CardRoom(device, cache_bytes) if device.type == "cuda" else HostRoom(cache_bytes)
-        )
+        on_card = device.type == "cuda"
+        room = CardRoom(device, cache_bytes) if on_card else HostRoom(cache_bytes)
         found = largest_fitting(share, lambda windows: room.fits(windows, trial))
         del gradients
     finally:
@@ -116,12 +107,12 @@ def largest_fitting(share: int, fits: Callable[[int], bool]) -> int | None:
 
 
 class CardRoom:
-    """The memory of a CUDA device, by trying; so many bytes of it are still to be taken."""
+    """The memory of a CUDA device, found by trying; `taken_bytes` of it are still to be taken."""
 
     def __init__(self, device: torch.device, taken_bytes: int = 0) -> None:
         self._device, self._taken_bytes = device, taken_bytes
 
-    def fits(self, windows: int, trial: Trial, /) -> bool:
+    def fits(self, windows: int, trial: Trial) -> bool:
         """Whether the trial ends, and enough is free beside what it took."""
         torch.cuda.empty_cache()
         try:
@@ -138,15 +129,17 @@ class CardRoom:
 
 
 class HostRoom:
-    """A rank's part of the host's free memory, by the peaks of the trials so far; so many bytes of
-    it are still to be taken."""
+    """A rank's part of the host's free memory, by the peaks of the trials so far.
+
+    It is asked for ascending sizes; `taken_bytes` of it are still to be taken.
+    """
 
     def __init__(self, taken_bytes: int = 0) -> None:
-        free_bytes = (1 - SPARED) * available_host_bytes() / ranks_of_this_machine()
+        free_bytes = (1 - SPARED) * available_host_bytes() / ranks.local_world_size()
         self._free_bytes = free_bytes - taken_bytes
         self._peaks: list[tuple[int, int]] = []
 
-    def fits(self, windows: int, trial: Trial, /) -> bool:
+    def fits(self, windows: int, trial: Trial) -> bool:
         """Whether there is room by the smaller trials, and by this one's own peak."""
         if self._expected_bytes(windows) > self._free_bytes:
             return False

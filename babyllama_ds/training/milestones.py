@@ -7,7 +7,7 @@ Names and the `babylm` schedule are those of BabyLM's evaluation pipelines since
 such models as branches of a hub's repository.
 
 Words are the training text's, by whitespace, each as often as it was seen: a token seen counts as
-the words that a token of the text has in the mean. The model is that of the first step which has
+the words that a token of the text has on average. The model is that of the first step which has
 shown as many. A training that ends a little short of a milestone (ten epochs of 9.95 million words)
 has it at its last step.
 """
@@ -43,7 +43,7 @@ BABYLM = (
 """Words after which the challenge asks for a model."""
 
 SHORT = 0.05
-"""Of a milestone's words, how many the training's last step may lack."""
+"""The share of a milestone's words that the training's last step may lack."""
 
 Write = Callable[[nn.Module, Path, Mapping[str, Any]], None]
 """A model and its summary to a directory that is to hold them."""
@@ -51,13 +51,13 @@ Write = Callable[[nn.Module, Path, Mapping[str, Any]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TextSize:
-    """Of the training text, which every epoch shows once."""
+    """The size of the training text, which every epoch shows once."""
 
     words: int
     tokens: int
 
     def words_in(self, tokens: int) -> int:
-        """What so many of its tokens come to in the mean."""
+        """The words that so many of its tokens come to on average."""
         return tokens * self.words // self.tokens
 
 
@@ -66,7 +66,7 @@ class Milestone:
     """A model to be kept."""
 
     words: int
-    """That it stands for."""
+    """Words that it stands for."""
     seen: int
     """Words seen by then."""
     step: int
@@ -111,7 +111,7 @@ def milestones_of(
 
 
 def milestones_within(asked: Milestones, words: int) -> list[int]:
-    """Those of a training that shows so many words."""
+    """The milestones of a training that shows so many words."""
     all_of_them = BABYLM if asked == "babylm" else asked
     return [one for one in all_of_them if one * (1 - SHORT) <= words]
 
@@ -157,7 +157,7 @@ class MilestoneFolder:
             self._copy(self.directory / name)
 
     def _forget_all_but(self, names: set[str]) -> set[str]:
-        """Which of them stand here."""
+        """Remove all but `names`; which of these are here."""
         if not self.directory.is_dir():
             return set()
         files.remove_temporaries(self.directory)
@@ -167,7 +167,7 @@ class MilestoneFolder:
         return found & names
 
     def reached(self, step: int) -> list[Milestone]:
-        """By so many steps."""
+        """The milestones reached by so many steps."""
         return [one for one in self.milestones if one.step <= step]
 
     def due(self, step: int) -> bool:
@@ -196,7 +196,7 @@ class MilestoneFolder:
             self._write(model, directory, summary)
 
     def _copy(self, directory: Path) -> None:
-        """To rank 0 and to where copies of checkpoints are: no milestone is lost with a node."""
+        """Copy to rank 0 and where checkpoints are copied to: no milestone is lost with a node."""
         if self._storages.several:
             there = self._storages.on_each(directory.exists)
             lacking = [storage for storage in (0, *COPIES_TO) if not there[storage]]

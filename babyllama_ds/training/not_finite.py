@@ -20,7 +20,7 @@ from babyllama_ds.training.batches import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class NotFinite:
-    """The errors of one training, should a number not be finite."""
+    """Words the errors of one training in which a number is not finite."""
 
     stage: str
     """Its name."""
@@ -29,7 +29,7 @@ class NotFinite:
     checkpoints: CheckpointFolder
 
     def in_batch(self, what: str, batch: Batch, *, step: int) -> TrainingError:
-        """Of a step, counted from 1 as in the metrics. A collective."""
+        """The error of a step, counted from 1 as in the metrics. A collective."""
         where = f"{self.stage}: step {step}"
         broken = self._broken_teachers(batch)
         if broken:
@@ -55,7 +55,7 @@ class NotFinite:
         )
 
     def in_evaluation(self, *, step: int) -> TrainingError:
-        """Of the development text, after so many steps: the last update overflowed the weights."""
+        """The error of an evaluation after this step, whose update overflowed the weights."""
         return TrainingError.of(
             f"{self.stage}: step {step}",
             got="a development cross-entropy that is not finite",

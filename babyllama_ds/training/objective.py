@@ -48,7 +48,7 @@ from babyllama_ds.training.matching import Matching, matching_of
 
 @dataclass(frozen=True)
 class Balance:
-    """What changes in the course of a training, at one step of it."""
+    """α and T at one step: a job may have them change in the course of a training."""
 
     alpha: float
     temperature: float
@@ -64,7 +64,7 @@ class Counts:
     valid: int = 1
     """Valid positions, for the matching of hidden states."""
     balance: Balance | None = None
-    """That of this step; none: that of the first."""
+    """That of this step; none: that of the first step."""
 
 
 class Totals(NamedTuple):
@@ -84,9 +84,9 @@ class LossParts(NamedTuple):
     kl_sum: Tensor
     agreement: Agreement | None = None
     z_sum: Tensor | None = None
-    """Of (log Z)²; none without a z-loss."""
+    """The sum of (log Z)²; none without a z-loss."""
     matching_sum: Tensor | None = None
-    """Of the distances of hidden states, over pairs of layers; none where they are not matched."""
+    """The sum of distances of hidden states, over pairs of layers; none: they are not matched."""
 
 
 class Objective(nn.Module):
@@ -257,25 +257,17 @@ class Objective(nn.Module):
             found |= asdict(counts.balance)
         return found
 
-    def value(
-        self,
-        ce_sum: float,
-        kl_sum: float,
-        counts: Counts,
-        *,
-        z_sum: float = 0.0,
-        matching_sum: float = 0.0,
-    ) -> float:
-        """L of the global batch, from sums over all ranks: for logs."""
-        of_z = self.z_loss * z_sum / counts.ce
+    def value(self, totals: Totals, counts: Counts) -> float:
+        """L of the global batch: for logs."""
+        of_z = self.z_loss * totals.z / counts.ce
         balance = counts.balance or self.balance(0.0)
         if balance is None:
-            return ce_sum / counts.ce + of_z
+            return totals.ce / counts.ce + of_z
         alpha, temperature = balance.alpha, balance.temperature
-        soft = temperature**2 * kl_sum / counts.kl
+        soft = temperature**2 * totals.kl / counts.kl
         weight = 0.0 if self.matching is None else self.matching.weight
-        of_layers = weight * matching_sum / counts.valid
-        return alpha * ce_sum / counts.ce + (1 - alpha) * soft + of_z + of_layers
+        of_layers = weight * totals.matching / counts.valid
+        return alpha * totals.ce / counts.ce + (1 - alpha) * soft + of_z + of_layers
 
 
 def objective_of(

@@ -29,7 +29,7 @@ def ran_out(error: BaseException) -> bool:
 
 @contextmanager
 def memory_needed(where: str, *, hint: str) -> Iterator[None]:
-    """Within, memory that runs out is told of by the job's key that decides how much is needed.
+    """Within, running out of memory is an error that names `where`, the key that decides the need.
 
     Raises:
         NoRoomError: it did, on this rank; others may still be at work.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class StepPace:
-    """Of one training, once it is under way."""
+    """The pace of one training, once it is under way."""
 
     steps: int
     """Optimizer steps that were timed."""
@@ -31,7 +31,7 @@ class StepPace:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePace:
-    """Of one stage, from its first line to its model's directory."""
+    """The pace of one stage, from its first line to its model's directory."""
 
     build_s: float
     """The model, what is settled (`auto`), and for a student its teachers, loaded."""
@@ -43,7 +43,7 @@ class StagePace:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPace:
-    """Of measuring one finished model."""
+    """The pace of measuring one finished model."""
 
     load_s: float
     """From its directory to the device."""
@@ -56,7 +56,7 @@ class EvaluationPace:
 
 @dataclass(frozen=True, kw_only=True)
 class JobPace:
-    """Of a whole job on one rank of this machine."""
+    """The pace of a whole job on one rank of this machine."""
 
     start_s: float
     """From the process's start to a device, with the checks before training."""

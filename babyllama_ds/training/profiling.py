@@ -14,7 +14,7 @@ from torch import nn
 
 from babyllama_ds import ranks
 from babyllama_ds.engine.training import TrainingEngine
-from babyllama_ds.training.breakdown import PARTS, UNMEASURED, Breakdown, Parts
+from babyllama_ds.training.breakdown import PARTS, Breakdown, PartTimer, untimed
 from babyllama_ds.training.metrics import MetricsLog
 from babyllama_ds.training.stage import Stage
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class ProfiledSteps:
-    """Of one training: as many as its job says, not this start's first one, which warms up."""
+    """The steps that are timed: as many as the job says, not this start's first, which warms up."""
 
     def __init__(
         self,
@@ -39,17 +39,17 @@ class ProfiledSteps:
         self._breakdown = Breakdown(device)
 
     @contextmanager
-    def parts(self, step: int) -> Iterator[Parts]:
-        """What this step tells its parts to."""
+    def timer(self, step: int) -> Iterator[PartTimer]:
+        """Within, what times the parts of this step: nothing, unless it was asked for."""
         if step not in self._steps:
-            yield UNMEASURED
+            yield untimed
             return
         backbone: nn.Module = self._stage.model.base_model  # type: ignore[assignment]
         with (
             self._breakdown.of_module(backbone, "student forward"),
             self._engine.communicating(lambda: self._breakdown.part("communication")),
         ):
-            yield self._breakdown
+            yield self._breakdown.part
 
     def seconds(self, done: int) -> dict[str, float] | None:
         """Seconds of a step's parts, a mean over ranks and profiled steps. A collective.
@@ -62,8 +62,8 @@ class ProfiledSteps:
         sums = ranks.sum_floats(*self._breakdown.seconds.values())
         return {part: total / times for part, total in zip(PARTS, sums, strict=True)}
 
-    def tell(self, done: int, metrics: MetricsLog) -> None:
-        """After the last of them, their seconds. A collective."""
+    def log(self, done: int, metrics: MetricsLog) -> None:
+        """Log their seconds, after the last of them. A collective."""
         if done != self._steps.stop or (seconds := self.seconds(done)) is None:
             return
         metrics.write(done, {f"step_s/{part}": s for part, s in seconds.items()})

@@ -48,7 +48,7 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class RunContext:
     """What the stage needs from its run."""
 
     run_dir: Path

@@ -18,7 +18,7 @@ from babyllama_ds.losses.agreement import Agreement
 from babyllama_ds.spec.job import derive_seed
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import Batch
-from babyllama_ds.training.breakdown import UNMEASURED, Parts
+from babyllama_ds.training.breakdown import PartTimer, untimed
 from babyllama_ds.training.objective import Counts, Objective, Totals
 
 
@@ -52,7 +52,7 @@ def train_step(
     step: int,
     done: float = 0.0,
     watch: bool = False,
-    parts: Parts = UNMEASURED,
+    timed: PartTimer = untimed,
 ) -> StepSums:
     """Forward, backward and update on one global batch, at learning rate `rate`.
 
@@ -62,7 +62,7 @@ def train_step(
     step takes 1.3 times as long, which is 3 % at the usual tenth of the steps.
 
     `done` is the share of the training's steps before this one, for what changes in their course.
-    `parts` is told which part of the step runs (`breakdown`).
+    Each part of the step runs inside `timed` of its name (`breakdown`).
     """
     counts = objective.counts(
         batch,
@@ -76,13 +76,13 @@ def train_step(
         seed_device(
             derive_seed(seed, f"dropout/{step}/{ranks.rank()}/{number}"), micro.input_ids_BS.device
         )
-        with parts.part("teachers"):
+        with timed("teachers"):
             targets = ensemble.targets(micro) if ensemble else []
-        with parts.part("loss"):
+        with timed("loss"):
             result = engine.forward(micro, targets, counts, watch=watch)
-        with parts.part("backward"):
+        with timed("backward"):
             engine.backward(result.loss)
-        with parts.part("optimizer"):
+        with timed("optimizer"):
             engine.step(rate)
         # Without the graph, which backward has freed the most of.
         results.append(result._replace(loss=result.loss.detach()))
@@ -98,7 +98,7 @@ def train_step(
 
 
 def seed_device(seed: int, device: torch.device) -> None:
-    """What `torch.manual_seed` does, of the CPU's and this device's generator alone.
+    """`torch.manual_seed`, for the CPU's and this device's generator alone.
 
     It would seed all that torch knows of, and keep a printed stack for each kind of device that is
     not in use: 90 µs of this.
@@ -109,6 +109,6 @@ def seed_device(seed: int, device: torch.device) -> None:
 
 
 def _sum_of(sums: Sequence[Tensor | None]) -> Tensor | None:
-    """Over micro-batches; none where there is no such term."""
+    """The sum over micro-batches; none where there is no such term."""
     given = [each for each in sums if each is not None]
     return torch.stack(given).sum() if given else None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -15,24 +16,24 @@ import torch
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import WindowSource
-from babyllama_ds.training.loop import Trainer, trainer_of
+from babyllama_ds.training.loop import Trainer
 from babyllama_ds.training.metrics import MetricsLog
 from babyllama_ds.training.pace import StepPace
-from babyllama_ds.training.stage import Stage, Surroundings
+from babyllama_ds.training.stage import RunContext, Stage
 
 WARM_UP_STEPS = 2
 """Not timed: the first compiles, allocates and touches memory, the second finds it in place."""
 LEAST_STEPS = 3
 """Timed, however long they take; fewer where the training has no more."""
 TIMED_PASSES = 3
-"""Of the teachers over a step's windows."""
+"""Passes of the teachers over a step's windows that are timed."""
 TIMED_BATCHES = 4
 """Forward passes of an evaluation that are timed."""
 
 
 def try_out(
     stage: Stage,
-    surroundings: Surroundings,
+    context: RunContext,
     *,
     windows: WindowSource,
     dev: DevWindows,
@@ -47,12 +48,12 @@ def try_out(
     """
     started = time.perf_counter()
     with (
-        trainer_of(stage, surroundings, windows=windows, dev=dev, ensemble=ensemble) as trainer,
+        closing(Trainer(stage, context, windows=windows, dev=dev, ensemble=ensemble)) as trainer,
         MetricsLog(
-            surroundings.run_dir, stage.name, first_step=0, total_steps=trainer.batches.total_steps
+            context.run_dir, stage.name, first_step=0, total_steps=trainer.batches.total_steps
         ) as metrics,
     ):
-        tried = _Tried(trainer, surroundings, metrics)
+        tried = _Tried(trainer, context, metrics)
         warm = tried.steps(WARM_UP_STEPS)
         engine_s = time.perf_counter() - started
         steps, took_s = tried.steps_for(seconds)
@@ -71,8 +72,8 @@ def try_out(
 class _Tried:
     """One trainer, timed."""
 
-    def __init__(self, trainer: Trainer, around: Surroundings, metrics: MetricsLog) -> None:
-        self.trainer, self.around, self.metrics = trainer, around, metrics
+    def __init__(self, trainer: Trainer, context: RunContext, metrics: MetricsLog) -> None:
+        self.trainer, self.context, self.metrics = trainer, context, metrics
 
     def steps(self, number: int) -> int:
         """Make so many steps, fewer where there are no more; how many were made."""
@@ -122,7 +123,7 @@ class _Tried:
         return time.perf_counter() - began
 
     def _step(self) -> None:
-        self.around.stop.check()
+        self.context.stop.check()
         self.trainer.step(self.metrics)
 
     @property
@@ -130,5 +131,5 @@ class _Tried:
         return self.trainer.batches.total_steps - self.trainer.progress.step
 
     def _wait(self) -> None:
-        if self.around.device.type == "cuda":
-            torch.cuda.synchronize(self.around.device)
+        if self.context.device.type == "cuda":
+            torch.cuda.synchronize(self.context.device)

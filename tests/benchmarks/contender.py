@@ -46,8 +46,8 @@ from babyllama_ds.spec.distillation import scheduled
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.ahead import BatchesAhead
 from babyllama_ds.training.batches import BatchPlan
-from babyllama_ds.training.breakdown import UNMEASURED, Breakdown, Parts
-from babyllama_ds.training.objective import Objective
+from babyllama_ds.training.breakdown import Breakdown, PartTimer, untimed
+from babyllama_ds.training.objective import Objective, Totals
 from babyllama_ds.training.out_of_memory import ran_out
 from babyllama_ds.training.step import train_step
 
@@ -175,7 +175,7 @@ class Ours:
             stack.enter_context(parts.of_module(backbone, "student forward"))
             stack.enter_context(self._engine.communicating(lambda: parts.part("communication")))
             for _ in range(LOOKED_AT_STEPS):
-                self._step(parts)
+                self._step(parts.part)
         if isinstance(parts, Marked):
             parts.settle()
         return {name: seconds / LOOKED_AT_STEPS for name, seconds in parts.seconds.items()}
@@ -255,10 +255,10 @@ class Ours:
         self._objective.zero_grad()
         _give_back()
 
-    def _step(self, parts: Parts = UNMEASURED) -> None:
+    def _step(self, timed: PartTimer = untimed) -> None:
         assert self._engine is not None, "it has been built"
         assert self._ahead is not None, "with its batches"
-        with parts.part("data"):
+        with timed("data"):
             batch = self._ahead.batch(self._number)
         train_step(
             self._engine,
@@ -268,7 +268,7 @@ class Ours:
             rate=self._work.training.learning_rate,
             seed=1,
             step=self._number,
-            parts=parts,
+            timed=timed,
         )
         if self._engine.overflowed:
             raise RuntimeError(f"a gradient of step {self._number} is not finite")
@@ -286,7 +286,7 @@ class Ours:
                 parts = objective(micro, targets, counts)
                 ce_sum, kl_sum = ce_sum + parts.ce_sum.item(), kl_sum + parts.kl_sum.item()
         objective.train()
-        return float(objective.value(ce_sum, kl_sum, counts))
+        return float(objective.value(Totals(ce_sum, kl_sum), counts))
 
 
 # -- the textbook ---------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ from babyllama_ds.report.formatting import number, table
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import BatchPlan
-from babyllama_ds.training.breakdown import UNMEASURED, Breakdown, Parts
+from babyllama_ds.training.breakdown import Breakdown, PartTimer, untimed
 from babyllama_ds.training.objective import Objective
 
 SIDES = ("ours", "ours, DeepSpeed's own", "ours, scattered", "plain", "textbook")
@@ -250,7 +250,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-Instrument = Callable[[Parts], AbstractContextManager[None]]
+Instrument = Callable[[Breakdown], AbstractContextManager[None]]
 
 
 class Turns:
@@ -259,7 +259,7 @@ class Turns:
     def __init__(self, replies: TextIO, device: torch.device) -> None:
         self.instrument: Instrument = lambda _: nullcontext()
         """Where the parts of a step are, while they are measured."""
-        self._current: Parts = UNMEASURED
+        self._timed: PartTimer = untimed
         self._replies = replies
         self._device = device
         self._left = 0
@@ -268,8 +268,8 @@ class Turns:
         self._parts = HostParts(device)
 
     def part(self, name: str, /) -> AbstractContextManager[None]:
-        """As `Parts`: of the steps that are being taken."""
-        return self._current.part(name)
+        """A `PartTimer` for the steps that are being taken."""
+        return self._timed(name)
 
     def wait(self) -> None:
         """Until there are steps to take."""
@@ -280,7 +280,7 @@ class Turns:
         self._left = asked["steps"]
         self._parts = HostParts(self._device)
         if asked["measure"] != "nothing":
-            self._current = self._parts
+            self._timed = self._parts.part
             self._measuring.enter_context(self.instrument(self._parts))
         if asked["measure"] == "operators":
             self._measuring.enter_context(Counted(self._parts))
@@ -295,7 +295,7 @@ class Turns:
             torch.cuda.synchronize(self._device)
         seconds = self._parts.clock() - self._since
         self._measuring.close()
-        self._current = UNMEASURED
+        self._timed = untimed
         parts = self._parts.seconds
         answer = {
             "seconds": seconds,
@@ -402,8 +402,7 @@ def ours(work: Work, turns: Turns, *, own: bool, scattered: bool) -> Callable[[i
     ensemble = Ensemble(members) if members else None
 
     @contextmanager
-    def instrument(parts: Parts) -> Iterator[None]:
-        assert isinstance(parts, Breakdown)
+    def instrument(parts: Breakdown) -> Iterator[None]:
         backbone: nn.Module = objective.model.base_model  # type: ignore[assignment]
         with (
             parts.of_module(backbone, "student forward"),
@@ -417,7 +416,7 @@ def ours(work: Work, turns: Turns, *, own: bool, scattered: bool) -> Callable[[i
         with turns.part("data"):
             batch = plan.batch(count)
         return train_step(
-            engine, objective, ensemble, batch, rate=3e-4, seed=1, step=count, parts=turns
+            engine, objective, ensemble, batch, rate=3e-4, seed=1, step=count, timed=turns.part
         )
 
     return step
@@ -440,8 +439,7 @@ def plain(work: Work, turns: Turns) -> Callable[[int], Any]:
     )
 
     @contextmanager
-    def instrument(parts: Parts) -> Iterator[None]:
-        assert isinstance(parts, Breakdown)
+    def instrument(parts: Breakdown) -> Iterator[None]:
         backbone: nn.Module = objective.model.base_model  # type: ignore[assignment]
         with parts.of_module(backbone, "student forward"):
             yield
@@ -513,9 +511,7 @@ def run_textbook(work: Work, turns: Turns) -> None:
 
 
 @contextmanager
-def _instrumented(trainer: Any, parts: Parts) -> Iterator[None]:
-    assert isinstance(parts, Breakdown)
-
+def _instrumented(trainer: Any, parts: Breakdown) -> Iterator[None]:
     def told(owner: Any, method: str, name: str) -> Any:
         run = getattr(owner, method)
 

@@ -165,8 +165,7 @@ def ours(side: dict[str, Any], sizes: Sizes) -> Built:
         )
         if number > 0:
             return sums.ce_sum
-        ce_sum, kl_sum = ranks.sum_floats(sums.ce_sum.item(), sums.kl_sum.item())
-        return objective.value(ce_sum, kl_sum, sums.counts)
+        return objective.value(sums.over_all_ranks(), sums.counts)
 
     return Built(device, step, {"rate": rate})
 

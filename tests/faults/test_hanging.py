@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from babyllama_ds.patience import Patience
+from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.pipeline import measuring
 from babyllama_ds.teachers.cache import opening
 from babyllama_ds.training import loop
@@ -25,16 +25,16 @@ IMPATIENT = """
 import os
 import runpy
 import sys
-from babyllama_ds import patience
+from babyllama_ds import heartbeat
 
-class Impatient(patience.Patience):
+class Impatient(heartbeat.Heartbeat):
     def __init__(self, name):
         super().__init__(name, first_s=2.0)
     def __enter__(self):
         print("rank", os.environ["RANK"], "watches", self._name, file=sys.stderr, flush=True)
         return super().__enter__()
 
-patience.Patience = Impatient  # before anything imports it
+heartbeat.Heartbeat = Impatient  # before anything imports it
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -46,13 +46,13 @@ def test_every_batch_is_a_sign_of_life(
     """Else long work that goes on would be told of as one that hangs."""
     told: dict[str, list[str]] = {}
 
-    class Watched(Patience):
-        def alive(self, what: str) -> None:
+    class Watched(Heartbeat):
+        def beat(self, what: str) -> None:
             told.setdefault(self._name, []).append(what)
-            super().alive(what)
+            super().beat(what)
 
     for module in (loop, opening, measuring):
-        monkeypatch.setattr(module, "Patience", Watched)
+        monkeypatch.setattr(module, "Heartbeat", Watched)
     words = ("distillation.cache=hidden", "windows.offsets={phases: 1}")
     begin(*words, "evaluation.batch_tokens=64")  # of eight windows, two each
     batches = [f"batch {number} of 4" for number in (1, 2, 3, 4)]

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
-from babyllama_ds.cli.words import command_line
+from babyllama_ds.cli.parser import command_line
 from babyllama_ds.errors import JobError
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job

@@ -53,7 +53,7 @@ from babyllama_ds.spec.models import PretrainedModel
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache.hidden import remember
-from babyllama_ds.teachers.cache.opening import Surroundings
+from babyllama_ds.teachers.cache.opening import CacheContext
 from babyllama_ds.teachers.cache.remembered import remembered_ensemble
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.ensemble import Ensemble, Member, Targets
@@ -213,7 +213,7 @@ class Scene:
     """Windows, and what remembers their targets."""
 
     seen: TeacherInput
-    around: Surroundings
+    context: CacheContext
     saved: Callable[[str], Path]
 
     @property
@@ -228,7 +228,7 @@ class Scene:
 
         def load() -> FrozenModel:
             return FrozenModel(
-                loaded(directory), device=self.around.device, dtype=torch.float32, where=family
+                loaded(directory), device=self.context.device, dtype=torch.float32, where=family
             )
 
         return Teacher(name=family, weight=weight, model_dir=directory, attention="sdpa", load=load)
@@ -250,14 +250,14 @@ def scene(alone: torch.device, base: Path, saved: Callable[[str], Path]) -> Scen
         dtype=torch.float32,
         forward_windows=3,
     )
-    around = Surroundings(
+    context = CacheContext(
         store=Store(base / "store"),
         stop=StopRequest(),
         device=alone,
         tier="disk",
         student_bytes=0,
     )
-    return Scene(seen, around, saved)
+    return Scene(seen, context, saved)
 
 
 def teacher_logits(scene: Scene, family: str) -> Tensor:
@@ -348,7 +348,7 @@ def test_in_bf16_a_teacher_is_as_exact_as_transformers_own(family: str, scene: S
     directory, tokens_BS = scene.saved(family), scene.batch.input_ids_BS
     exact_NV = teacher_logits(scene, family)
     frozen = FrozenModel(
-        loaded(directory, torch.bfloat16), device=scene.around.device, dtype=torch.bfloat16
+        loaded(directory, torch.bfloat16), device=scene.context.device, dtype=torch.bfloat16
     )
     with torch.inference_mode():
         ours_NV = head_logits(frozen.hidden_states(tokens_BS).flatten(0, 1), frozen.head, V)
@@ -360,7 +360,7 @@ def test_in_bf16_a_teacher_is_as_exact_as_transformers_own(family: str, scene: S
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_remembered_hidden_states_make_the_same_targets(family: str, scene: Scene) -> None:
-    remembered = Ensemble([remember(scene.teacher(family), scene.seen, scene.around)])
+    remembered = Ensemble([remember(scene.teacher(family), scene.seen, scene.context)])
     check_targets(scene, remembered.targets(scene.batch), teacher_logits(scene, family))
     remembered.destroy()
 
@@ -370,7 +370,7 @@ def test_remembered_most_likely_tokens_are_those_of_transformers(family: str, sc
     spec = DistillationSpec.model_validate(
         {"cache": "topk", "cache_top_k": 9, "temperature": TEMPERATURE}
     )
-    ensemble = remembered_ensemble(spec, [scene.teacher(family)], scene.seen, scene.around)
+    ensemble = remembered_ensemble(spec, [scene.teacher(family)], scene.seen, scene.context)
     targets: Any = ensemble.targets(scene.batch)
     p_NV = softmax(teacher_logits(scene, family) / TEMPERATURE, -1)
     at_ids = p_NV.gather(-1, targets.token_ids_NK.long()).log()

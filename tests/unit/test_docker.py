@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from babyllama_ds.cli.words import command_line
+from babyllama_ds.cli.parser import command_line
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"

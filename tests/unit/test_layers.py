@@ -17,7 +17,7 @@ LAUNCHER = PACKAGE.parent / "launcher" / "run.py"
 ROWS = (
     {
         *("errors", "files", "hub", "memory", "locks", "store"),
-        *("ranks", "storages", "slurm", "stopping", "patience", "console"),
+        *("ranks", "storages", "slurm", "stopping", "heartbeat", "console"),
     },
     {"spec"},
     {"corpus", "losses", "rundir", "environment"},

@@ -325,12 +325,14 @@ def test_dead_peer_is_an_error_not_a_wait(both: Both) -> None:
 
 
 def test_alone_nothing_is_communicated(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     assert not dist.is_initialized()
     ranks.start_control_group()
     ranks.barrier()
     marker = object()  # not even pickled
-    assert (ranks.rank(), ranks.world_size(), ranks.local_rank()) == (0, 1, 0)
+    assert (ranks.rank(), ranks.world_size()) == (0, 1)
+    assert (ranks.local_rank(), ranks.local_world_size()) == (0, 1)
     assert ranks.broadcast_object(marker) is marker
     assert ranks.gather_objects(marker) == [marker]
     assert ranks.sum_floats(0.1, 2) == [0.1, 2.0]

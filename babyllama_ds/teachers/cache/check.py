@@ -8,7 +8,7 @@ from babyllama_ds.spec.distillation import DistillationSpec
 
 
 def check_top_k(loss: DistillationSpec, vocab_size: int) -> None:
-    """There are as many tokens as `topk` is to keep.
+    """Check that there are as many tokens as `topk` is to keep.
 
     Raises:
         JobError: there are fewer.
@@ -22,7 +22,7 @@ def check_top_k(loss: DistillationSpec, vocab_size: int) -> None:
 
 
 def check_head(head: HeadKind, *, teacher: str) -> None:
-    """A teacher's logits can be had from its hidden states, so that `hidden` may keep those.
+    """Check that a teacher's logits follow from its hidden states, so that `hidden` may keep those.
 
     Raises:
         ModelError: the teacher does more to its logits than multiply by its head.

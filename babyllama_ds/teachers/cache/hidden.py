@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from babyllama_ds import ranks
+from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.models.parts import HeadKind
 from babyllama_ds.teachers.cache.build import Compute
 from babyllama_ds.teachers.cache.check import check_head
 from babyllama_ds.teachers.cache.heads import load_head
 from babyllama_ds.teachers.cache.layout import Layout, padded_bytes
-from babyllama_ds.teachers.cache.opening import Surroundings, Wanted, open_cache
+from babyllama_ds.teachers.cache.opening import CacheContext, Wanted, open_cache
 from babyllama_ds.teachers.cache.records import Records
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput, lent, states_of
 from babyllama_ds.teachers.ensemble import Windows
@@ -38,20 +39,21 @@ class RememberedMember:
     head: Head
     records: Records
 
-    def states(self, windows: Windows) -> Tensor:
-        """Final hidden states [B, S, D], as they were computed once."""
+    def states(self, windows: Windows) -> TeacherStates:
+        """Its states, as they were computed once."""
         records_BR = self.records.read(windows.windows_B)
         self.records.expect(windows.next_windows_B)
         length, width = windows.input_ids_BS.shape[1], self.head.weight_PD.shape[1]
         states_BX = records_BR.view(self.head.weight_PD.dtype)
-        return states_BX[:, : length * width].reshape(-1, length, width)
+        hidden_ND = states_BX[:, : length * width].reshape(-1, width)
+        return TeacherStates(hidden_ND=hidden_ND, head=self.head, weight=self.weight)
 
     def destroy(self) -> None:
         """Free the records."""
         self.records.close()
 
 
-def remember(teacher: Teacher, seen: TeacherInput, around: Surroundings) -> RememberedMember:
+def remember(teacher: Teacher, seen: TeacherInput, context: CacheContext) -> RememberedMember:
     """The teacher's states, from the store or computed now. A collective.
 
     Raises:
@@ -60,7 +62,7 @@ def remember(teacher: Teacher, seen: TeacherInput, around: Surroundings) -> Reme
         MachineError, RunError, Stopped: as `open_cache`.
     """
     head = ranks.on_every_rank(
-        lambda: load_head(teacher.model_dir, device=around.device, dtype=seen.dtype)
+        lambda: load_head(teacher.model_dir, device=context.device, dtype=seen.dtype)
     )
     width, length = head.weight_PD.shape[1], seen.windows.length
     wanted = Wanted(
@@ -83,12 +85,12 @@ def remember(teacher: Teacher, seen: TeacherInput, around: Surroundings) -> Reme
             ranks.on_every_rank(lambda: check_head(kind, teacher=teacher.name))
 
             def compute(numbers_B: NDArray[np.int64]) -> Tensor:
-                states = states_of(teacher, model, seen.windows, numbers_B, around.device)
+                states = states_of(teacher, model, seen.windows, numbers_B, context.device)
                 return _records(states)
 
             return compute
 
-        records = open_cache(wanted, around, make_compute)
+        records = open_cache(wanted, context, make_compute)
     return RememberedMember(name=teacher.name, weight=teacher.weight, head=head, records=records)
 
 

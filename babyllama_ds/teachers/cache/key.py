@@ -37,7 +37,7 @@ def hidden_key(
     attention: str,
     tensor_parallel: int = 1,
 ) -> str:
-    """Of one teacher's final hidden states of every distinct window."""
+    """The key of one teacher's final hidden states of every distinct window."""
     return files.hash_json(
         {
             "format": FORMAT,
@@ -59,7 +59,7 @@ def hidden_key(
 def topk_key(
     members: Sequence[tuple[str, float]], loss: DistillationSpec, *, vocab_size: int
 ) -> str:
-    """Of the ensemble's most likely tokens; `members` are (`hidden_key`, weight), in order."""
+    """The key of the ensemble's likeliest tokens; `members`: (`hidden_key`, weight), in order."""
     total = sum(weight for _, weight in members)
     return files.hash_json(
         {

@@ -34,7 +34,7 @@ _WORD_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """The shards of `num_windows` records; kept beside them, so that who goes on goes on alike."""
+    """The shards of `num_windows` records; kept beside them, for whoever goes on to do it alike."""
 
     num_windows: int
     record_bytes: int

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 
 from babyllama_ds import files, ranks
-from babyllama_ds.patience import Patience
+from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
@@ -33,7 +33,7 @@ KIND = "teacher_cache"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class CacheContext:
     """What a cache needs from its run."""
 
     store: Store
@@ -64,7 +64,7 @@ class Wanted:
 
 
 def open_cache(
-    wanted: Wanted, around: Surroundings, make_compute: Callable[[], Compute]
+    wanted: Wanted, context: CacheContext, make_compute: Callable[[], Compute]
 ) -> Records:
     """The records of all windows, verified; computed where they are missing.
 
@@ -75,28 +75,28 @@ def open_cache(
         RunError: the disk is full, or does not let itself be written.
         Stopped: the run was asked to stop; the next start goes on.
     """
-    lock = around.store.lock(KIND, wanted.key)
-    with around.storages.held(lock), Patience(wanted.name) as patience:
-        return _Opening(wanted, around, patience).records(make_compute)
+    lock = context.store.lock(KIND, wanted.key)
+    with context.storages.held(lock), Heartbeat(wanted.name) as heartbeat:
+        return _Opening(wanted, context, heartbeat).records(make_compute)
 
 
 class _Opening:
     """One cache on its way, under its lock."""
 
-    def __init__(self, wanted: Wanted, around: Surroundings, patience: Patience) -> None:
-        self.wanted, self.around = wanted, around
+    def __init__(self, wanted: Wanted, context: CacheContext, heartbeat: Heartbeat) -> None:
+        self.wanted, self.context = wanted, context
         self.entry, self.place, layout = self._places()
         self.work = Work(
             name=wanted.name,
             layout=layout,
-            stop=around.stop,
-            storages=around.storages,
-            alive=patience.alive,
+            stop=context.stop,
+            storages=context.storages,
+            alive=heartbeat.beat,
             in_step=wanted.in_step,
         )
 
     def records(self, make_compute: Callable[[], Compute]) -> Records:
-        layout, device = self.work.layout, self.around.device
+        layout, device = self.work.layout, self.context.device
         of_each = build.examine(self.work, self.place)
         whole = build.whole_on_each(of_each)
         choice = self._choose(_lacking(layout, whole))
@@ -123,7 +123,7 @@ class _Opening:
 
         They lie alike on every storage: as on the first where some were begun.
         """
-        store, storages = self.around.store, self.around.storages
+        store, storages = self.context.store, self.context.storages
 
         def look() -> tuple[Path | None, Path, Layout | None]:
             entry = store.find(KIND, self.wanted.key)
@@ -160,12 +160,12 @@ class _Opening:
             name=self.wanted.name,
             memory_bytes=layout.total_bytes,
             disk_bytes=build.bytes_of(layout, missing),
-            student_bytes=self.around.student_bytes,
+            student_bytes=self.context.student_bytes,
         )
-        room = measure_room(self.place, self.around.device, self.around.storages)
-        if not self.around.kept:
+        room = measure_room(self.place, self.context.device, self.context.storages)
+        if not self.context.kept:
             room = replace(room, disk=0)  # what stands there whole is read all the same
-        return ranks.on_rank_zero(lambda: choose_tier(self.around.tier, need, room))
+        return ranks.on_rank_zero(lambda: choose_tier(self.context.tier, need, room))
 
     def _say(self, missing: list[int], choice: Choice) -> None:
         layout = self.work.layout
@@ -180,7 +180,7 @@ class _Opening:
             log.info("%s: computing %s", self.wanted.name, shards)
         if not choice.kept and ranks.rank() == 0:
             note = "it is kept in memory only, for this start"
-            if self.around.kept:
+            if self.context.kept:
                 log.warning("%s: the disk has no room for it: %s", self.wanted.name, note)
             else:
                 log.info("%s: %s", self.wanted.name, note)
@@ -192,7 +192,7 @@ class _Opening:
 
         def publish() -> Path:
             if self.entry is None:
-                store = self.around.store
+                store = self.context.store
                 return store.publish(KIND, self.wanted.key, self.place, facts, known)
             manifest = files.read_manifest(self.place)
             if manifest is None or any(
@@ -201,7 +201,7 @@ class _Opening:
                 files.write_manifest(self.place, fingerprint=self.wanted.key, known=known, **facts)
             return self.place
 
-        storages = self.around.storages
+        storages = self.context.storages
         self.place = storages.on_each(publish)[storages.mine]
 
 

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache.hidden import remember
-from babyllama_ds.teachers.cache.opening import Surroundings
+from babyllama_ds.teachers.cache.opening import CacheContext
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.cache.topk import remember_top_k
 from babyllama_ds.teachers.ensemble import Ensemble
-
-__all__ = ["Teacher", "TeacherInput", "remembered_ensemble"]
 
 
 def remembered_ensemble(
     loss: DistillationSpec,
     teachers: Sequence[Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
 ) -> Ensemble:
     """Teachers whose states (`hidden`) or mixture (`topk`) are computed once. A collective.
 
@@ -27,5 +25,5 @@ def remembered_ensemble(
             `topk.remember_top_k`.
     """
     if loss.cache == "topk":
-        return remember_top_k(loss, teachers, seen, around)
-    return Ensemble([remember(teacher, seen, around) for teacher in teachers])
+        return remember_top_k(loss, teachers, seen, context)
+    return Ensemble([remember(teacher, seen, context) for teacher in teachers])

@@ -63,7 +63,7 @@ class TeacherInput:
         return number
 
     def key(self, teacher: Teacher) -> str:
-        """Of the teacher's states of these windows."""
+        """The key of the teacher's states of these windows."""
         return hidden_key(
             self.tokens_dir,
             self.windows,

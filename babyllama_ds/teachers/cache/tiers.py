@@ -10,7 +10,6 @@ spare; a tier asked for by name is refused when it does not fit.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +40,7 @@ class Room:
     """Free bytes; of memory, what one rank may count on."""
 
     device: int | None
-    """Of the accelerator, the smallest of all ranks; none: the ranks compute on the CPU."""
+    """On the accelerator, the least of all ranks; none: the ranks compute on the CPU."""
     device_total: int
     host: int
     disk: int
@@ -104,7 +103,7 @@ def held_where_computed(
     *,
     student_bytes: int,
 ) -> int:
-    """Of caches of these sizes, what will lie in the memory that a training itself takes.
+    """Bytes of caches of these sizes that will lie in the memory that a training itself takes.
 
     They are opened one after another, each in the room that those before it left.
 
@@ -136,7 +135,7 @@ def measure_room(directory: Path, device: torch.device, storages: Storages) -> R
     if on_cuda:
         torch.cuda.empty_cache()  # what earlier stages freed is torch's, and not free to the card
     free, total = torch.cuda.mem_get_info(device) if on_cuda else (0, 0)
-    of_ranks = ranks.gather_objects((free, available_host_bytes() // ranks_of_this_machine()))
+    of_ranks = ranks.gather_objects((free, available_host_bytes() // ranks.local_world_size()))
     of_disks = storages.on_each(lambda: shutil.disk_usage(directory).free)
     return ranks.broadcast_object(
         Room(
@@ -146,11 +145,6 @@ def measure_room(directory: Path, device: torch.device, storages: Storages) -> R
             disk=min(of_disks),
         )
     )
-
-
-def ranks_of_this_machine() -> int:
-    """Ranks that share this host's memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def _free(room: Room) -> dict[Tier, int]:

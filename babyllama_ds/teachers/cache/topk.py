@@ -30,7 +30,7 @@ from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache.build import Compute
 from babyllama_ds.teachers.cache.key import topk_key
 from babyllama_ds.teachers.cache.layout import Layout, padded_bytes
-from babyllama_ds.teachers.cache.opening import Surroundings, Wanted, open_cache
+from babyllama_ds.teachers.cache.opening import CacheContext, Wanted, open_cache
 from babyllama_ds.teachers.cache.records import Records
 from babyllama_ds.teachers.cache.sources import (
     Teacher,
@@ -107,7 +107,7 @@ def remember_top_k(
     loss: DistillationSpec,
     teachers: Sequence[Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
 ) -> TopKEnsemble:
     """The ensemble's most likely tokens, from the store or computed now. A collective.
 
@@ -135,7 +135,7 @@ def remember_top_k(
             def compute(numbers_B: NDArray[np.int64]) -> Tensor:
                 states = [
                     TeacherStates(
-                        states_of(teacher, model, seen.windows, numbers_B, around.device).flatten(
+                        states_of(teacher, model, seen.windows, numbers_B, context.device).flatten(
                             0, 1
                         ),
                         model.head,
@@ -156,8 +156,8 @@ def remember_top_k(
 
             return compute
 
-        records = open_cache(wanted, around, make_compute)
-    return TopKEnsemble(records, loss, teachers, seen, around.device)
+        records = open_cache(wanted, context, make_compute)
+    return TopKEnsemble(records, loss, teachers, seen, context.device)
 
 
 def _check_logits(

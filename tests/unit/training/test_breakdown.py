@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from babyllama_ds.training import breakdown
-from babyllama_ds.training.breakdown import PARTS, Breakdown, Unmeasured
+from babyllama_ds.training.breakdown import PARTS, Breakdown, untimed
 
 
 class Clock:
@@ -78,5 +78,5 @@ def test_a_modules_forward_pass_is_a_part(clock: Clock) -> None:
 
 def test_what_nobody_asked_for_reads_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakdown, "time", None)
-    with Unmeasured().part("loss"):
+    with untimed("loss"):
         pass

@@ -15,7 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +41,35 @@ from babyllama_ds.training.batches import label_mask
 from trainings import LENGTH, RandomWindows, Run, assert_equal_weights, dev_windows, windows_of_step
 
 DROPOUT = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.2}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What came of a training that ended."""
+
+    summary: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    metrics: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ended() -> dict[str, Ended]:
+    return {}
+
+
+@pytest.fixture
+def undisturbed(new_run: Callable[..., Run], ended: dict[str, Ended]) -> Callable[..., Ended]:
+    """A training from start to end, made once for all tests that ask for the same options."""
+
+    def make(run_of: Callable[..., Run] = new_run, **options: Any) -> Ended:
+        key = f"{run_of.__qualname__} {options}"
+        if key not in ended:
+            run = run_of("undisturbed", **options)
+            summary = run.train()
+            ended[key] = Ended(summary, run.weights(), run.metrics())
+        return ended[key]
+
+    return make
 
 
 # -- what is due, and what is written --------------------------------------------------------------
@@ -148,11 +177,13 @@ def test_the_weights_asked_for_leave(keep: str, new_run: Callable[..., Run]) -> 
 @pytest.mark.parametrize("stop_after", [1, 4, 5, 7])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_stopped_and_started_again_ends_with_the_same_weights(
-    stop_after: int, distilled: bool, new_run: Callable[..., Run]
+    stop_after: int,
+    distilled: bool,
+    new_run: Callable[..., Run],
+    undisturbed: Callable[..., Ended],
 ) -> None:
     options = {"of_model": DROPOUT, "distilled": distilled, "log_every_steps": 2, "clip_norm": 0.5}
-    undisturbed = new_run("undisturbed", **options)
-    expected = undisturbed.train()
+    expected = undisturbed(**options)
     run = new_run("stopped", **options)
     with pytest.raises(Stopped) as caught:
         run.train(stop_after=stop_after)
@@ -161,9 +192,9 @@ def test_stopped_and_started_again_ends_with_the_same_weights(
     assert run.folder.saved[-1] == stop_after
     torch.manual_seed(99)  # nothing may depend on what this process drew before
     summary = run.train()
-    assert_equal_weights(run.weights(), undisturbed.weights())
-    assert without_times(summary) == without_times(expected)
-    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert_equal_weights(run.weights(), expected.weights)
+    assert without_times(summary) == without_times(expected.summary)
+    assert without_timing(run.metrics()) == without_timing(expected.metrics)
 
 
 def without_times(summary: dict[str, Any]) -> dict[str, Any]:
@@ -211,12 +242,14 @@ def asked_at_batch(number: int | None) -> DevWindows:
 )
 @pytest.mark.parametrize("stops", [(1,), (3,), (5,), (2, 1, 4)])
 def test_a_stop_within_an_evaluation_loses_nothing(
-    stops: tuple[int, ...], options: dict[str, Any], new_run: Callable[..., Run]
+    stops: tuple[int, ...],
+    options: dict[str, Any],
+    new_run: Callable[..., Run],
+    undisturbed: Callable[..., Ended],
 ) -> None:
     """In the first evaluation, after it was made whole, and more than once."""
     options = {"log_every_steps": 1, **options}
-    undisturbed, run = new_run("undisturbed", **options), new_run("stopped", **options)
-    expected = undisturbed.train()
+    expected, run = undisturbed(**options), new_run("stopped", **options)
     step = 0
     for batch in stops:
         step += 4 * math.ceil(batch / 3) if step == 0 else 4 * ((batch - 1) // 3)
@@ -230,9 +263,9 @@ def test_a_stop_within_an_evaluation_loses_nothing(
         assert step not in run.dev_ce()
     torch.manual_seed(99)
     summary = run.train()
-    assert_equal_weights(run.weights(), undisturbed.weights())
-    assert without_times(summary) == without_times(expected)
-    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert_equal_weights(run.weights(), expected.weights)
+    assert without_times(summary) == without_times(expected.summary)
+    assert without_timing(run.metrics()) == without_timing(expected.metrics)
 
 
 def test_a_stop_within_an_evaluation_ends_it(new_run: Callable[..., Run]) -> None:
@@ -245,25 +278,25 @@ def test_a_stop_within_an_evaluation_ends_it(new_run: Callable[..., Run]) -> Non
     assert seen == [2]
 
 
-def test_an_evaluation_that_was_put_off_is_made_once(new_run: Callable[..., Run]) -> None:
+def test_an_evaluation_that_was_put_off_is_made_once(
+    new_run: Callable[..., Run], undisturbed: Callable[..., Ended]
+) -> None:
     """A checkpoint after it is an ordinary one."""
-    undisturbed, run = new_run("undisturbed"), new_run("stopped")
-    undisturbed.train()
+    expected, run = undisturbed(), new_run("stopped")
     with pytest.raises(Stopped, match="the evaluation at step 4"):
         run.train(dev=asked_at_batch(1))
     with pytest.raises(Stopped, match="step 5"):
         run.train(stop_after=1)
     run.train()
-    assert_equal_weights(run.weights(), undisturbed.weights())
-    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert_equal_weights(run.weights(), expected.weights)
+    assert without_timing(run.metrics()) == without_timing(expected.metrics)
 
 
 @pytest.mark.parametrize("step", [4, 8])
 def test_killed_after_an_evaluation_that_was_put_off_it_is_told_once(
-    step: int, new_run: Callable[..., Run]
+    step: int, new_run: Callable[..., Run], undisturbed: Callable[..., Ended]
 ) -> None:
-    undisturbed, run = new_run("undisturbed"), new_run("killed")
-    undisturbed.train()
+    expected, run = undisturbed(), new_run("killed")
     with pytest.raises(Stopped):
         run.train(dev=asked_at_batch(1 if step == 4 else 4))
     if step == 4:
@@ -277,27 +310,26 @@ def test_killed_after_an_evaluation_that_was_put_off_it_is_told_once(
     else:
         run.train()  # it was the last: killed before the export
     run.train()
-    assert_equal_weights(run.weights(), undisturbed.weights())
-    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert_equal_weights(run.weights(), expected.weights)
+    assert without_timing(run.metrics()) == without_timing(expected.metrics)
 
 
 @pytest.mark.parametrize("at", [(0, 3), (1, 0), (1, 3)])
 def test_killed_at_any_step_ends_with_the_same_weights(
-    at: tuple[int, int], new_run: Callable[..., Run]
+    at: tuple[int, int], new_run: Callable[..., Run], undisturbed: Callable[..., Ended]
 ) -> None:
     def kill(epoch: int, k: int) -> None:
         if (epoch, k) == at:
             raise Killed
 
     options = {"of_model": DROPOUT, "checkpoint_every_steps": 2, "evaluate_every_steps": 3}
-    undisturbed = new_run("undisturbed", **options)
-    undisturbed.train()
+    expected = undisturbed(**options)
     run = new_run("killed", **options)
     with pytest.raises(Killed):
         run.train(before=kill)
     run.train()
-    assert_equal_weights(run.weights(), undisturbed.weights())
-    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert_equal_weights(run.weights(), expected.weights)
+    assert without_timing(run.metrics()) == without_timing(expected.metrics)
 
 
 def test_after_the_last_checkpoint_only_the_end_is_left(new_run: Callable[..., Run]) -> None:
@@ -314,7 +346,9 @@ def test_after_the_last_checkpoint_only_the_end_is_left(new_run: Callable[..., R
     assert_equal_weights(run.weights(), weights)
 
 
-def test_a_run_goes_on_with_what_others_began(new_run: Callable[..., Run]) -> None:
+def test_a_run_goes_on_with_what_others_began(
+    new_run: Callable[..., Run], undisturbed: Callable[..., Ended]
+) -> None:
     """One is killed, a second stopped, a third has steps of its own that are worth nothing now."""
 
     def kill(epoch: int, k: int) -> None:
@@ -322,8 +356,7 @@ def test_a_run_goes_on_with_what_others_began(new_run: Callable[..., Run]) -> No
             raise Killed
 
     options = {"of_model": DROPOUT, "checkpoint_every_steps": 2, "log_every_steps": 1}
-    undisturbed = new_run("undisturbed", **options)
-    expected = undisturbed.train()
+    expected = undisturbed(**options)
     one, two, three = (new_run(name, **options) for name in ("one", "two", "three"))
     with pytest.raises(Stopped):
         three.train(stop_after=1)
@@ -341,19 +374,18 @@ def test_a_run_goes_on_with_what_others_began(new_run: Callable[..., Run]) -> No
     summary = three.train()
     took_s = time.perf_counter() - began_s
     assert three.folder.saved == [6, 8]
-    assert_equal_weights(three.weights(), undisturbed.weights())
-    assert without_times(summary) == without_times(expected)
-    assert (expected["runs"], summary["runs"]) == (["undisturbed"], ["one", "two", "three"])
+    assert_equal_weights(three.weights(), expected.weights)
+    assert without_times(summary) == without_times(expected.summary)
+    assert (expected.summary["runs"], summary["runs"]) == (["undisturbed"], ["one", "two", "three"])
     assert so_far_s < summary["seconds"] < so_far_s + took_s
-    assert without_timing(three.metrics()) == without_timing(undisturbed.metrics())
+    assert without_timing(three.metrics()) == without_timing(expected.metrics)
 
 
 def test_a_checkpoint_without_what_was_logged_leaves_the_runs_own(
-    new_run: Callable[..., Run],
+    new_run: Callable[..., Run], undisturbed: Callable[..., Ended]
 ) -> None:
     """As one of an earlier version."""
-    undisturbed, run = new_run("undisturbed"), new_run("stopped")
-    undisturbed.train()
+    expected, run = undisturbed(), new_run("stopped")
     with pytest.raises(Stopped):
         run.train(stop_after=5)
     for path in run.folder.directory.glob("*/metrics.jsonl"):
@@ -363,7 +395,7 @@ def test_a_checkpoint_without_what_was_logged_leaves_the_runs_own(
         del plain["files"]["metrics.jsonl"]
         manifest.write_text(json.dumps(plain))
     run.train()
-    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert without_timing(run.metrics()) == without_timing(expected.metrics)
 
 
 def test_micro_batches_change_nothing_but_rounding(new_run: Callable[..., Run]) -> None:
@@ -446,17 +478,16 @@ def test_every_term_is_logged_and_alpha_and_temperature_go_their_way(
 
 @pytest.mark.parametrize("stop_after", [1, 5])
 def test_stopped_and_started_again_every_term_goes_on_to_the_bit(
-    every_term: Callable[..., Run], stop_after: int
+    every_term: Callable[..., Run], undisturbed: Callable[..., Ended], stop_after: int
 ) -> None:
     """The matrices of matched layers, their moments and the way of the schedules included."""
-    undisturbed = every_term("undisturbed")
-    undisturbed.train()
+    expected = undisturbed(every_term)
     run = every_term("stopped")
     with pytest.raises(Stopped):
         run.train(stop_after=stop_after)
     run.train()
-    assert_equal_weights(run.weights(), undisturbed.weights())
-    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert_equal_weights(run.weights(), expected.weights)
+    assert without_timing(run.metrics()) == without_timing(expected.metrics)
     assert not any("projections" in key for key in run.weights())
 
 
@@ -503,21 +534,23 @@ def test_a_training_that_still_improves_is_not_ended(new_run: Callable[..., Run]
 
 
 @pytest.mark.parametrize("stop_after", [5, 8, 11])
-def test_patience_goes_on_where_it_was(stop_after: int, new_run: Callable[..., Run]) -> None:
+def test_patience_goes_on_where_it_was(
+    stop_after: int, new_run: Callable[..., Run], undisturbed: Callable[..., Ended]
+) -> None:
     options = {**OVERFITTED, "early_stopping": EarlyStopping(patience=2), "of_model": DROPOUT}
-    undisturbed, run = new_run("undisturbed", **options), new_run("stopped", **options)
-    expected = undisturbed.train()
+    expected, run = undisturbed(**options), new_run("stopped", **options)
     with pytest.raises(Stopped):
         run.train(stop_after=stop_after)
-    assert run.train()["steps"] == expected["steps"] == 16 < expected["planned_steps"]
-    assert_equal_weights(run.weights(), undisturbed.weights())
+    planned = expected.summary["planned_steps"]
+    assert run.train()["steps"] == expected.summary["steps"] == 16 < planned
+    assert_equal_weights(run.weights(), expected.weights)
 
     def no_step(epoch: int, k: int) -> None:
         raise AssertionError("it had ended")
 
     again = run.train(before=no_step)  # killed between the end and the export
     assert again["ended_by"] == "early_stopping"
-    assert_equal_weights(run.weights(), undisturbed.weights())
+    assert_equal_weights(run.weights(), expected.weights)
 
 
 def seconds_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -615,11 +648,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("end", ["stopped", "killed"])
 def test_options_end_with_the_same_weights_after_a_stop_or_a_kill(
-    end: str, name: str, new_run: Callable[..., Run]
+    end: str, name: str, new_run: Callable[..., Run], undisturbed: Callable[..., Ended]
 ) -> None:
     options = {"of_model": DROPOUT, "distilled": True, "checkpoint_every_steps": 2, **OPTIONS[name]}
-    undisturbed, run = new_run("undisturbed", **options), new_run(end, **options)
-    expected = undisturbed.train()
+    expected, run = undisturbed(**options), new_run(end, **options)
 
     def kill(epoch: int, k: int) -> None:
         if (epoch, k) == (1, 1):
@@ -629,9 +661,9 @@ def test_options_end_with_the_same_weights_after_a_stop_or_a_kill(
         run.train(**({"stop_after": 5} if end == "stopped" else {"before": kill}))
     torch.manual_seed(99)
     summary = run.train()
-    assert_equal_weights(run.weights(), undisturbed.weights())
-    assert summary["best_dev_ce"] == expected["best_dev_ce"]
-    assert without_timing(run.metrics()) == without_timing(undisturbed.metrics())
+    assert_equal_weights(run.weights(), expected.weights)
+    assert summary["best_dev_ce"] == expected.summary["best_dev_ce"]
+    assert without_timing(run.metrics()) == without_timing(expected.metrics)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])

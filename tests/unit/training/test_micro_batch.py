@@ -49,7 +49,7 @@ def test_what_does_not_fit_on_another_rank_is_not_taken(monkeypatch: pytest.Monk
 
 def pretend_free(monkeypatch: pytest.MonkeyPatch, num_bytes: float) -> None:
     monkeypatch.setattr(room, "available_host_bytes", lambda: int(num_bytes))
-    monkeypatch.setattr(room, "ranks_of_this_machine", lambda: 1)
+    monkeypatch.setenv("LOCAL_SIZE", "1")
 
 
 def test_the_peak_is_the_most_allocated_at_one_time() -> None:
@@ -83,7 +83,7 @@ def test_nothing_is_tried_that_could_exceed_the_hosts_memory(
 
 def test_ranks_share_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_free(monkeypatch, 20 * MIB)
-    monkeypatch.setattr(room, "ranks_of_this_machine", lambda: 4)
+    monkeypatch.setenv("LOCAL_SIZE", "4")
     host = room.HostRoom()
 
     def fits(windows: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from babyllama_ds.errors import TrainingError
+from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble
@@ -147,10 +149,9 @@ class RulesOut:
             bias[7] = -torch.inf
         return Head(self.teacher.head.weight_PD, bias)
 
-    def states(self, windows: Any) -> torch.Tensor:
+    def states(self, windows: Any) -> TeacherStates:
         self.left -= 1
-        states: torch.Tensor = self.teacher.states(windows)
-        return states
+        return replace(self.teacher.states(windows), head=self.head)
 
     def destroy(self) -> None:
         self.teacher.destroy()

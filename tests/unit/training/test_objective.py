@@ -26,6 +26,7 @@ from babyllama_ds.training.objective import (
     Balance,
     Counts,
     Objective,
+    Totals,
     divergence_of,
     engine_scale,
 )
@@ -141,7 +142,8 @@ def test_one_step_takes_the_gradient_of_the_whole_batchs_formula(
     assert engine.grad_norm == pytest.approx(squares**0.5, rel=1e-5)
 
     ce_sum, kl_sum = sums.ce_sum.item(), sums.kl_sum.item()
-    assert objective.value(ce_sum, kl_sum, sums.counts) == pytest.approx(loss.item(), rel=1e-5)
+    value = objective.value(Totals(ce_sum, kl_sum), sums.counts)
+    assert value == pytest.approx(loss.item(), rel=1e-5)
     assert ce_sum / batch.num_labelled == pytest.approx(ce.item(), rel=1e-5)
     assert kl_sum / batch.num_valid == pytest.approx(kl.item(), rel=1e-4)
 
@@ -171,7 +173,7 @@ def test_a_batch_with_nothing_to_count_has_loss_zero_and_a_graph(
     parts = objective(batch.micro_batches[0], [], counts)
     parts.loss.backward()
     assert parts.loss.item() == 0
-    assert objective.value(0.0, 0.0, counts) == 0
+    assert objective.value(Totals(0.0, 0.0), counts) == 0
     assert not any(parameter.grad.any() for parameter in objective.parameters())
 
 
@@ -194,7 +196,7 @@ def test_without_teachers_the_z_loss_is_there_too(
     assert parts.loss.item() == pytest.approx(loss.item(), rel=1e-5)
     assert parts.z_sum is not None
     assert parts.z_sum.item() == pytest.approx(squares_N.sum().item(), rel=1e-5)
-    logged = objective.value(parts.ce_sum.item(), 0.0, counts, z_sum=parts.z_sum.item())
+    logged = objective.value(Totals(parts.ce_sum.item(), 0.0, z=parts.z_sum.item()), counts)
     assert logged == pytest.approx(loss.item(), rel=1e-5)
     for one, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert (one.grad - other.grad).abs().max() <= 2e-5 * max(other.grad.abs().max(), 1e-3)
@@ -252,9 +254,9 @@ def test_value_by_hand(tiny_model: Callable[..., Any]) -> None:
     spec = DistillationSpec(alpha=0.25, temperature=2.0)
     model, counts = tiny_model("llama"), Counts(ce=20, kl=7, scale=8.0)
     distilled = Objective(model, vocab_size=VOCAB, distillation=spec)
-    assert distilled.value(60.0, 14.0, counts) == pytest.approx(6.75)
+    assert distilled.value(Totals(60.0, 14.0), counts) == pytest.approx(6.75)
     alone = Objective(model, vocab_size=VOCAB, distillation=None)
-    assert alone.value(60.0, 14.0, counts) == pytest.approx(3.0)
+    assert alone.value(Totals(60.0, 14.0), counts) == pytest.approx(3.0)
 
 
 @pytest.mark.parametrize("name", ["sequence", "none"])

@@ -21,7 +21,7 @@ from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.pace import StepPace
-from babyllama_ds.training.stage import Stage, Surroundings
+from babyllama_ds.training.stage import RunContext, Stage
 from babyllama_ds.training.trial import LEAST_STEPS, try_out
 
 VOCAB, LENGTH, WINDOWS = 61, 10, 14
@@ -107,7 +107,7 @@ def tried(
                 micro_batch=config["train_micro_batch_size_per_gpu"],
                 deepspeed=config,
             ),
-            Surroundings(run_dir=tmp_path, device=alone, stop=request, checkpoints=folder),
+            RunContext(run_dir=tmp_path, device=alone, stop=request, checkpoints=folder),
             windows=SlowWindows(),
             dev=slow_dev(2),
             ensemble=SlowEnsemble([Member("a", teacher, 1.0)]) if distilled else None,

@@ -19,7 +19,7 @@ from babyllama_ds.models.build import load_model
 from babyllama_ds.spec.corpus import Phases
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
-from babyllama_ds.teachers.cache.opening import Surroundings
+from babyllama_ds.teachers.cache.opening import CacheContext
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 
 VOCAB, LENGTH, NUM_TOKENS = 61, 10, 405
@@ -88,9 +88,9 @@ def teacher_of(
 
 
 @pytest.fixture
-def around(tmp_path: Path) -> Surroundings:
+def context(tmp_path: Path) -> CacheContext:
     """Files on the disk, unless a test chooses another tier."""
-    return Surroundings(
+    return CacheContext(
         store=Store(tmp_path / "store"),
         stop=StopRequest(),
         device=torch.device("cpu"),

@@ -17,7 +17,7 @@ from babyllama_ds.losses.topk import top_k_targets
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.spec.corpus import Phases
 from babyllama_ds.spec.distillation import DistillationSpec
-from babyllama_ds.teachers.cache.opening import Surroundings
+from babyllama_ds.teachers.cache.opening import CacheContext
 from babyllama_ds.teachers.cache.remembered import remembered_ensemble
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.ensemble import Ensemble, Member
@@ -56,7 +56,7 @@ def test_hidden_states_are_the_live_ones_to_the_bit(
     teacher_of: Callable[..., Teacher],
     seen: TeacherInput,
     apart: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
 ) -> None:
     teacher = teacher_of(kind)
     live = Ensemble([Member(teacher.name, teacher.load(), 1.0)])
@@ -65,15 +65,15 @@ def test_hidden_states_are_the_live_ones_to_the_bit(
     (expected,) = live.states(micro(apart))
     assert not torch.equal(whole.hidden_ND, expected.hidden_ND)
     # Beside a cache of whole windows, which is another one.
-    remembered_ensemble(loss, [teacher], seen, around).destroy()
-    (found,) = remembered_ensemble(loss, [teacher], apart, around).states(micro(apart))
+    remembered_ensemble(loss, [teacher], seen, context).destroy()
+    (found,) = remembered_ensemble(loss, [teacher], apart, context).states(micro(apart))
     assert torch.equal(found.hidden_ND, expected.hidden_ND)
 
 
 def test_the_most_likely_tokens_are_those_of_the_live_ones(
     teacher_of: Callable[..., Teacher],
     apart: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
     tiny_model: Callable[..., Any],
 ) -> None:
     teachers = [teacher_of("llama", seed=1), teacher_of("gpt2", seed=2)]
@@ -82,20 +82,20 @@ def test_the_most_likely_tokens_are_those_of_the_live_ones(
     expected = top_k_targets(
         live.states(micro(apart)), k=9, temperature=2.0, mean_of="logits", vocab_size=61
     )
-    ensemble = remembered_ensemble(loss, teachers, apart, around)
+    ensemble = remembered_ensemble(loss, teachers, apart, context)
     found: Any = ensemble.targets(micro(apart))
     assert torch.equal(found.token_ids_NK, expected.token_ids_NK)
     assert torch.equal(found.log_probs_NK, expected.log_probs_NK)
     # With all tokens kept there is no error.
     every = DistillationSpec(cache="topk", cache_top_k=61)
-    facts = remembered_ensemble(every, teachers, apart, around).closing_facts(
+    facts = remembered_ensemble(every, teachers, apart, context).closing_facts(
         tiny_model("llama").to(torch.bfloat16)
     )
     assert facts["topk"]["relative_kl_error"] < 1e-3
     assert facts["topk"]["gradient_cosine"] > 0.999
     # A student that is its only teacher gives what it gives, for it sees the same documents.
     twin = tiny_model("llama", seed=1).to(torch.bfloat16)
-    facts = remembered_ensemble(every, teachers[:1], apart, around).closing_facts(twin)
+    facts = remembered_ensemble(every, teachers[:1], apart, context).closing_facts(twin)
     assert facts["topk"]["exact_kl"] < 1e-3
 
 

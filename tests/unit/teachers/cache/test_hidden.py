@@ -23,7 +23,7 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import load_model
 from babyllama_ds.models.documents import Pieces
 from babyllama_ds.teachers.cache.hidden import RememberedMember, remember
-from babyllama_ds.teachers.cache.opening import Surroundings
+from babyllama_ds.teachers.cache.opening import CacheContext
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training.batches import MicroBatch, micro_batch
@@ -54,11 +54,11 @@ def test_in_the_same_shape_it_is_the_live_teacher_to_the_bit(
     tier: Literal["host", "disk", "device", "auto"],
     teacher_of: Callable[..., Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
 ) -> None:
     teacher = teacher_of(kind, weight=2.5)
     live = Ensemble([Member(teacher.name, teacher.load(), teacher.weight)])
-    remembered = Ensemble([remember(teacher, seen, replace(around, tier=tier))])
+    remembered = Ensemble([remember(teacher, seen, replace(context, tier=tier))])
     for batch in shuffled_micros(seen.windows, seen.forward_windows):
         (one,), (two,) = live.targets(batch), remembered.targets(batch)
         assert two.hidden_ND.dtype == torch.bfloat16
@@ -71,7 +71,7 @@ def test_in_the_same_shape_it_is_the_live_teacher_to_the_bit(
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_in_another_shape_it_is_within_the_live_teachers_own_variation(
-    kind: str, teacher_of: Callable[..., Teacher], seen: TeacherInput, around: Surroundings
+    kind: str, teacher_of: Callable[..., Teacher], seen: TeacherInput, context: CacheContext
 ) -> None:
     """Computed in threes and asked for in other shapes, it is as far from the live teacher as the
     live teacher is from itself (at this width a CPU's bf16 kernels do round differently), and as
@@ -80,7 +80,7 @@ def test_in_another_shape_it_is_within_the_live_teachers_own_variation(
     teacher = teacher_of(kind, **wide)
     frozen = Member("live", teacher.load(), 1.0)
     live = {size: _all(frozen, seen.windows, size) for size in (1, 3, 5, 16)}
-    member = remember(teacher, seen, around)
+    member = remember(teacher, seen, context)
     exact = _exact(teacher, seen.windows)
     spread = max(_distance(one, two) for one in live.values() for two in live.values())
     for size in live:
@@ -94,9 +94,10 @@ def _distance(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def _all(member: Any, windows: TrainWindows, size: int) -> torch.Tensor:
-    """States [M, S, D] of all windows, in order, asked for in passes of `size`."""
+    """States [M * S, D] of all windows, in order, asked for in passes of `size`."""
     parts = np.split(np.arange(80), np.arange(size, 80, size))
-    return torch.cat([member.states(micro(windows, p.tolist(), [])) for p in parts]).double()
+    passes = [member.states(micro(windows, p.tolist(), [])) for p in parts]
+    return torch.cat([states.hidden_ND for states in passes]).double()
 
 
 def _exact(teacher: Teacher, windows: TrainWindows) -> torch.Tensor:
@@ -105,28 +106,29 @@ def _exact(teacher: Teacher, windows: TrainWindows) -> torch.Tensor:
     model = load_model(str(teacher.model_dir), attention="eager", where="test").double().eval()
     with torch.no_grad():
         backbone, _ = split_causal_lm(model)
-        return backbone(torch.from_numpy(windows.numbered(np.arange(80)))).double()
+        return backbone(torch.from_numpy(windows.numbered(np.arange(80)))).flatten(0, 1).double()
 
 
 def test_records_need_not_be_whole_words(
-    teacher_of: Callable[..., Teacher], seen: TeacherInput, around: Surroundings
+    teacher_of: Callable[..., Teacher], seen: TeacherInput, context: CacheContext
 ) -> None:
     """Ten positions of 15 numbers are 300 bytes: a record has four more."""
     teacher = teacher_of("gpt2", n_embd=15)
     live = Member("live", teacher.load(), 1.0)
-    remembered = remember(teacher, seen, around)
+    remembered = remember(teacher, seen, context)
     batch = micro(seen.windows, [79, 3, 41], [])
-    assert remembered.states(batch).shape == (3, 10, 15)
-    assert torch.equal(remembered.states(batch), live.states(batch))
+    found_ND = remembered.states(batch).hidden_ND
+    assert found_ND.shape == (3 * 10, 15)
+    assert torch.equal(found_ND, live.states(batch).hidden_ND)
 
 
 def test_the_windows_of_the_next_pass_are_read_ahead(
     teacher_of: Callable[..., Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    remembered = remember(teacher_of(), seen, around)
+    remembered = remember(teacher_of(), seen, context)
     expected: list[NDArray[np.int64]] = []
     monkeypatch.setattr(remembered.records, "expect", expected.append)
     remembered.states(micro(seen.windows, [5, 2, 70], [7, 3]))
@@ -137,44 +139,44 @@ def test_it_is_computed_once_and_the_teacher_is_not_loaded_again(
     teacher_of: Callable[..., Teacher],
     counted: Callable[[Teacher], Any],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     first, second = counted(teacher_of()), counted(teacher_of())
     with caplog.at_level(logging.INFO, "babyllama_ds"):
-        remember(first.teacher, seen, around)
+        remember(first.teacher, seen, context)
     assert (first.loads, first.passes) == (1, 27)  # 80 windows in threes
     assert "cache of teachers/llama-0: computing 27 of 27 shards" in caplog.text
-    remember(second.teacher, seen, around)
+    remember(second.teacher, seen, context)
     assert (second.loads, second.passes) == (0, 0)
 
 
 def test_the_cache_of_another_teacher_is_not_used(
-    teacher_of: Callable[..., Teacher], seen: TeacherInput, around: Surroundings
+    teacher_of: Callable[..., Teacher], seen: TeacherInput, context: CacheContext
 ) -> None:
-    remember(teacher_of(seed=0), seen, around)
+    remember(teacher_of(seed=0), seen, context)
     other = replace(teacher_of(seed=1), name="llama-0")
     batch = micro(seen.windows, [5, 2, 70], [])
-    live = Member("live", other.load(), 1.0).states(batch)
-    assert torch.equal(remember(other, seen, around).states(batch), live)
+    live_ND = Member("live", other.load(), 1.0).states(batch).hidden_ND
+    assert torch.equal(remember(other, seen, context).states(batch).hidden_ND, live_ND)
 
 
 def test_the_cache_of_other_data_is_not_used(
     teacher_of: Callable[..., Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
     other_seen: TeacherInput,
 ) -> None:
     teacher = teacher_of()
-    remember(teacher, seen, around)
+    remember(teacher, seen, context)
     batch = micro(other_seen.windows, [5, 2, 70], [])
     assert not torch.equal(batch.input_ids_BS, micro(seen.windows, [5, 2, 70], []).input_ids_BS)
-    live = Member("live", teacher.load(), 1.0).states(batch)
-    assert torch.equal(remember(teacher, other_seen, around).states(batch), live)
+    live_ND = Member("live", teacher.load(), 1.0).states(batch).hidden_ND
+    assert torch.equal(remember(teacher, other_seen, context).states(batch).hidden_ND, live_ND)
 
 
 def test_only_the_head_is_kept(
-    teacher_of: Callable[..., Teacher], seen: TeacherInput, around: Surroundings
+    teacher_of: Callable[..., Teacher], seen: TeacherInput, context: CacheContext
 ) -> None:
     models: list[weakref.ref[FrozenModel]] = []
     plain = teacher_of()
@@ -184,7 +186,7 @@ def test_only_the_head_is_kept(
         models.append(weakref.ref(model))
         return model
 
-    member: RememberedMember = remember(replace(plain, load=load), seen, around)
+    member: RememberedMember = remember(replace(plain, load=load), seen, context)
     gc.collect()
     assert [model() for model in models] == [None]
     assert member.head.weight_PD.shape == (61, 24)
@@ -193,7 +195,7 @@ def test_only_the_head_is_kept(
 def test_a_teacher_that_changes_its_logits_is_refused(
     teacher_of: Callable[..., Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
     tmp_path: Path,
 ) -> None:
     config = Gemma2Config(
@@ -215,14 +217,14 @@ def test_a_teacher_that_changes_its_logits_is_refused(
 
     gemma2 = replace(teacher_of(), model_dir=tmp_path / "gemma2", load=load)
     with pytest.raises(ModelError) as caught:
-        remember(gemma2, seen, around)
+        remember(gemma2, seen, context)
     (problem,) = caught.value.problems
     assert problem.where == "teachers/llama-0"
     assert problem.hint == "set distillation.cache=topk or none"
 
 
 def test_states_that_are_not_finite_name_the_teacher_and_the_windows(
-    teacher_of: Callable[..., Teacher], seen: TeacherInput, around: Surroundings
+    teacher_of: Callable[..., Teacher], seen: TeacherInput, context: CacheContext
 ) -> None:
     plain = teacher_of()
     token = int(seen.windows.numbered(np.array([7]))[0, 4])
@@ -241,7 +243,7 @@ def test_states_that_are_not_finite_name_the_teacher_and_the_windows(
 
     holding = {n for n in range(80) if token in seen.windows.numbered(np.array([n]))[0]}
     with pytest.raises(ModelError) as caught:
-        remember(replace(plain, load=load), seen, around)
+        remember(replace(plain, load=load), seen, context)
     (problem,) = caught.value.problems
     assert problem.where == "teachers/llama-0"
     assert problem.got.startswith("hidden states that are not finite, in windows ")

@@ -20,7 +20,7 @@ from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache import opening, tiers
 from babyllama_ds.teachers.cache.layout import Layout
-from babyllama_ds.teachers.cache.opening import KIND, Surroundings, Wanted, open_cache
+from babyllama_ds.teachers.cache.opening import KIND, CacheContext, Wanted, open_cache
 from babyllama_ds.teachers.cache.records import Records
 from babyllama_ds.teachers.cache.tiers import Room
 
@@ -55,8 +55,8 @@ def assert_all_there(records: Records) -> None:
 
 
 @pytest.fixture
-def around(tmp_path: Path) -> Surroundings:
-    return Surroundings(
+def context(tmp_path: Path) -> CacheContext:
+    return CacheContext(
         store=Store(tmp_path),
         stop=StopRequest(),
         device=torch.device("cpu"),
@@ -83,12 +83,12 @@ def shards(directory: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("tier", ["disk", "host", "auto"])
-def test_it_is_made_once(tier: Any, around: Surroundings, entry: Path, place: Path) -> None:
-    around = replace(around, tier=tier)
+def test_it_is_made_once(tier: Any, context: CacheContext, entry: Path, place: Path) -> None:
+    context = replace(context, tier=tier)
     first, second = Numbers(), Numbers()
-    assert_all_there(open_cache(WANTED, around, first.make))
+    assert_all_there(open_cache(WANTED, context, first.make))
     assert sorted(first.asked) == [0, *range(23)]  # the last pass is filled up with window 0
-    assert_all_there(open_cache(WANTED, around, second.make))
+    assert_all_there(open_cache(WANTED, context, second.make))
     assert second.made == 0
     assert len(shards(entry)) == 6
     assert not place.exists()
@@ -97,10 +97,10 @@ def test_it_is_made_once(tier: Any, around: Surroundings, entry: Path, place: Pa
     assert manifest.facts == {"stage": "cache of teachers/a", "holds": "numbers"}
 
 
-def test_another_key_is_another_cache(around: Surroundings) -> None:
+def test_another_key_is_another_cache(context: CacheContext) -> None:
     first, second = Numbers(), Numbers()
-    open_cache(WANTED, around, first.make)
-    open_cache(replace(WANTED, key="abd"), around, second.make)
+    open_cache(WANTED, context, first.make)
+    open_cache(replace(WANTED, key="abd"), context, second.make)
     assert sorted(second.asked) == sorted(first.asked)
 
 
@@ -108,26 +108,26 @@ def test_another_key_is_another_cache(around: Surroundings) -> None:
 
 
 def test_after_a_kill_only_the_missing_shards_are_computed(
-    around: Surroundings, place: Path, caplog: pytest.LogCaptureFixture
+    context: CacheContext, place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ZeroDivisionError):  # stands for whatever ends the process
-        open_cache(WANTED, around, Numbers(fail_at=13, error=ZeroDivisionError()).make)
+        open_cache(WANTED, context, Numbers(fail_at=13, error=ZeroDivisionError()).make)
     assert shards(place) == ["shard-00000.bin", "shard-00001.bin", "shard-00002.bin"]
     (place / ".tmp-shard-00003.bin-1-abc").write_bytes(b"half")  # of a writer that was killed
     again = Numbers()
     with caplog.at_level(logging.INFO, "babyllama_ds"):
-        assert_all_there(open_cache(WANTED, around, again.make))
+        assert_all_there(open_cache(WANTED, context, again.make))
     assert min(set(again.asked) - {0}) == 12
     assert "computing 3 of 6 shards" in caplog.text
     assert "damaged" not in caplog.text
     assert not place.exists()
 
 
-def test_it_goes_on_in_the_shape_in_which_it_was_begun(around: Surroundings) -> None:
+def test_it_goes_on_in_the_shape_in_which_it_was_begun(context: CacheContext) -> None:
     with pytest.raises(ZeroDivisionError):
-        open_cache(WANTED, around, Numbers(fail_at=13, error=ZeroDivisionError()).make)
+        open_cache(WANTED, context, Numbers(fail_at=13, error=ZeroDivisionError()).make)
     other = replace(LAYOUT, forward_windows=4, shard_windows=8)
-    assert_all_there(open_cache(replace(WANTED, layout=other), around, Numbers().make))
+    assert_all_there(open_cache(replace(WANTED, layout=other), context, Numbers().make))
 
 
 class StopsLater(StopRequest):
@@ -150,18 +150,18 @@ class StopsLater(StopRequest):
 
 @pytest.mark.parametrize(("question", "after", "kept"), [("agreed", 2, 2), ("check", 11, 2)])
 def test_a_stop_request_is_obeyed_and_costs_a_shard_at_most(
-    question: str, after: int, kept: int, around: Surroundings, place: Path
+    question: str, after: int, kept: int, context: CacheContext, place: Path
 ) -> None:
     """Between shards all ranks agree; within one a rank asks at each pass (and, before, at each
     of the six shards it examines)."""
     with pytest.raises(Stopped) as caught:
-        open_cache(WANTED, replace(around, stop=StopsLater(question, after)), Numbers().make)
+        open_cache(WANTED, replace(context, stop=StopsLater(question, after)), Numbers().make)
     assert (caught.value.reason, caught.value.exit_code) == ("SIGTERM", 143)
     if question == "agreed":
         assert caught.value.at == "cache of teachers/a, 2 of 6 shards"
     assert len(shards(place)) == kept
     again = Numbers()
-    assert_all_there(open_cache(WANTED, around, again.make))
+    assert_all_there(open_cache(WANTED, context, again.make))
     assert len(again.asked) == 23 + 1 - kept * 4
 
 
@@ -189,51 +189,51 @@ def test_a_damaged_shard_is_told_by_name_and_computed_anew(
     what: str,
     whole: bool,
     tier: Any,
-    around: Surroundings,
+    context: CacheContext,
     entry: Path,
     place: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     if whole:
-        open_cache(WANTED, around, Numbers().make)
+        open_cache(WANTED, context, Numbers().make)
     else:
         with pytest.raises(ZeroDivisionError):
-            open_cache(WANTED, around, Numbers(fail_at=13, error=ZeroDivisionError()).make)
+            open_cache(WANTED, context, Numbers(fail_at=13, error=ZeroDivisionError()).make)
     path = (entry if whole else place) / "shard-00001.bin"
     damage(path)
     again = Numbers()
     with caplog.at_level(logging.INFO, "babyllama_ds"):
-        assert_all_there(open_cache(WANTED, replace(around, tier=tier), again.make))
+        assert_all_there(open_cache(WANTED, replace(context, tier=tier), again.make))
     assert f"{path} is damaged ({what}): computed anew" in caplog.text
     rest = [] if whole else [0, *range(12, 23)]
     assert sorted(again.asked) == sorted([4, 5, 6, 7, *rest])
     files.verify_manifest(entry)
 
 
-def test_a_shard_that_was_taken_away_is_computed_anew(around: Surroundings, entry: Path) -> None:
-    open_cache(WANTED, around, Numbers().make)
+def test_a_shard_that_was_taken_away_is_computed_anew(context: CacheContext, entry: Path) -> None:
+    open_cache(WANTED, context, Numbers().make)
     (entry / "shard-00005.bin").unlink()
     again = Numbers()
-    assert_all_there(open_cache(WANTED, around, again.make))
+    assert_all_there(open_cache(WANTED, context, again.make))
     assert again.asked == [20, 21, 22, 0]
     files.verify_manifest(entry)
 
 
 def test_another_rounding_of_a_mended_shard_is_in_the_manifest(
-    around: Surroundings, entry: Path
+    context: CacheContext, entry: Path
 ) -> None:
     """Computed anew on another device, a shard may differ in its last bits."""
-    open_cache(WANTED, around, Numbers().make)
+    open_cache(WANTED, context, Numbers().make)
     flip(entry / "shard-00001.bin")
 
     class Rounded(Numbers):
         def compute(self, windows_B: NDArray[np.int64]) -> torch.Tensor:
             return super().compute(windows_B) + 1
 
-    open_cache(WANTED, around, Rounded().make)
+    open_cache(WANTED, context, Rounded().make)
     files.verify_manifest(entry)
     third = Numbers()
-    open_cache(WANTED, around, third.make)
+    open_cache(WANTED, context, third.make)
     assert third.made == 0
 
 
@@ -241,12 +241,12 @@ def test_another_rounding_of_a_mended_shard_is_in_the_manifest(
     "layout", [replace(LAYOUT, record_bytes=8), replace(LAYOUT, num_windows=9)]
 )
 def test_shards_of_another_layout_are_not_used(
-    layout: Layout, around: Surroundings, entry: Path, caplog: pytest.LogCaptureFixture
+    layout: Layout, context: CacheContext, entry: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    open_cache(WANTED, around, Numbers().make)
+    open_cache(WANTED, context, Numbers().make)
     layout.write(entry)
     again = Numbers()
-    assert_all_there(open_cache(WANTED, around, again.make))
+    assert_all_there(open_cache(WANTED, context, again.make))
     files.verify_manifest(entry)
 
 
@@ -261,66 +261,66 @@ def rooms(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 @pytest.mark.parametrize("tier", ["auto", "host"])
 def test_where_the_disk_has_no_room_it_is_kept_in_memory(
     tier: Any,
-    around: Surroundings,
+    context: CacheContext,
     entry: Path,
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     rooms(monkeypatch, disk=1000)
-    around = replace(around, tier=tier)
+    context = replace(context, tier=tier)
     with caplog.at_level(logging.INFO, "babyllama_ds"):
-        assert_all_there(open_cache(WANTED, around, Numbers().make))
+        assert_all_there(open_cache(WANTED, context, Numbers().make))
     assert "the disk has no room for it: it is kept in memory only" in caplog.text
     assert not entry.exists()
     assert shards(place) == []
     again = Numbers()
-    assert_all_there(open_cache(WANTED, around, again.make))
+    assert_all_there(open_cache(WANTED, context, again.make))
     assert len(again.asked) == 24
 
 
 def test_what_is_not_to_be_kept_is_not_written_and_yet_read_where_it_stands(
-    around: Surroundings, entry: Path, place: Path, caplog: pytest.LogCaptureFixture
+    context: CacheContext, entry: Path, place: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    fleeting = replace(around, tier="auto", kept=False)
+    fleeting = replace(context, tier="auto", kept=False)
     with caplog.at_level(logging.INFO, "babyllama_ds"):
         assert_all_there(open_cache(WANTED, fleeting, Numbers().make))
     assert "it is kept in memory only, for this start" in caplog.text
     assert "no room" not in caplog.text
     assert not entry.exists()
     assert shards(place) == []
-    open_cache(WANTED, around, Numbers().make)
+    open_cache(WANTED, context, Numbers().make)
     again = Numbers()
     assert_all_there(open_cache(WANTED, fleeting, again.make))
     assert again.asked == []
 
 
 def test_what_the_disk_does_hold_is_used_in_memory_too(
-    around: Surroundings, place: Path, monkeypatch: pytest.MonkeyPatch
+    context: CacheContext, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it lies: of the first three shards the one in the middle was taken away."""
     with pytest.raises(ZeroDivisionError):
-        open_cache(WANTED, around, Numbers(fail_at=13, error=ZeroDivisionError()).make)
+        open_cache(WANTED, context, Numbers(fail_at=13, error=ZeroDivisionError()).make)
     (place / "shard-00001.bin").unlink()
     rooms(monkeypatch, disk=1000)
     again = Numbers()
-    assert_all_there(open_cache(WANTED, replace(around, tier="auto"), again.make))
+    assert_all_there(open_cache(WANTED, replace(context, tier="auto"), again.make))
     assert sorted(again.asked) == [0, *range(4, 8), *range(12, 23)]
 
 
 @pytest.mark.parametrize("tier", ["disk", "host", "auto"])
 def test_what_fits_nowhere_is_refused_before_a_teacher_is_loaded(
-    tier: Any, around: Surroundings, monkeypatch: pytest.MonkeyPatch
+    tier: Any, context: CacheContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rooms(monkeypatch, disk=1000, host=300)
     numbers = Numbers()
     with pytest.raises(MachineError, match=r"expected 368 bytes "):
-        open_cache(WANTED, replace(around, tier=tier), numbers.make)
+        open_cache(WANTED, replace(context, tier=tier), numbers.make)
     assert numbers.made == 0
 
 
 def test_a_disk_that_fills_says_how_much_is_needed_and_keeps_what_is_written(
-    around: Surroundings, place: Path, monkeypatch: pytest.MonkeyPatch
+    context: CacheContext, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = files.write_atomic
 
@@ -333,7 +333,7 @@ def test_a_disk_that_fills_says_how_much_is_needed_and_keeps_what_is_written(
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_atomic", full)
         with pytest.raises(RunError) as caught:
-            open_cache(WANTED, around, Numbers().make)
+            open_cache(WANTED, context, Numbers().make)
     (problem,) = caught.value.problems
     assert problem.where == f"cache of teachers/a: {place}"
     assert problem.got.endswith(" bytes free on this disk")
@@ -342,26 +342,26 @@ def test_a_disk_that_fills_says_how_much_is_needed_and_keeps_what_is_written(
     assert "what is written stays and is used" in (problem.hint or "")
     assert len(shards(place)) == 3
     again = Numbers()
-    assert_all_there(open_cache(WANTED, around, again.make))
+    assert_all_there(open_cache(WANTED, context, again.make))
     assert min(set(again.asked) - {0}) == 12
 
 
 def test_another_trouble_of_the_disk_is_told_as_it_is(
-    around: Surroundings, monkeypatch: pytest.MonkeyPatch
+    context: CacheContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(path: Path, data: bytes | str) -> None:
         error = OSError(errno.EIO, "Input/output error")
         raise files.cannot_write(path, error) from error
 
-    Layout.write(LAYOUT, Store(around.store.root).building_place(KIND, "abc"))
+    Layout.write(LAYOUT, Store(context.store.root).building_place(KIND, "abc"))
     monkeypatch.setattr(files, "write_atomic", broken)
     with pytest.raises(RunError, match="EIO"):
-        open_cache(WANTED, around, Numbers().make)
+        open_cache(WANTED, context, Numbers().make)
 
 
-def test_the_spared_disk_is_left(around: Surroundings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_spared_disk_is_left(context: CacheContext, monkeypatch: pytest.MonkeyPatch) -> None:
     rooms(monkeypatch, disk=tiers.DISK_SPARED_BYTES + 368, host=0)
-    open_cache(WANTED, around, Numbers().make)
+    open_cache(WANTED, context, Numbers().make)
     rooms(monkeypatch, disk=tiers.DISK_SPARED_BYTES + 367, host=0)
     with pytest.raises(MachineError):
-        open_cache(replace(WANTED, key="abd"), around, Numbers().make)
+        open_cache(replace(WANTED, key="abd"), context, Numbers().make)

@@ -19,7 +19,7 @@ from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
 from babyllama_ds.models.build import load_model
 from babyllama_ds.spec.distillation import DistillationSpec
-from babyllama_ds.teachers.cache.opening import Surroundings
+from babyllama_ds.teachers.cache.opening import CacheContext
 from babyllama_ds.teachers.cache.remembered import remembered_ensemble
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
 from babyllama_ds.teachers.cache.topk import (
@@ -42,9 +42,9 @@ def teachers(teacher_of: Callable[..., Teacher]) -> list[Teacher]:
 
 
 def opened(
-    spec: DistillationSpec, teachers: list[Teacher], seen: TeacherInput, around: Surroundings
+    spec: DistillationSpec, teachers: list[Teacher], seen: TeacherInput, context: CacheContext
 ) -> TopKEnsemble:
-    found = remembered_ensemble(spec, teachers, seen, around)
+    found = remembered_ensemble(spec, teachers, seen, context)
     assert isinstance(found, TopKEnsemble)
     return found
 
@@ -108,10 +108,10 @@ def test_they_are_the_ensembles_most_likely_tokens(
     tier: Literal["disk", "host"],
     teachers: list[Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
 ) -> None:
     spec = loss(mean_of=mean_of, temperature=temperature)
-    ensemble = opened(spec, teachers, seen, replace(around, tier=tier))
+    ensemble = opened(spec, teachers, seen, replace(context, tier=tier))
     numbers = [7, 79, 41, 2]
     found = targets_of(ensemble, seen, numbers)
     tokens_BS = torch.from_numpy(seen.windows.numbered(np.array(numbers)))
@@ -125,7 +125,7 @@ def test_they_are_the_ensembles_most_likely_tokens(
 
 
 def test_in_the_same_shape_they_are_the_live_ones_to_the_bit(
-    teachers: list[Teacher], seen: TeacherInput, around: Surroundings
+    teachers: list[Teacher], seen: TeacherInput, context: CacheContext
 ) -> None:
     numbers = [33, 4, 60]
     tokens_BS = torch.from_numpy(seen.windows.numbered(np.array(numbers)))
@@ -135,7 +135,7 @@ def test_in_the_same_shape_they_are_the_live_ones_to_the_bit(
         hidden_ND = model.hidden_states(tokens_BS).flatten(0, 1)
         states.append(TeacherStates(hidden_ND, model.head, teacher.weight))
     live = top_k_targets(states, k=9, temperature=2.0, mean_of="logits", vocab_size=61)
-    found = targets_of(opened(loss(), teachers, seen, around), seen, numbers)
+    found = targets_of(opened(loss(), teachers, seen, context), seen, numbers)
     assert torch.equal(found.token_ids_NK, live.token_ids_NK)
     assert torch.equal(found.log_probs_NK, live.log_probs_NK)
 
@@ -143,10 +143,10 @@ def test_in_the_same_shape_they_are_the_live_ones_to_the_bit(
 def test_the_windows_of_the_next_pass_are_read_ahead(
     teachers: list[Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ensemble = opened(loss(), teachers, seen, around)
+    ensemble = opened(loss(), teachers, seen, context)
     expected: list[NDArray[np.int64]] = []
     monkeypatch.setattr(ensemble._records, "expect", expected.append)
     tokens_BS = torch.from_numpy(seen.windows.numbered(np.array([5, 2])))
@@ -159,19 +159,19 @@ def test_they_are_computed_once(
     teachers: list[Teacher],
     counted: Callable[[Teacher], Any],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
 ) -> None:
-    opened(loss(), teachers, seen, around)
+    opened(loss(), teachers, seen, context)
     again = [counted(teacher) for teacher in teachers]
-    opened(loss(alpha=0.1), [one.teacher for one in again], seen, around)
+    opened(loss(alpha=0.1), [one.teacher for one in again], seen, context)
     assert [one.loads for one in again] == [0, 0]
-    opened(loss(cache_top_k=8), [one.teacher for one in again], seen, around)
+    opened(loss(cache_top_k=8), [one.teacher for one in again], seen, context)
     assert [one.loads for one in again] == [1, 1]
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_logits_that_are_not_finite_name_the_teacher_and_are_not_kept(
-    value: str, teachers: list[Teacher], seen: TeacherInput, around: Surroundings
+    value: str, teachers: list[Teacher], seen: TeacherInput, context: CacheContext
 ) -> None:
     sound, plain = teachers
 
@@ -184,11 +184,11 @@ def test_logits_that_are_not_finite_name_the_teacher_and_are_not_kept(
         return model
 
     def published() -> list[Path]:
-        return sorted(around.store.root.rglob("manifest.json"))
+        return sorted(context.store.root.rglob("manifest.json"))
 
     before = published()
     with pytest.raises(ModelError) as caught:
-        opened(loss(), [sound, replace(plain, load=load)], seen, around)
+        opened(loss(), [sound, replace(plain, load=load)], seen, context)
     (problem,) = caught.value.problems
     assert problem.where == f"teachers/{plain.name}"
     assert problem.got == "logits that are not finite, in windows 0, 1, 2"
@@ -196,7 +196,7 @@ def test_logits_that_are_not_finite_name_the_teacher_and_are_not_kept(
     assert problem.hint.startswith(f"the weights of {plain.name} are damaged")
     assert published() == before
     # Nothing of it is found by a later run: the mended teacher is asked for every window.
-    found = targets_of(opened(loss(), teachers, seen, around), seen, [0, 1, 2])
+    found = targets_of(opened(loss(), teachers, seen, context), seen, [0, 1, 2])
     assert found.log_probs_NK.isfinite().all()
 
 
@@ -258,12 +258,12 @@ def test_the_error_is_that_of_whole_distributions(
     student: nn.Module,
     teachers: list[Teacher],
     seen: TeacherInput,
-    around: Surroundings,
+    context: CacheContext,
 ) -> None:
     spec = loss(cache_top_k=k)
     precise = replace(seen, dtype=torch.float32)
     teachers = [_in_fp32(teacher) for teacher in teachers]
-    ensemble = opened(spec, teachers, precise, around)
+    ensemble = opened(spec, teachers, precise, context)
     facts = ensemble.closing_facts(student)["topk"]
     assert student.training
     exact, topk, cosine = by_hand(student, teachers, precise, spec)
@@ -286,10 +286,10 @@ def _in_fp32(teacher: Teacher) -> Teacher:
 
 
 def test_with_every_token_there_is_none(
-    student: nn.Module, teachers: list[Teacher], seen: TeacherInput, around: Surroundings
+    student: nn.Module, teachers: list[Teacher], seen: TeacherInput, context: CacheContext
 ) -> None:
     precise = replace(seen, dtype=torch.float32)
-    ensemble = opened(loss(cache_top_k=61), [_in_fp32(t) for t in teachers], precise, around)
+    ensemble = opened(loss(cache_top_k=61), [_in_fp32(t) for t in teachers], precise, context)
     facts = ensemble.closing_facts(student)["topk"]
     assert facts["relative_kl_error"] < 1e-5
     assert facts["gradient_cosine"] == pytest.approx(1, abs=1e-6)

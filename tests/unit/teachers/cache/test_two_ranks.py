@@ -25,7 +25,7 @@ from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache import build, opening
 from babyllama_ds.teachers.cache.layout import Layout, write_shard
-from babyllama_ds.teachers.cache.opening import Surroundings, Wanted, open_cache
+from babyllama_ds.teachers.cache.opening import CacheContext, Wanted, open_cache
 from babyllama_ds.teachers.cache.tiers import Room
 
 # Seven shards: in the last round only one rank has work.
@@ -75,7 +75,7 @@ def opened(
     layout: Layout = LAYOUT,
 ) -> dict[str, Any]:
     """What this rank reads from the cache, and what it was asked to compute; or its error."""
-    around = Surroundings(
+    context = CacheContext(
         store=Store(folder),
         stop=stop or StopRequest(),
         device=torch.device("cpu"),
@@ -87,7 +87,7 @@ def opened(
         name="cache of teachers/a", key=name, layout=layout, made_of={}, in_step=in_step
     )
     try:
-        records = open_cache(wanted, around, lambda: numbers)
+        records = open_cache(wanted, context, lambda: numbers)
     except (UserError, Stopped) as error:
         return {"error": str(error)}
     return {"read": records.read(np.array(ALL))[:, 7].tolist(), "asked": sorted(numbers.asked)}

@@ -1,4 +1,4 @@
-"""The words of the command line: what there is to type enters argparse, options leave.
+"""The command line's parser: what there is to type enters argparse, options leave.
 
 A misspelt command, option or field is answered with what was meant.
 """

@@ -1,4 +1,4 @@
-"""What is told of a training: the sums of a step enter; its line of metrics and warnings leave.
+"""The log of a training's steps: the sums of a step enter; its line of metrics and warnings leave.
 
 A logged step waits for the device once more, for its sums. What it finds that is not finite ends
 the training.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 
 from babyllama_ds import ranks
@@ -25,9 +26,12 @@ from babyllama_ds.training.step import StepSums
 
 log = logging.getLogger(__name__)
 
+SHOWN_EVERY_S = 10.0
+"""Seconds between what people are shown, in the log or on the bar."""
 
-class Telling:
-    """Of one training's steps."""
+
+class StepLog:
+    """The log of one training's steps."""
 
     def __init__(
         self,
@@ -45,9 +49,10 @@ class Telling:
         # None of them where only their mixture is remembered (`cache: topk`): it is not watched.
         self._teachers = [member.name for member in ensemble.members] if ensemble else []
         self._warned: set[str] = set()
+        self._shown_at = -math.inf
 
     def due(self, step: int) -> bool:
-        """Whether this step, counted from 1, is told."""
+        """Whether this step, counted from 1, is logged."""
         every = self._stage.training.log_every_steps
         return step % every == 0 or step in (1, self._batches.total_steps)
 
@@ -55,19 +60,17 @@ class Telling:
         """Whether in this step, counted from 1, it is measured how teachers and student agree."""
         return bool(self._teachers) and self.due(step)
 
-    def tell(
+    def write(
         self, progress: Progress, batch: Batch, sums: StepSums, rate: float, metrics: MetricsLog
     ) -> None:
-        """The step that led to `progress`, at the learning rate `rate`. A collective.
+        """Log the step that led to `progress`, at the learning rate `rate`. A collective.
 
         Raises `TrainingError` when its loss, its gradient or a logit is not finite.
         """
         with self._clock:  # .item() waits for the device: that time belongs to the steps
             totals = sums.over_all_ranks()
             watched = self._watched(sums, batch)
-        loss = self._objective.value(
-            totals.ce, totals.kl, sums.counts, z_sum=totals.z, matching_sum=totals.matching
-        )
+        loss = self._objective.value(totals, sums.counts)
         grad_norm = self._engine.grad_norm
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             what = f"a loss of {loss}, gradient norm {grad_norm}"
@@ -91,16 +94,15 @@ class Telling:
                 **metered,
             },
         )
-        if self._clock.line_due(last=progress.step == self._batches.total_steps):
-            left_s = (self._batches.total_steps - progress.step) * self._clock.seconds_a_step(
-                progress.step
-            )
+        left = self._batches.total_steps - progress.step
+        if left == 0 or time.monotonic() - self._shown_at >= SHOWN_EVERY_S:
+            self._shown_at = time.monotonic()
             metrics.show(
                 progress.step,
                 shown,
                 tokens_per_s=tokens_per_s,
                 mfu=metered.get("mfu"),
-                seconds_left=left_s,
+                seconds_left=left * self._clock.seconds_a_step(progress.step),
             )
 
     def _watched(self, sums: StepSums, batch: Batch) -> dict[str, float]:

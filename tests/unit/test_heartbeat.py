@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from babyllama_ds.patience import Patience
+from babyllama_ds.heartbeat import Heartbeat
 
 LIMIT_S = 30
 
@@ -23,28 +23,28 @@ def told(caplog: pytest.LogCaptureFixture, since: str, number: int) -> list[str]
 
 
 def test_a_silence_is_told_ever_more_rarely(caplog: pytest.LogCaptureFixture) -> None:
-    with Patience("student", first_s=0.3) as patience:
-        patience.alive("step 12")
+    with Heartbeat("student", first_s=0.3) as heartbeat:
+        heartbeat.beat("step 12")
         assert told(caplog, "since step 12", 2) == [
             "student: nothing more in the 0.005 minutes since step 12",
             "student: nothing more in the 0.01 minutes since step 12",
         ]
-        patience.alive("step 13")
+        heartbeat.beat("step 13")
         assert told(caplog, "since step 13", 1) == [
             "student: nothing more in the 0.005 minutes since step 13"
         ]
 
 
 def test_a_training_that_goes_on_is_not_disturbed(caplog: pytest.LogCaptureFixture) -> None:
-    with Patience("student", first_s=1.0) as patience:
+    with Heartbeat("student", first_s=1.0) as heartbeat:
         for step in range(30):
             time.sleep(0.05)
-            patience.alive(f"step {step}")
+            heartbeat.beat(f"step {step}")
     assert caplog.records == []
 
 
 def test_its_end_does_not_wait() -> None:
     began_s = time.monotonic()
-    with pytest.raises(ZeroDivisionError), Patience("student"):
+    with pytest.raises(ZeroDivisionError), Heartbeat("student"):
         raise ZeroDivisionError
     assert time.monotonic() - began_s < LIMIT_S

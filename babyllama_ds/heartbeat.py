@@ -1,4 +1,4 @@
-"""Work that does not come on: signs of life enter; a warning leaves where there was none for long.
+"""Work that hangs: heartbeats enter; a warning leaves where there was none for long.
 
 A rank that hangs (a process that was stopped, a driver, a disk that does not answer) leaves the
 others waiting in a collective, some of which have no time-out to speak of. Nobody can tell from
@@ -15,19 +15,19 @@ from types import TracebackType
 log = logging.getLogger(__name__)
 
 FIRST_S = 600.0
-"""Seconds without a sign of life until the first warning; each later one takes twice as long."""
+"""Seconds without a heartbeat until the first warning; each later one takes twice as long."""
 
 
-class Patience:
-    """Of some work on this rank: `with Patience(name) as patience: … patience.alive("…")`."""
+class Heartbeat:
+    """Watches work on this rank: `with Heartbeat(name) as heartbeat: … heartbeat.beat("…")`."""
 
     def __init__(self, name: str, *, first_s: float = FIRST_S) -> None:
         self._name, self._first_s = name, first_s
         self._last = (time.monotonic(), "it began")
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="patience", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
-    def __enter__(self) -> Patience:
+    def __enter__(self) -> Heartbeat:
         self._thread.start()
         return self
 
@@ -40,8 +40,8 @@ class Patience:
         self._over.set()
         self._thread.join()
 
-    def alive(self, what: str) -> None:
-        """This has just been done."""
+    def beat(self, what: str) -> None:
+        """`what` has just been done."""
         self._last = (time.monotonic(), what)
 
     def _watch(self) -> None:
