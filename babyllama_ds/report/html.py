@@ -138,8 +138,8 @@ def _curves_notes(report: Report, drawn: Mapping[str, Mapping[str, Curve]]) -> l
     without = [name for name in report["models"] if all(name not in of for of in drawn.values())]
     if without:
         notes.append(
-            f"No curve for {', '.join(without)}: nothing was logged of it in this run (a teacher "
-            "may have been trained in another run, or loaded)."
+            f"No curve for {', '.join(without)}: nothing is logged of it here (a teacher may have "
+            "been loaded)."
         )
     most = max(curve.per_point for of in drawn.values() for curve in of.values())
     if most > 1:

@@ -144,13 +144,9 @@ def trainings(report: Mapping[str, Any]) -> list[str]:
 
 
 def trained_elsewhere(report: Mapping[str, Any], name: str) -> bool:
-    """Whether a teacher came trained out of the store: nothing of its training is logged here.
-
-    False where nothing at all is logged: the metrics are missing, which says nothing.
-    """
-    model, logged = report["models"][name], report["last_logged_step"]
-    trained = model["role"] == "teacher" and bool(model["steps"])
-    return trained and bool(logged) and f"teachers/{name}" not in logged
+    """Whether a model came trained out of the store: this run has no part in its training."""
+    job, runs = report["job"], report["models"][name]["runs"] or []
+    return bool(runs) and job["name"].replace("{seed}", str(job["seed"])) not in runs
 
 
 def taken_over(report: Mapping[str, Any], name: str) -> str:
