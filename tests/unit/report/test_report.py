@@ -360,7 +360,7 @@ def test_the_times_of_a_teacher_of_another_run_are_not_this_machines(run_dir: Pa
     assert "on 2 cpu ranks" not in card
     assert "488 steps in 2 min 5 s, in another run" in card
     with (run_dir / "metrics.jsonl").open("a") as stream:
-        stream.write(json.dumps({"stage": "teachers/deep", "step": 1, "loss": 5.0}) + "\n")
+        stream.write("\n" + json.dumps({"stage": "teachers/deep", "step": 1, "loss": 5.0}))
     assert told in render_markdown(collect_report(run_dir))
 
 
