@@ -176,7 +176,7 @@ def _benchmarks(report: Report, styles: Mapping[str, Style]) -> list[Benchmark]:
             _by_term(benchmark),
             styles,
             unit="accuracy (%)",
-            chance=50.0,
+            chance=_chance(benchmark),
         )
         benchmarks.append(
             Benchmark(
@@ -187,6 +187,13 @@ def _benchmarks(report: Report, styles: Mapping[str, Style]) -> list[Benchmark]:
             )
         )
     return benchmarks
+
+
+def _chance(benchmark: Mapping[str, Any]) -> float | None:
+    """Per cent that guessing gets right in every task; none: in one more than in another."""
+    # Rounded: each is a mean over its task's items.
+    chances = {round(100 * words.chance_of(scores), 6) for scores in benchmark["tasks"].values()}
+    return chances.pop() if len(chances) == 1 else None
 
 
 def _by_term(benchmark: Mapping[str, Any]) -> dict[str, dict[str, float]]:

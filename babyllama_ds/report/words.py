@@ -254,8 +254,13 @@ def presentation(benchmark: Mapping[str, Any]) -> str:
 def guessing(benchmark: Mapping[str, Any]) -> str:
     """The accuracy (%) of guessing, like a model's a mean over tasks."""
     tasks = benchmark["tasks"].values()
-    chance = sum(scores.get("chance", CHANCE_OF_PAIRS) for scores in tasks) / len(tasks)
-    return f"{100 * chance:.4g}"
+    return f"{100 * sum(map(chance_of, tasks)) / len(tasks):.4g}"
+
+
+def chance_of(task: Mapping[str, Any]) -> float:
+    """The share of a task's items that guessing gets right."""
+    chance: float = task.get("chance", CHANCE_OF_PAIRS)
+    return chance
 
 
 def fine_tuning(suite: Mapping[str, Any]) -> list[str]:
