@@ -107,7 +107,7 @@ def push(
             cannot be reached, or has something else afterwards.
     """
     manifest = files.verify_manifest(directory)
-    check_names(directory, manifest)
+    check_names(directory, manifest.files)
     ours = {name: _hashes(directory / name, facts) for name, facts in manifest.files.items()}
     api = HfApi(
         token=to.token,

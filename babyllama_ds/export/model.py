@@ -1,6 +1,6 @@
 """One model of a finished run enters; a Hugging Face directory leaves that needs nothing else.
 
-It holds what the run wrote, and
+It holds what the run wrote (a teacher's without what was logged of its training), and
 
     README.md                how it was made and measured, as the hub reads it (`report.card`)
     tokenizer_config.json    with `model_max_length`: the positions that the model has, for what
@@ -14,6 +14,7 @@ Nothing here is executable: JSON, Markdown and safetensors, no pickle.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,6 +27,7 @@ from babyllama_ds import files
 from babyllama_ds.errors import RunError
 from babyllama_ds.export.finished import FinishedRun
 from babyllama_ds.report.card import render_milestone_card, render_model_card
+from babyllama_ds.rundir import METRICS_NAME
 
 SAFE_SUFFIXES = (".json", ".safetensors", ".md")
 """What a model directory is made of. Anything else is not given away."""
@@ -85,10 +87,11 @@ def export_milestone_dir(
 
 def _export(source: Path, target: Path, card: str, model: str, *, float32: bool) -> None:
     manifest = files.verify_manifest(source)
-    check_names(source, manifest)
+    names = manifest.files.keys() - {METRICS_NAME}
+    check_names(source, names)
     with files.appearing(target) as directory:
         directory.mkdir(parents=True)
-        for name in manifest.files:
+        for name in names:
             shutil.copyfile(source / name, directory / name)
         _set_lengths(directory)
         if float32:
@@ -101,13 +104,13 @@ def _export(source: Path, target: Path, card: str, model: str, *, float32: bool)
             _check_weights(source, manifest, directory)
 
 
-def check_names(directory: Path, manifest: files.Manifest) -> None:
-    """Every file that the manifest names may be given away.
+def check_names(directory: Path, names: Iterable[str]) -> None:
+    """Every file of these names may be given away.
 
     Raises:
         RunError: a file in a folder of its own, or of a kind that is not in `SAFE_SUFFIXES`.
     """
-    for name in manifest.files:
+    for name in sorted(names):
         path = PurePosixPath(name)
         if path.name != name or path.suffix not in SAFE_SUFFIXES:
             raise RunError.of(

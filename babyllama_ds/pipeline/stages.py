@@ -38,7 +38,7 @@ from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
-from babyllama_ds.training.metrics import forget_cut_short
+from babyllama_ds.training.metrics import logged_of, tell_as_done
 from babyllama_ds.training.milestones import share_milestones
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Pipeline:
             else:
                 log.info("%s: done before", stage)
                 done = entry
-                ranks.on_rank_zero(lambda: self._forget_cut_short(stage, done))
+                ranks.on_rank_zero(lambda: self._tell_as_done(stage, done))
                 # Some are left where a run died when the model stood already.
                 self.storages.on_each(checkpoints.remove)
         found = entry
@@ -157,6 +157,8 @@ class Pipeline:
             try:
                 tokenizer_dir = corpus.entries.tokenizer_dir
                 export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+                # For the curves of other runs, which find it done.
+                files.write_atomic(directory / METRICS_NAME, logged_of(self.run_dir, stage))
                 self.store.publish("teachers", key, directory, {"stage": stage})
             finally:
                 # Gone already when published; else it would leave no room to say what happened.
@@ -165,9 +167,10 @@ class Pipeline:
         ranks.on_rank_zero(publish)
         return self._finished(lambda: self.store.find("teachers", key), checkpoints)
 
-    def _forget_cut_short(self, stage: str, entry: Path) -> None:
-        steps: int = files.read_json(entry / "training.json")["steps"]
-        forget_cut_short(self.run_dir, stage, steps)
+    def _tell_as_done(self, stage: str, entry: Path) -> None:
+        metrics = entry / METRICS_NAME
+        if metrics.exists():  # not in entries of earlier versions
+            tell_as_done(self.run_dir, stage, metrics.read_text(encoding="utf-8"))
 
     def student(self, corpus: Corpus, teachers: dict[str, Path]) -> Path:
         """The distilled model."""

@@ -142,8 +142,8 @@ def _curves_notes(report: Report, drawn: Mapping[str, Mapping[str, Curve]]) -> l
     without = [name for name in report["models"] if all(name not in of for of in drawn.values())]
     if without:
         notes.append(
-            f"No curve for {', '.join(without)}: nothing was logged of it in this run (a teacher "
-            "may have been trained in another run, or loaded)."
+            f"No curve for {', '.join(without)}: nothing is logged of it here (a teacher may have "
+            "been loaded)."
         )
     most = max(curve.per_point for of in drawn.values() for curve in of.values())
     if most > 1:
@@ -180,7 +180,7 @@ def _benchmarks(report: Report, styles: Mapping[str, Style]) -> list[Benchmark]:
             _by_term(benchmark),
             styles,
             unit="accuracy (%)",
-            chance=_one_chance(benchmark),
+            chance=_chance(benchmark),
         )
         benchmarks.append(
             Benchmark(
@@ -191,6 +191,13 @@ def _benchmarks(report: Report, styles: Mapping[str, Style]) -> list[Benchmark]:
             )
         )
     return benchmarks
+
+
+def _chance(benchmark: Mapping[str, Any]) -> float | None:
+    """Per cent that guessing gets right in every task; none: in one more than in another."""
+    # Rounded: each is a mean over its task's items.
+    chances = {round(100 * words.chance_of(scores), 6) for scores in benchmark["tasks"].values()}
+    return chances.pop() if len(chances) == 1 else None
 
 
 def _by_term(benchmark: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -209,11 +216,6 @@ def _by_term(benchmark: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         }
         for term, of_tasks in accuracies.items()
     }
-
-
-def _one_chance(benchmark: Mapping[str, Any]) -> float | None:
-    """What guessing gives (%), where it is the same for every term."""
-    return words.guessing(benchmark) if len(set(words.chances_of(benchmark))) == 1 else None
 
 
 def _milestones(report: Report, styles: Mapping[str, Style]) -> list[Figure]:

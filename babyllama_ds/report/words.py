@@ -144,13 +144,9 @@ def trainings(report: Mapping[str, Any]) -> list[str]:
 
 
 def trained_elsewhere(report: Mapping[str, Any], name: str) -> bool:
-    """Whether a teacher came trained out of the store: nothing of its training is logged here.
-
-    False where nothing at all is logged: the metrics are missing, which says nothing.
-    """
-    model, logged = report["models"][name], report["last_logged_step"]
-    trained = model["role"] == "teacher" and bool(model["steps"])
-    return trained and bool(logged) and f"teachers/{name}" not in logged
+    """Whether a model came trained out of the store: this run has no part in its training."""
+    job, runs = report["job"], report["models"][name]["runs"] or []
+    return bool(runs) and job["name"].replace("{seed}", str(job["seed"])) not in runs
 
 
 def taken_over(report: Mapping[str, Any], name: str) -> str:
@@ -257,13 +253,14 @@ def presentation(benchmark: Mapping[str, Any]) -> str:
 
 def guessing(benchmark: Mapping[str, Any]) -> float:
     """The accuracy (%) of guessing, like a model's a mean over tasks."""
-    chances = chances_of(benchmark)
-    return 100 * sum(chances) / len(chances)
+    tasks = benchmark["tasks"].values()
+    return 100 * sum(map(chance_of, tasks)) / len(tasks)
 
 
-def chances_of(benchmark: Mapping[str, Any]) -> list[float]:
-    """What guessing gives in each task, a share."""
-    return [scores.get("chance", CHANCE_OF_PAIRS) for scores in benchmark["tasks"].values()]
+def chance_of(task: Mapping[str, Any]) -> float:
+    """The share of a task's items that guessing gets right."""
+    chance: float = task.get("chance", CHANCE_OF_PAIRS)
+    return chance
 
 
 def fine_tuning(suite: Mapping[str, Any]) -> list[str]:

@@ -58,7 +58,8 @@ class MetricsLog:
         self._on_rank_zero(lambda: self._open(first_step, logged()))
 
     def _open(self, first_step: int, logged: str | None) -> None:
-        go_back(self._run_dir, self.stage, first_step, logged)
+        past = self._until(first_step) if logged is None else _named(self.stage, logged)
+        go_back(self._run_dir, self.stage, past)
         restore_boards(self._file, self._run_dir / BOARDS_NAME)
         board = _board_of(self._run_dir, self.stage)
         self._board = SummaryWriter(str(board), purge_step=first_step + 1)
@@ -70,6 +71,10 @@ class MetricsLog:
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
+
+    def _until(self, step: int) -> list[str]:
+        """The lines that stand here, of so many steps."""
+        return [line for line, entry in _lines_of(self._file, self.stage) if entry["step"] <= step]
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -149,23 +154,34 @@ class MetricsLog:
         )
 
 
-def go_back(run_dir: Path, stage: str, last_step: int, logged: str | None = None) -> None:
-    """Take the metrics of `stage` back to what a checkpoint of `last_step` steps has `logged`.
-
-    They may be another run's, of a teacher that has another name there, and come to stand last.
-    None: those that stand here, of so many steps.
-    """
+def go_back(run_dir: Path, stage: str, past: list[str]) -> None:
+    """Leave of `stage` these lines, to stand last. They may be of steps that another run made."""
     path = run_dir / METRICS_NAME
-    own = _lines_of(path, stage)
-    if logged is None:
-        past = [line for line, entry in own if entry["step"] <= last_step]
-    else:
-        past = [json.dumps({**json.loads(line), "stage": stage}) for line in logged.splitlines()]
-    if [line for line, _ in own[: len(past)]] != past:
+    own = [line for line, _ in _lines_of(path, stage)]
+    if own[: len(past)] != past:
         shutil.rmtree(_board_of(run_dir, stage), ignore_errors=True)  # it tells of other steps
     if path.exists() or past:
         others = [line for line, entry in _whole_lines(path) if entry["stage"] != stage]
         files.write_atomic(path, "".join(line + "\n" for line in [*others, *past]))
+
+
+def tell_as_done(run_dir: Path, stage: str, logged: str) -> None:
+    """Have the lines that a finished training `logged`, and their board; on rank 0.
+
+    Another run may have done it that shares the store, and this one a part of it, or none.
+
+    Raises:
+        RunError: the disk refuses.
+    """
+    done = _named(stage, logged)
+    if [line for line, _ in _lines_of(run_dir / METRICS_NAME, stage)] == done:
+        return
+    try:
+        shutil.rmtree(_board_of(run_dir, stage), ignore_errors=True)
+        go_back(run_dir, stage, done)
+        restore_boards(run_dir / METRICS_NAME, run_dir / BOARDS_NAME)
+    except OSError as error:
+        raise files.cannot_write(run_dir, error) from error
 
 
 def logged_of(run_dir: Path, stage: str) -> str:
@@ -173,15 +189,9 @@ def logged_of(run_dir: Path, stage: str) -> str:
     return "".join(line + "\n" for line, _ in _lines_of(run_dir / METRICS_NAME, stage))
 
 
-def forget_cut_short(run_dir: Path, stage: str, last_step: int) -> None:
-    """Drop what is logged of a stage, unless it reaches `last_step`, which is logged of every one.
-
-    It is of a training that was begun here, and done by another run that shares the store.
-    """
-    steps = [entry["step"] for _, entry in _lines_of(run_dir / METRICS_NAME, stage)]
-    if steps and max(steps) < last_step:
-        go_back(run_dir, stage, 0)
-        shutil.rmtree(_board_of(run_dir, stage), ignore_errors=True)
+def _named(stage: str, logged: str) -> list[str]:
+    """The lines of a training, which may have another name in the run that logged them."""
+    return [json.dumps({**json.loads(line), "stage": stage}) for line in logged.splitlines()]
 
 
 def _board_of(run_dir: Path, stage: str) -> Path:

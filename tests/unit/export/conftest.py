@@ -93,8 +93,13 @@ def made_once(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[...
         summary = {"steps": 4, "train_tokens": 128, "seconds": 3.5, "tokens_per_s": 36.6}
         export_model(model, tokenizer_dir, folder, summary, dtype=torch.bfloat16)
 
-    for seed, (name, kind) in enumerate((("gpt2", "gpt2"), ("llama", "llama"))):
-        entry = store.build("teachers", name, lambda f, k=kind, s=seed: export(k, f, s))
+    def export_teacher(name: str, folder: Path, seed: int) -> None:
+        export(name, folder, seed)
+        line = {"stage": f"teachers/{name}", "step": 4, "loss": 5.0}
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    for seed, name in enumerate(("gpt2", "llama")):
+        entry = store.build("teachers", name, lambda f, n=name, s=seed: export_teacher(n, f, s))
         link_entry(entry, run / "teachers" / name)
     for seed, name in enumerate(("student", "control"), start=2):
         export("llama", run / name, seed)

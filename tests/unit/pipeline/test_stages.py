@@ -180,20 +180,24 @@ def test_a_damaged_milestone_is_not_measured(
     )
 
 
-def test_a_teacher_that_another_run_finished_has_no_beginning_here(
-    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stopped_at", [9, 30])
+def test_of_a_teacher_that_another_run_finished_that_ones_metrics_are_told(
+    stopped_at: int, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at step 9 while another run waited for it, which then trained it to its end."""
+    """Killed while another run waited for it, which then trained it to its end: with a limit of
+    time, on a slower machine, that may come before the step at which this one was."""
     killed = pipeline(tmp_path)
     (teacher,) = killed.job.teachers[:1]
     stage = f"teachers/{teacher.name}"
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.parent.mkdir()
-    lines = [{"stage": stage, "step": 9}, {"stage": "teachers/own", "step": 24}]
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other = {"stage": "teachers/own", "step": 24}
+    metrics.write_text(json_lines({"stage": stage, "step": stopped_at, "loss": 3.0}, other))
 
     def make(directory: Path) -> None:
         (directory / "training.json").write_text(json.dumps({"steps": 24}))
+        of_it = ({"stage": "teachers/theirs", "step": n, "loss": 1.0} for n in (9, 24))
+        (directory / "metrics.jsonl").write_text(json_lines(*of_it))
 
     monkeypatch.setattr(Pipeline, "_teacher_key", lambda *_: "key")
     entry = killed.store.build("teachers", "key", make)
@@ -201,8 +205,28 @@ def test_a_teacher_that_another_run_finished_has_no_beginning_here(
     building = killed.store.building_place("teachers", "key")
     (building / "step-00000024").mkdir()
     assert killed.teacher(teacher, corpus) == entry
-    assert [json.loads(line)["stage"] for line in metrics.read_text().splitlines()] == [
-        "teachers/own"
-    ]
+    assert metrics.read_text() == json_lines(
+        other, *({"stage": stage, "step": n, "loss": 1.0} for n in (9, 24))
+    )
     assert (tmp_path / "run" / stage / "training.json").exists()
     assert not building.exists()
+
+
+def test_a_teacher_of_an_earlier_version_tells_no_metrics(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that stand here, of a run that trained it itself, stay."""
+    run = pipeline(tmp_path)
+    (teacher,) = run.job.teachers[:1]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    metrics.write_text(json_lines({"stage": f"teachers/{teacher.name}", "step": 24, "loss": 3.0}))
+    before = metrics.read_bytes()
+    monkeypatch.setattr(Pipeline, "_teacher_key", lambda *_: "key")
+    run.store.build("teachers", "key", lambda entry: (entry / "training.json").touch())
+    run.teacher(teacher, corpus)
+    assert metrics.read_bytes() == before
+
+
+def json_lines(*objects: dict[str, Any]) -> str:
+    return "".join(json.dumps(one) + "\n" for one in objects)

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from babyllama_ds.report import html
 from babyllama_ds.report.collect import collect_report
+from babyllama_ds.report.figures import draw_dots
 from babyllama_ds.report.html import _by_term, _file_name, render_html, view_of
 from babyllama_ds.report.metrics import collect_curves
 from babyllama_ds.report.write import write_report
@@ -137,6 +139,42 @@ def test_terms_are_means_over_their_tasks() -> None:
         }
     }
     assert _by_term(benchmark) == {"agreement": {"a": 75.0}, "three": {"a": 12.5, "b": 50.0}}
+
+
+@pytest.mark.parametrize(
+    ("chances", "line"),
+    [((None, None), 50.0), ((0.2, sum([0.2] * 3) / 3), 20.0), ((0.2, None), None)],
+)
+def test_the_line_of_guessing_is_where_guessing_is(
+    chances: tuple[float | None, ...],
+    line: float | None,
+    make_run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of five candidates it gets a fifth right; of tasks that differ no line holds."""
+    report = collect_report(make_run())
+    report["minimal_pairs"] = {
+        "entities": {
+            "tasks": {
+                str(number): {"term": None, "accuracy": {"student": 0.45}, "ties": {}, "pairs": 9}
+                | ({} if chance is None else {"chance": chance})
+                for number, chance in enumerate(chances)
+            },
+            "terms": {},
+            "pooled_accuracy": {"student": 0.45},
+            "prefix": None,
+            "leading_space": True,
+        }
+    }
+    drawn = []
+
+    def draw(*given: Any, **named: Any) -> Any:
+        drawn.append(named.get("chance"))
+        return draw_dots(*given, **named)
+
+    monkeypatch.setattr(html, "draw_dots", draw)
+    view_of(report, {})
+    assert drawn[0] == line
 
 
 def test_samples_keep_their_lines_and_what_was_given(make_run: Any, script: str) -> None:

@@ -20,9 +20,9 @@ from babyllama_ds.errors import RunError
 from babyllama_ds.training.metrics import (
     MetricsLog,
     duration,
-    forget_cut_short,
     go_back,
     logged_of,
+    tell_as_done,
 )
 
 
@@ -138,11 +138,12 @@ def test_forgetting_leaves_other_stages_and_drops_a_line_cut_short(tmp_path: Pat
     cut_short = '{"stage": "student", "step": 4, "lo'
     path.write_text("\n".join([kept[0], *kept[2:], later, kept[1], cut_short]))
     path.write_bytes(path.read_bytes() + b"\n\0\0\0\n\xff\xfe")  # as after a power cut
-    go_back(tmp_path, "student", 4)
+    with open_log(tmp_path, first_step=4):
+        pass
     assert path.read_text() == "".join(line + "\n" for line in kept)
-    go_back(tmp_path, "student", 0)
+    go_back(tmp_path, "student", [])
     assert [line["stage"] for line in lines_of(path)] == ["teachers/a", "control"]
-    go_back(tmp_path / "none", "student", 4)
+    go_back(tmp_path / "none", "student", [])
     assert not (tmp_path / "none").exists()
 
 
@@ -196,28 +197,52 @@ def test_a_run_that_goes_on_by_itself_keeps_its_boards(dead: Path) -> None:
     """And of its lines those that the checkpoint has: an evaluation behind it is not in it."""
     logged = "".join(logged_of(dead, "teachers/a").splitlines(keepends=True)[:3])
     before = sorted((dead / "tensorboard" / "teachers" / "a").iterdir())
-    go_back(dead, "teachers/a", 3, logged)
+    go_back(dead, "teachers/a", logged.splitlines())
     assert sorted((dead / "tensorboard" / "teachers" / "a").iterdir()) == before
     assert logged_of(dead, "teachers/a") == logged
     assert logged_of(dead, "teachers/other") != ""
 
 
-def test_what_another_run_has_finished_is_forgotten_unless_it_was_finished_here(
-    tmp_path: Path,
-) -> None:
-    for stage, steps in (("teachers/gpt2", 3), ("teachers/llama", 2)):
-        with open_log(tmp_path, stage=stage) as metrics:
-            for step in range(1, steps + 1):
-                metrics.write(step, {"loss": 9.0})
-    path = tmp_path / "metrics.jsonl"
+@pytest.mark.parametrize("begun", [0, 2, 3, 5])
+def test_what_another_run_finished_is_told_here(begun: int, dead: Path, tmp_path: Path) -> None:
+    """By one that had made none of its steps, some, all, or (until another end) more."""
+    logged = logged_of(dead, "teachers/a")
+    for stage in ["teachers/own", *["teachers/b"] * bool(begun)]:
+        with open_log(tmp_path / "own", stage=stage) as metrics:
+            for step in range(1, begun + 1):
+                metrics.write(step, {"loss": 100.0 + step})
+    tell_as_done(tmp_path / "own", "teachers/b", logged)
+    path = tmp_path / "own" / "metrics.jsonl"
+    assert [line for line in lines_of(path) if line["stage"] == "teachers/b"] == [
+        *({"stage": "teachers/b", "step": n, "tokens": 32 * n, "loss": 1 / n} for n in (1, 2, 3)),
+        {"stage": "teachers/b", "step": 3, "tokens": 96, "dev_ce": 2.5},
+    ]
+    assert scalars(tmp_path / "own", "teachers/b", "loss") == [
+        (step, pytest.approx(1 / step)) for step in (1, 2, 3)
+    ]
+    own = [(step, 100.0 + step) for step in range(1, begun + 1)]
+    assert [
+        (line["step"], line["loss"]) for line in lines_of(path) if line["stage"] == "teachers/own"
+    ] == own
+
+    # The next start finds it so.
     before = path.read_bytes()
-    forget_cut_short(tmp_path, "teachers/gpt2", 3)
-    forget_cut_short(tmp_path, "teachers/loaded", 0)
+    boards = {one: one.read_bytes() for one in (tmp_path / "own" / "tensorboard").rglob("*tfev*")}
+    tell_as_done(tmp_path / "own", "teachers/b", logged)
     assert path.read_bytes() == before
-    forget_cut_short(tmp_path, "teachers/llama", 3)
-    assert {line["stage"] for line in lines_of(path)} == {"teachers/gpt2"}
-    assert [each.name for each in (tmp_path / "tensorboard" / "teachers").iterdir()] == ["gpt2"]
-    forget_cut_short(tmp_path / "none", "student", 3)  # no run yet
+    assert boards
+    assert all(one.read_bytes() == content for one, content in boards.items())
+
+
+def test_nothing_is_told_of_what_was_loaded(tmp_path: Path) -> None:
+    tell_as_done(tmp_path / "none", "teachers/loaded", "")  # no run yet
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_disk_that_refuses_what_another_run_finished(dead: Path, tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(RunError, match="expected a place that can be written"):
+        tell_as_done(tmp_path, "teachers/b", logged_of(dead, "teachers/a"))
 
 
 # -- what people see -------------------------------------------------------------------------------
