@@ -101,7 +101,7 @@ def how_measured(job: Mapping[str, Any]) -> str:
         f"the first {asked['max_pairs_per_task']:,} pairs of each task"
         if asked["max_pairs_per_task"]
         else "",
-        f"{asked['dev_windows']:,} development windows" if asked["dev_windows"] else "",
+        f"at most {asked['dev_windows']:,} development windows" if asked["dev_windows"] else "",
     ]
     on = " and ".join(filter(None, less)) or "what the finished models are measured on"
     return (

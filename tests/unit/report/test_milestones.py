@@ -125,8 +125,8 @@ def test_without_them_nothing_is_said(
     ("asked", "said"),
     [
         ({"max_pairs_per_task": None, "dev_windows": None}, "what the finished models"),
-        ({"max_pairs_per_task": None, "dev_windows": 1000}, "1,000 development windows."),
-        ({"max_pairs_per_task": 5, "dev_windows": 9}, "first 5 pairs of each task and 9 dev"),
+        ({"max_pairs_per_task": None, "dev_windows": 1000}, "at most 1,000 development windows"),
+        ({"max_pairs_per_task": 5, "dev_windows": 9}, "5 pairs of each task and at most 9 dev"),
     ],
 )
 def test_on_how_much_is_said(
