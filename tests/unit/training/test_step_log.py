@@ -1,4 +1,4 @@
-"""What a training tells: its metrics against all logits, its line, its warnings."""
+"""What is logged of a training: its metrics against all logits, its line, its warnings."""
 
 from __future__ import annotations
 
