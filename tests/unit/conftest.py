@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -35,8 +36,13 @@ def alone() -> Iterator[torch.device]:
         os.environ.pop(key, None)
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        yield distributed.start("cpu")
+        device = distributed.start("cpu")
+        # Every engine that is freed has garbage collected: what is imported need not be looked at.
+        gc.collect()
+        gc.freeze()
+        yield device
     finally:
+        gc.unfreeze()
         distributed.stop()
         os.environ.clear()
         os.environ.update(before)

@@ -1,4 +1,4 @@
-"""What a training tells: its metrics against all logits, its line, its warnings."""
+"""What is logged of a training: its metrics against all logits, its line, its warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from babyllama_ds.engine.schedule import learning_rate
 from babyllama_ds.spec.distillation import DistillationSpec
-from babyllama_ds.training import clock, objective
+from babyllama_ds.training import clock, objective, step_log
 from babyllama_ds.training.meter import Meter
 from trainings import VOCAB, RandomWindows, Run, ensemble_of, windows_of_step
 
@@ -59,7 +59,8 @@ def test_speed_is_that_since_the_last_line_and_the_rest_is_reckoned_by_all_steps
     monkeypatch.setattr(logging.getLogger("babyllama_ds"), "propagate", True)
     seconds, minutes = itertools.count(), itertools.count(step=60)
     fake = SimpleNamespace(perf_counter=lambda: next(seconds), monotonic=lambda: next(minutes))
-    monkeypatch.setattr(clock, "time", fake)
+    for module in (clock, step_log):
+        monkeypatch.setattr(module, "time", fake)
     run = new_run(log_every_steps=3)
     with caplog.at_level(logging.INFO):
         run.train()
