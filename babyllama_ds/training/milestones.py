@@ -208,6 +208,7 @@ def share_milestones(directory: Path, storages: Storages) -> None:
         return
 
     def found() -> list[Path]:
+        files.remove_temporaries(directory)  # one that had all but its name when a node died
         return [manifest.parent for manifest in directory.glob(f"*/{files.MANIFEST_NAME}")]
 
     def find(path: Path) -> Path | None:
