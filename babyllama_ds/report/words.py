@@ -237,7 +237,7 @@ def presentation(benchmark: Mapping[str, Any]) -> str:
     scored = (
         "no prefix token, so the first token is not scored"
         if benchmark["prefix"] is None
-        else f"behind the prefix token `{benchmark['prefix']}`, every token is scored"
+        else f"behind the prefix token `{benchmark['prefix']}`"
     )
     space = "a leading space" if benchmark["leading_space"] else "no leading space"
     ties: dict[str, int] = {}

@@ -644,7 +644,7 @@ def test_a_prefix_token_is_told(run_dir: Path) -> None:
         result["minimal_pairs"]["blimp"]["prefix"] = "<s>"
         write(path, result)
     page = render_markdown(collect_report(run_dir))
-    assert "behind the prefix token `<s>`, every token is scored; a leading space." in page
+    assert "behind the prefix token `<s>`; a leading space." in page
 
 
 # -- the ensemble -------------------------------------------------------------------------------
