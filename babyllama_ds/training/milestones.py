@@ -160,7 +160,7 @@ class MilestoneFolder:
         if not self.directory.is_dir():
             return set()
         files.remove_temporaries(self.directory)
-        found = {path.name for path in self.directory.iterdir()}
+        found = {path.name for path in self.directory.iterdir() if path.is_dir()}
         for name in found - names:
             shutil.rmtree(self.directory / name)
         return found & names

@@ -232,8 +232,9 @@ def test_a_training_from_its_first_step_finds_nothing_of_another(
     kept = Kept(run, 80)
     files.write_json(kept.directory / "chck_80" / "training.json", {"of": "another"})
     files.write_json(kept.directory / "chck_160" / "training.json", {"of": "another"})
+    (kept.directory / ".DS_Store").touch()  # what a desktop leaves in a folder that one looks at
     run.train()
-    assert kept.names() == {"chck_80"}
+    assert kept.names() == {"chck_80", ".DS_Store"}
     assert files.read_json(kept.directory / "chck_80" / "training.json")["steps"] == 2
 
 
