@@ -145,8 +145,12 @@ def trainings(report: Mapping[str, Any]) -> list[str]:
 
 def trained_elsewhere(report: Mapping[str, Any], name: str) -> bool:
     """Whether a model came trained out of the store: this run has no part in its training."""
-    job, runs = report["job"], report["models"][name]["runs"] or []
-    return bool(runs) and job["name"].replace("{seed}", str(job["seed"])) not in runs
+    job, model, logged = report["job"], report["models"][name], report["last_logged_step"]
+    if model["runs"]:
+        return job["name"].replace("{seed}", str(job["seed"])) not in model["runs"]
+    # Of an earlier version, which did not name them, nor kept a teacher's metrics beside it.
+    trained = model["role"] == "teacher" and bool(model["steps"])
+    return trained and bool(logged) and f"teachers/{name}" not in logged
 
 
 def taken_over(report: Mapping[str, Any], name: str) -> str:
@@ -237,7 +241,7 @@ def presentation(benchmark: Mapping[str, Any]) -> str:
     scored = (
         "no prefix token, so the first token is not scored"
         if benchmark["prefix"] is None
-        else f"behind the prefix token `{benchmark['prefix']}`, every token is scored"
+        else f"behind the prefix token `{benchmark['prefix']}`"
     )
     space = "a leading space" if benchmark["leading_space"] else "no leading space"
     ties: dict[str, int] = {}

@@ -161,7 +161,7 @@ class MilestoneFolder:
         if not self.directory.is_dir():
             return set()
         files.remove_temporaries(self.directory)
-        found = {path.name for path in self.directory.iterdir()}
+        found = {path.name for path in self.directory.iterdir() if path.is_dir()}
         for name in found - names:
             shutil.rmtree(self.directory / name)
         return found & names
@@ -217,6 +217,7 @@ def share_milestones(directory: Path, storages: Storages) -> None:
         return
 
     def found() -> list[Path]:
+        files.remove_temporaries(directory)  # one that had all but its name when a node died
         return [manifest.parent for manifest in directory.glob(f"*/{files.MANIFEST_NAME}")]
 
     def find(path: Path) -> Path | None:

@@ -364,6 +364,19 @@ def test_the_times_of_a_teacher_of_another_run_are_not_this_machines(run_dir: Pa
     assert told in render_markdown(collect_report(run_dir))
 
 
+def test_a_teacher_of_an_earlier_version_is_of_another_run_if_nothing_of_it_is_logged(
+    run_dir: Path,
+) -> None:
+    for name in ("wide", "deep"):
+        path = run_dir / "teachers" / name / "training.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"runs": None}))
+    page = render_markdown(collect_report(run_dir))
+    assert "deep was trained in another run" in page
+    assert "wide was trained in another run" not in page
+    (run_dir / "metrics.jsonl").unlink()  # which is told as missing
+    assert "was trained in another run" not in render_markdown(collect_report(run_dir))
+
+
 def test_a_teacher_that_several_runs_trained_is_told_of_all_of_them(run_dir: Path) -> None:
     """Whether this one was the last of them, as of `wide`, or another, as of `deep`."""
     for name in ("wide", "deep"):
@@ -644,7 +657,7 @@ def test_a_prefix_token_is_told(run_dir: Path) -> None:
         result["minimal_pairs"]["blimp"]["prefix"] = "<s>"
         write(path, result)
     page = render_markdown(collect_report(run_dir))
-    assert "behind the prefix token `<s>`, every token is scored; a leading space." in page
+    assert "behind the prefix token `<s>`; a leading space." in page
 
 
 # -- the ensemble -------------------------------------------------------------------------------

@@ -14,12 +14,14 @@ from torch import nn
 from babyllama_ds import files
 from babyllama_ds.errors import JobError, Stopped
 from babyllama_ds.spec.training import Milestones, MovingAverage, TrainingSpec
+from babyllama_ds.storages import Storages
 from babyllama_ds.training.milestones import (
     BABYLM,
     Milestone,
     MilestoneFolder,
     TextSize,
     milestones_of,
+    share_milestones,
 )
 from trainings import LENGTH, WINDOWS, Run
 
@@ -230,6 +232,38 @@ def test_a_training_from_its_first_step_finds_nothing_of_another(
     kept = Kept(run, 80)
     files.write_json(kept.directory / "chck_80" / "training.json", {"of": "another"})
     files.write_json(kept.directory / "chck_160" / "training.json", {"of": "another"})
+    (kept.directory / ".DS_Store").touch()  # what a desktop leaves in a folder that one looks at
     run.train()
-    assert kept.names() == {"chck_80"}
+    assert kept.names() == {"chck_80", ".DS_Store"}
     assert files.read_json(kept.directory / "chck_80" / "training.json")["steps"] == 2
+
+
+# -- on several nodes -----------------------------------------------------------------------------
+
+
+class Nodes(Storages):
+    """As seen from one of two, which sends what is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(leads=(0, 1), hosts=("a", "b"))
+        self.sent: list[str] = []
+
+    def on_each(self, work: Callable[[], Any]) -> list[Any]:
+        return [work()]
+
+    def everywhere(self, find: Callable[[], Path | None]) -> Path | None:
+        found = find()
+        assert found is not None
+        self.sent.append(found.name)
+        return found
+
+
+def test_what_a_node_had_not_received_to_the_end_is_not_sent_on(tmp_path: Path) -> None:
+    """It died before the milestone, already whole, got its name."""
+    for name in ("chck_80", f"{files.TEMPORARY_PREFIX}chck_160@7"):
+        files.write_json(tmp_path / name / "training.json", {})
+        files.write_manifest(tmp_path / name, fingerprint="f")
+    nodes = Nodes()
+    share_milestones(tmp_path, nodes)
+    assert nodes.sent == ["chck_80"]
+    assert [path.name for path in tmp_path.iterdir()] == ["chck_80"]
