@@ -86,7 +86,8 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
     last_logged = {line["stage"]: line for line in logged}
     student = made["student"][1]
     return {
-        "name": run_dir.name,
+        # Of the job, as `JobSpec.run_name`: the folder may be `.`, or a bundle of another name.
+        "name": str(job["name"]).replace("{seed}", str(job["seed"])),
         "job": job,
         "job_sha256": hash_json(job),
         # When the student was finished, in UTC.
