@@ -82,6 +82,7 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
+        default=[],  # else argparse, where JOB is missing, asks for these too
         metavar="KEY=VALUE",
         help="override a field: student.training.epochs=4",
     )

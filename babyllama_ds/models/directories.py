@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,6 +27,9 @@ from babyllama_ds.hub import commit_of
 MODEL = "a causal language model: its directory (config.json, *.safetensors), or a hub id"
 """What a model's path is expected to name."""
 
+_GIT_LFS = b"version https://git-lfs"
+"""How the small file begins that `git clone` leaves in place of a large one, without git-lfs."""
+
 _OF_ONE_MODEL = {"attn_config", "ffn_config"}
 """Parts of a configuration that describe no model of their own (MPT, DBRX)."""
 
@@ -39,6 +43,7 @@ def read_config(path: str, *, revision: str | None = None, where: str) -> Pretra
             not know, an encoder-decoder, a model of more than text, quantised weights.
     """
     commit = commit_of(path, revision, where=where, what=MODEL)
+    _check_place(Path(path), where=where)
     try:
         found, _ = PretrainedConfig.get_config_dict(path, revision=commit)
         _check_found(found, path, where=where)
@@ -64,10 +69,14 @@ def check_weight_files(path: str, *, where: str) -> None:
     """A local directory has weights that can be read; hub ids are left to the hub.
 
     Raises:
-        ModelError: no weights, or none but pickles.
+        ModelError: no weights, none but pickles, or a file that is not whole.
     """
     directory = Path(path)
-    if not directory.is_dir() or any(directory.glob("*.safetensors")):
+    if not directory.is_dir():
+        return
+    if files := sorted(directory.glob("*.safetensors")):
+        for file in files:
+            _check_weight_file(file, where=where)
         return
     pickles = sorted(file.name for file in directory.glob("*.bin"))
     raise ModelError.of(
@@ -76,6 +85,31 @@ def check_weight_files(path: str, *, where: str) -> None:
         expected="weights as safetensors, since a pickle can run any code when it is read",
         hint="load the model with transformers where you trust it, and `save_pretrained` it",
     )
+
+
+def _check_weight_file(file: Path, *, where: str) -> None:
+    """Its header is read, which says how long the file should be; no weight is."""
+    try:
+        with safe_open(file, framework="pt"):
+            return
+    except (OSError, SafetensorError) as error:
+        reason, hint = str(error), "copy or download it again: it is damaged or was cut short"
+    with file.open("rb") as stream:
+        if stream.read(len(_GIT_LFS)) == _GIT_LFS:
+            reason = "a pointer of git-lfs, which stands for the weights"
+            hint = "`git lfs pull` in that directory brings them; or `hf download` it instead"
+    raise ModelError.of(
+        where, got=f"{file}: {reason}", expected="whole weights as safetensors", hint=hint
+    )
+
+
+def _check_place(path: Path, *, where: str) -> None:
+    """What is here under this name, if anything is, is a directory with a configuration."""
+    if path.is_file():
+        hint = f"give the directory that it lies in: {path.parent}"
+        raise ModelError.of(where, got=f"{path}, a file", expected=MODEL, hint=hint)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelError.of(where, got=f"{path}: a directory without config.json", expected=MODEL)
 
 
 def _check_found(found: dict[str, Any], path: str, *, where: str) -> None:

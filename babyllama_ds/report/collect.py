@@ -89,7 +89,8 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
     trainings = {name: training for name, (_, training) in made.items()}
     asked = (job.get("evaluation") or {}).get("milestones") is not None
     return {
-        "name": run_dir.name,
+        # Of the job, as `JobSpec.run_name`: the folder may be `.`, or a bundle of another name.
+        "name": str(job["name"]).replace("{seed}", str(job["seed"])),
         "job": job,
         "job_sha256": hash_json(job),
         # When the student was finished, in UTC.

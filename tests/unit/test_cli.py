@@ -200,7 +200,7 @@ def test_what_a_user_can_mend_is_an_error_of_the_family(
     [
         ([], "COMMAND"),
         (["chekc", "nursery"], "chekc"),
-        (["check"], "JOB"),
+        (["check"], "required: JOB\n"),  # and nothing that may be left out
         (["check", "nursery", "--bogus"], "--bogus"),
         (["check", "nursery", "seed=1", "--bogus"], "--bogus"),
         (["check", "nursery", "--seed=1"], "--seed=1"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertLMHeadModel
 
 from babyllama_ds.errors import ModelError
@@ -47,6 +48,8 @@ def test_what_is_no_model_is_told(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
     assert refused(tmp_path).endswith(": pickled weights only (pytorch_model.bin)")
     (tmp_path / "model.safetensors").write_bytes(b"")
+    assert refused(tmp_path).startswith(f"{tmp_path}/model.safetensors: ")
+    save_file({}, tmp_path / "model.safetensors")
     check_model_directory(str(tmp_path))  # what is in it, loading will see
     check_model_directory("someone/model")  # a hub id: the hub knows
 

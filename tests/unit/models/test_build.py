@@ -237,6 +237,11 @@ def overwritten(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(b"no tensors here, only text" * 9)
 
 
+def cloned_without_git_lfs(directory: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 91\n"
+    (directory / "model.safetensors").write_text(pointer)
+
+
 def without_weights(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
 
@@ -301,11 +306,12 @@ def change_tensors(directory: Path, changes: dict[str, torch.Tensor | None]) -> 
 
 
 DAMAGES: dict[Callable[[Path], None], str] = {
-    cut_short: "incomplete metadata",
-    overwritten: "header",
+    cut_short: "model.safetensors: .*incomplete metadata.*, expected whole weights",
+    overwritten: "model.safetensors: .*header",
+    cloned_without_git_lfs: "model.safetensors: a pointer of git-lfs, .* expected whole weights",
     without_weights: "no weights, expected weights as safetensors",
     only_pickled: r"pickled weights only \(pytorch_model.bin\), expected weights as safetensors",
-    without_config: "config.json",
+    without_config: "a directory without config.json, expected a causal language model",
     garbled_config: "not a valid JSON",
     unknown_family: "nonesuch",
     another_task: r"an encoder-decoder \(t5\), expected a causal language model",
@@ -319,6 +325,9 @@ DAMAGES: dict[Callable[[Path], None], str] = {
 
 
 HINTS = {
+    cut_short: "copy or download it again",
+    overwritten: "copy or download it again",
+    cloned_without_git_lfs: "`git lfs pull`",
     without_weights: "`save_pretrained` it",
     only_pickled: "`save_pretrained` it",
     own_code: "save it again as that",
@@ -348,6 +357,14 @@ def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HubError) as caught:
         load(tmp_path / "nowhere")
     assert caught.value.problems[0].got == f"{tmp_path / 'nowhere'}: no such file or directory"
+
+
+def test_the_file_of_weights_is_no_model(saved: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"model.safetensors, a file, expected .* directory"
+    ) as caught:
+        load(saved / "model.safetensors")
+    assert caught.value.problems[0].hint == f"give the directory that it lies in: {saved}"
 
 
 def test_a_kernel_that_is_not_installed_is_refused(saved: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,17 @@ def test_models_side_by_side(run_dir: Path) -> None:
     assert report["name"] == "demo-11"
     assert report["job"] == make_job()
     assert report["environment"] == ENVIRONMENT
+
+
+def test_a_run_keeps_its_name_wherever_it_lies(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read from inside, where the folder is called `.`, and copied under another name."""
+    copy = tmp_path / "copied"
+    shutil.copytree(run_dir, copy)
+    assert collect_report(copy)["name"] == "demo-11"
+    monkeypatch.chdir(copy)
+    assert collect_report(Path())["name"] == "demo-11"
 
 
 def test_gains_are_student_minus_the_other(run_dir: Path) -> None:
