@@ -157,7 +157,7 @@ class MilestoneFolder:
             self._copy(self.directory / name)
 
     def _forget_all_but(self, names: set[str]) -> set[str]:
-        """Remove all but `names`; which of these are here."""
+        """Remove all but `names`, half-written ones too; which of these are here."""
         if not self.directory.is_dir():
             return set()
         files.remove_temporaries(self.directory)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from babyllama_ds import files
-from babyllama_ds.errors import JobError, Stopped
+from babyllama_ds.errors import JobError, RunError, Stopped
 from babyllama_ds.spec.training import Milestones, MovingAverage, TrainingSpec
 from babyllama_ds.storages import Storages
 from babyllama_ds.training.milestones import (
@@ -115,6 +118,8 @@ def test_what_is_never_reached_is_refused() -> None:
     assert "1,000,000 words: this one shows 200" in problem.expected
 
 
+STEPS_1_2_4 = [Milestone(words=10 * step, seen=10 * step, step=step) for step in (1, 2, 4)]
+
 # -- in a training --------------------------------------------------------------------------------
 
 TEXT = TextSize(words=WINDOWS * LENGTH, tokens=WINDOWS * LENGTH)  # a word a token
@@ -177,6 +182,7 @@ def test_the_weights_of_a_milestone_are_those_of_its_step(
     }
     facts = files.read_json(kept.directory / "chck_121" / "training.json")
     assert (facts["words"], facts["steps"], facts["train_tokens"]) == (140, 4, 140)
+    assert 0 < facts["seconds"] < summary["seconds"]
     state = "master/" if ema is None else "ema/"
     for name, steps in (("chck_80", 2), ("chck_121", 4)):
         stopped = new_run(name, ema=ema)
@@ -225,6 +231,27 @@ def test_a_stop_in_the_step_of_a_milestone_loses_nothing(new_run: Callable[..., 
     assert kept.written == ["chck_80"]
 
 
+def test_one_that_cannot_be_written_is_not_there_by_half(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    kept = Kept(run, 80)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_manifest", full)
+        with pytest.raises(RunError, match=r"chck_80: got No space left on device"):
+            run.train()
+    assert kept.names() == set()
+
+
+def test_only_the_steps_of_milestones_are_held_up(tmp_path: Path) -> None:
+    folder = MilestoneFolder(tmp_path, STEPS_1_2_4, lambda *_: None)
+    assert [step for step in range(7) if folder.due(step)] == [1, 2, 4]
+
+
 def test_a_training_from_its_first_step_finds_nothing_of_another(
     new_run: Callable[..., Run],
 ) -> None:
@@ -238,7 +265,71 @@ def test_a_training_from_its_first_step_finds_nothing_of_another(
     assert files.read_json(kept.directory / "chck_80" / "training.json")["steps"] == 2
 
 
-# -- on several nodes -----------------------------------------------------------------------------
+# -- on several storages --------------------------------------------------------------------------
+
+
+class Holding:
+    """Storages that hold these milestones; what is sent between them is written down."""
+
+    several = True
+
+    def __init__(self, directory: Path, *names: set[str]) -> None:
+        self.directory, self.names = directory, list(names)
+        self.sent: list[tuple[str, int, list[int]]] = []
+
+    def on_each(self, work: Callable[[], Any]) -> list[Any]:
+        """`work` finds each node's milestones in turn; what it leaves is what the node has."""
+        found = []
+        for number, names in enumerate(self.names):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            for name in names:
+                files.write_json(self.directory / name / files.MANIFEST_NAME, {})
+            found.append(work())
+            self.names[number] = {path.name for path in self.directory.glob("*")}
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return found
+
+    def copy(self, milestone: Path, *, source: int, to: list[int]) -> None:
+        self.sent.append((milestone.name, source, to))
+
+    def everywhere(self, find: Callable[[], Path | None]) -> None:
+        has = [path is not None for path in self.on_each(find)]
+        found = next(path for path in self.on_each(find) if path is not None)
+        lacking = [node for node, there in enumerate(has) if not there]
+        self.sent.append((found.name, has.index(True), lacking))
+
+
+def three_milestones(nodes: Any) -> MilestoneFolder:
+    return MilestoneFolder(nodes.directory, STEPS_1_2_4, lambda *_: None, nodes)
+
+
+def test_what_was_reached_is_on_the_first_node_and_a_second_and_the_rest_nowhere(
+    tmp_path: Path,
+) -> None:
+    """As after a node was replaced."""
+    nodes = Holding(tmp_path / "m", {"chck_40"}, {"chck_20"}, {"chck_20", "chck_40", "chck_70"})
+    three_milestones(nodes).go_on_from(3)  # `chck_10` is with nobody
+    assert nodes.names == [set(), {"chck_20"}, {"chck_20"}]
+    assert nodes.sent == [("chck_20", 1, [0])]
+    nodes = Holding(tmp_path / "m", set(), set(), {"chck_10"})
+    three_milestones(nodes).go_on_from(1)
+    assert nodes.sent == [("chck_10", 2, [0, 1])]
+
+
+def test_a_second_node_keeps_a_copy(tmp_path: Path) -> None:
+    nodes = Holding(tmp_path / "m", {"chck_20"}, set(), set())
+    three_milestones(nodes).keep(nn.Linear(1, 1), progress_after(2))
+    assert nodes.sent == [("chck_20", 0, [1])]
+
+
+def progress_after(step: int) -> Any:
+    return SimpleNamespace(step=step, tokens=10 * step, seconds=0.0)
+
+
+def test_at_the_end_every_node_has_all(tmp_path: Path) -> None:
+    nodes: Any = Holding(tmp_path / "m", {"chck_20"}, {"chck_10", "chck_20"}, set())
+    share_milestones(nodes.directory, nodes)
+    assert nodes.sent == [("chck_10", 1, [0, 2]), ("chck_20", 0, [2])]
 
 
 class Nodes(Storages):
