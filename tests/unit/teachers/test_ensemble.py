@@ -23,8 +23,12 @@ VOCAB = 61
 
 @pytest.fixture
 def teachers(tiny_model: Callable[..., Any]) -> list[Any]:
-    """Two families, two widths."""
-    return [tiny_model("llama", seed=1), tiny_model("gpt2", seed=2, n_embd=36)]
+    """Two families, two widths; and a third, for two are not yet any number."""
+    return [
+        tiny_model("llama", seed=1),
+        tiny_model("gpt2", seed=2, n_embd=36),
+        tiny_model("llama", seed=3),
+    ]
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def ensemble(alone: torch.device, teachers: list[Any]) -> Ensemble:
     return Ensemble(
         [
             Member(name, FrozenModel(model, device=alone, dtype=torch.bfloat16), weight)
-            for name, model, weight in zip(("a", "b"), teachers, (1.0, 2.5), strict=True)
+            for name, model, weight in zip("abc", teachers, (1.0, 2.5, 0.5), strict=True)
         ]
     )
 
@@ -40,13 +44,19 @@ def ensemble(alone: torch.device, teachers: list[Any]) -> Ensemble:
 @torch.no_grad()
 def test_targets_are_the_teachers_own(ensemble: Ensemble, teachers: list[Any]) -> None:
     targets = ensemble.targets(MICRO)
-    assert [target.weight for target in targets] == [1.0, 2.5]
-    assert [target.hidden_ND.shape for target in targets] == [(33, 24), (33, 36)]
+    assert [target.weight for target in targets] == [1.0, 2.5, 0.5]
+    assert [target.hidden_ND.shape for target in targets] == [(33, 24), (33, 36), (33, 24)]
     for target, teacher in zip(targets, teachers, strict=True):
         expected = teacher(input_ids=TOKENS).logits.flatten(0, 1)
         assert torch.equal(logits(target.hidden_ND, target.head, VOCAB), expected)
         assert not target.hidden_ND.requires_grad
         assert not target.head.weight_PD.requires_grad
+
+
+def test_their_bytes_are_those_of_all_weights(ensemble: Ensemble, teachers: list[Any]) -> None:
+    """In bf16: two bytes each, of what is shared once."""
+    weights = {weight for teacher in teachers for weight in teacher.parameters()}
+    assert ensemble.weight_bytes() == 2 * sum(weight.numel() for weight in weights)
 
 
 def test_targets_go_into_a_loss_with_gradients(
@@ -84,7 +94,7 @@ def test_destroyed_teachers_are_freed(alone: torch.device, tiny_model: Callable[
     ensemble = Ensemble([Member("a", frozen, 1.0)])
     ensemble.targets(MICRO)
     ensemble.destroy()
-    del model, frozen
+    del model  # `frozen` stays: it is told to let go, and is not only forgotten
     gc.collect()
     assert weight() is None
     assert ensemble.members == ()

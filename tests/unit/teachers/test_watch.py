@@ -193,6 +193,27 @@ def test_equal_weights_whose_kernels_round_differently_are_named() -> None:
         assert bool(found) is warns
 
 
+# -- several warnings, and none -------------------------------------------------------------------
+
+
+def test_a_teacher_may_be_ignorant_and_two_others_the_same() -> None:
+    """One warning does not hide the other."""
+    found = warnings_of(
+        {"teacher_ce/a": 2.0, "teacher_ce/b": 2.0, "teacher_ce/c": 9.0}
+        | {"teacher_distance/a/b": 0.0, "teacher_distance/a/c": 0.9, "teacher_distance/b/c": 0.9},
+        ["a", "b", "c"],
+        vocab_size=VOCAB,
+    )
+    assert [warning.split(":")[0] for warning in found] == [
+        "teacher c is no better than chance",
+        "teachers a and b are identical",
+    ]
+
+
+def test_what_was_not_measured_gives_no_warning() -> None:
+    assert warnings_of({}, ["a", "b"], vocab_size=VOCAB) == []
+
+
 # -- logits that are not finite -------------------------------------------------------------------
 
 
@@ -218,3 +239,14 @@ def test_broken_windows_are_those_with_logits_that_are_not_finite(
     assert holds_it[2]
     assert not all(holds_it)
     assert got_KB.tolist() == [[False] * WINDOWS, [*holds_it[:-1], False]]
+
+
+def test_a_position_breaks_its_own_window_and_no_other(tiny_model: Callable[..., Any]) -> None:
+    head = split_causal_lm(tiny_model("llama"))[1]
+    valid_N = torch.ones(WINDOWS * LENGTH, dtype=torch.bool)
+    for position in range(WINDOWS * LENGTH):
+        hidden_ND = torch.zeros(WINDOWS * LENGTH, head.weight_PD.shape[1])
+        hidden_ND[position, 1] = float("nan")
+        states = [TeacherStates(hidden_ND, head)]
+        (got_B,) = broken_windows(states, valid_N, WINDOWS, vocab_size=VOCAB).tolist()
+        assert got_B == [window == position // LENGTH for window in range(WINDOWS)]

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.errors import ModelError
 from babyllama_ds.losses.chunks import TeacherStates
+from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
 from babyllama_ds.models.build import load_model
 from babyllama_ds.spec.distillation import DistillationSpec
+from babyllama_ds.teachers.cache import topk
 from babyllama_ds.teachers.cache.opening import CacheContext
 from babyllama_ds.teachers.cache.remembered import remembered_ensemble
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
@@ -71,6 +73,16 @@ def test_packing_keeps_every_id_and_every_bit(vocab_size: int, k: int) -> None:
     found = unpacked(records_BR, k=k, num_positions=3, vocab_size=vocab_size)
     assert torch.equal(found.token_ids_NK, ids_NK)
     assert torch.equal(found.log_probs_NK, log_probs_NK)
+
+
+@pytest.mark.parametrize(("vocab_size", "id_type"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
+def test_a_record_is_these_bytes(vocab_size: int, id_type: str) -> None:
+    """What one release wrote, another reads; and nodes compare what they have byte for byte."""
+    ids_NK = np.array([[3, 60_000, 17], [0, vocab_size - 1, 5]])
+    log_probs_NK = np.array([[-0.5, -1.25, -3], [-2, -2.5, -7]], "<f4")
+    targets = TopKTargets(torch.from_numpy(ids_NK), torch.from_numpy(log_probs_NK))
+    content = log_probs_NK.tobytes() + ids_NK.astype(id_type).tobytes()
+    assert packed(targets, 1, vocab_size).numpy().tobytes() == content + bytes(-len(content) % 8)
 
 
 def test_a_token_costs_a_few_hundred_bytes() -> None:
@@ -155,6 +167,20 @@ def test_the_windows_of_the_next_pass_are_read_ahead(
     assert [numbers.tolist() for numbers in expected] == [[7, 3]]
 
 
+def test_at_the_end_the_records_are_freed(
+    teachers: list[Teacher],
+    seen: TeacherInput,
+    context: CacheContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are files held open, or much of the device's memory."""
+    ensemble = opened(loss(), teachers, seen, context)
+    closed: list[bool] = []
+    monkeypatch.setattr(ensemble._records, "close", lambda: closed.append(True))
+    ensemble.destroy()
+    assert closed == [True]
+
+
 def test_they_are_computed_once(
     teachers: list[Teacher],
     counted: Callable[[Teacher], Any],
@@ -200,6 +226,20 @@ def test_logits_that_are_not_finite_name_the_teacher_and_are_not_kept(
     assert found.log_probs_NK.isfinite().all()
 
 
+def test_only_the_windows_with_such_logits_are_named(teacher_of: Callable[..., Teacher]) -> None:
+    """The states are finite, and their product with the head is not in one window of three."""
+    head = Head(torch.full((61, 4), 1e30))
+    hidden_ND = torch.ones(9, 4)
+    hidden_ND[4] = 1e30
+    states = [TeacherStates(torch.ones(9, 4), head), TeacherStates(hidden_ND, head)]
+    teachers = [teacher_of("llama", seed=1), teacher_of("gpt2", seed=2)]
+    with pytest.raises(ModelError) as caught:
+        topk._check_logits(teachers, states, np.array([40, 7, 12]), 61)
+    (problem,) = caught.value.problems
+    assert problem.where == "teachers/gpt2-2"
+    assert problem.got == "logits that are not finite, in windows 7"
+
+
 def with_row(weight_VD: Tensor, row: int, value: float) -> Tensor:
     """A copy, with one token's row of another value."""
     changed_VD = weight_VD.detach().clone()
@@ -221,10 +261,14 @@ def sampled(seen: TeacherInput) -> list[int]:
 
 
 def by_hand(
-    student: nn.Module, teachers: list[Teacher], seen: TeacherInput, spec: DistillationSpec
+    student: nn.Module,
+    teachers: list[Teacher],
+    seen: TeacherInput,
+    spec: DistillationSpec,
+    sample: list[int],
 ) -> tuple[float, float, float]:
     """Exact KL, top-k KL, cosine of gradients: from whole logits, in float64, by autograd."""
-    tokens_BS = torch.from_numpy(seen.windows.numbered(np.array(sampled(seen))))
+    tokens_BS = torch.from_numpy(seen.windows.numbered(np.array(sample)))
     p_NV = reference(teachers, tokens_BS, spec, torch.float32)
     double = student.double().eval()
     with torch.no_grad():
@@ -252,29 +296,46 @@ def _bucketed(p_NV: Tensor, q_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("k", [4, 30])
+@pytest.mark.parametrize(("k", "mean_of"), [(4, "logits"), (30, "logits"), (4, "probabilities")])
 def test_the_error_is_that_of_whole_distributions(
     k: int,
+    mean_of: str,
     student: nn.Module,
     teachers: list[Teacher],
     seen: TeacherInput,
     context: CacheContext,
 ) -> None:
-    spec = loss(cache_top_k=k)
+    spec = loss(cache_top_k=k, mean_of=mean_of)
     precise = replace(seen, dtype=torch.float32)
     teachers = [_in_fp32(teacher) for teacher in teachers]
     ensemble = opened(spec, teachers, precise, context)
     facts = ensemble.closing_facts(student)["topk"]
     assert student.training
-    exact, topk, cosine = by_hand(student, teachers, precise, spec)
+    exact, approximate, cosine = by_hand(student, teachers, precise, spec, sampled(seen))
     assert facts["k"] == k
     assert facts["windows"] == 64
     assert facts["exact_kl"] == pytest.approx(exact, rel=1e-4)
-    assert facts["topk_kl"] == pytest.approx(topk, rel=1e-4)
-    assert facts["relative_kl_error"] == pytest.approx((exact - topk) / exact, rel=1e-2)
+    assert facts["topk_kl"] == pytest.approx(approximate, rel=1e-4)
+    assert facts["relative_kl_error"] == pytest.approx((exact - approximate) / exact, rel=1e-2)
     assert facts["gradient_cosine"] == pytest.approx(cosine, abs=1e-5)
     assert facts["topk_kl"] < facts["exact_kl"]
     assert facts["gradient_cosine"] < 1
+
+
+def test_of_fewer_windows_than_the_sample_has_each_counts_once(
+    student: nn.Module,
+    teachers: list[Teacher],
+    seen: TeacherInput,
+    context: CacheContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(topk, "SAMPLE_WINDOWS", 100)
+    precise = replace(seen, dtype=torch.float32)
+    teachers = [_in_fp32(teacher) for teacher in teachers]
+    facts = opened(loss(), teachers, precise, context).closing_facts(student)["topk"]
+    assert facts["windows"] == 80
+    exact, _, _ = by_hand(student, teachers, precise, loss(), list(range(80)))
+    assert facts["exact_kl"] == pytest.approx(exact, rel=1e-4)
 
 
 def _in_fp32(teacher: Teacher) -> Teacher:
