@@ -197,6 +197,28 @@ def test_a_plan_knows_it_of_the_configuration(
     assert not lean.is_lean(in_buckets(engine_config(training, precision=precision), 500, **zero))
 
 
+def test_gradients_wait_for_a_full_bucket_and_no_longer(
+    tiny_model: Callable[..., Any], make_engine: Callable[..., TrainingEngine]
+) -> None:
+    """And none is held by its parameter, where it would stay until the pass has ended."""
+    reduce, waited = lean._Reduction.reduce, []
+
+    def noted(self: lean._Reduction) -> None:
+        waited.append(sum(gradient.numel() for gradient, _ in self._waiting))
+        reduce(self)
+
+    with patch.object(lean._Reduction, "reduce", noted):
+        engine = make_engine(Loss(tiny_model("llama")), {}, reduce_bucket_size=2_000)
+        loss = engine.forward(batches()[0])
+        torch.autograd.backward(loss)
+    sizes = [parameter.numel() for parameter in engine.module.parameters()]
+    assert max(sizes) < 2_000 < sum(waited)
+    assert len(waited) > 2
+    assert max(waited) <= 2_000
+    assert min(waited) > 2_000 - max(sizes)
+    assert all(parameter.grad is None for parameter in engine.module.parameters())
+
+
 class Operators(TorchDispatchMode):
     """How many run within that read or write numbers: on a card each is a launch."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -267,3 +269,69 @@ def test_what_a_node_had_not_received_to_the_end_is_not_sent_on(tmp_path: Path) 
     share_milestones(tmp_path, nodes)
     assert nodes.sent == ["chck_80"]
     assert [path.name for path in tmp_path.iterdir()] == ["chck_80"]
+
+
+class Holders:
+    """Storages that hold these milestones; what is sent between them is written down."""
+
+    several = True
+
+    def __init__(self, directory: Path, *names: set[str]) -> None:
+        self.directory, self.names = directory, list(names)
+        self.sent: list[tuple[str, int, list[int]]] = []
+
+    def on_each(self, work: Callable[[], Any]) -> list[Any]:
+        """`work` finds each node's milestones in turn; what it leaves is what the node has."""
+        found = []
+        for number, names in enumerate(self.names):
+            shutil.rmtree(self.directory, ignore_errors=True)
+            for name in names:
+                files.write_json(self.directory / name / files.MANIFEST_NAME, {})
+            found.append(work())
+            self.names[number] = {path.name for path in self.directory.glob("*")}
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return found
+
+    def copy(self, milestone: Path, *, source: int, to: list[int]) -> None:
+        self.sent.append((milestone.name, source, to))
+
+    def everywhere(self, find: Callable[[], Path | None]) -> None:
+        has = [path is not None for path in self.on_each(find)]
+        found = next(path for path in self.on_each(find) if path is not None)
+        lacking = [node for node, there in enumerate(has) if not there]
+        self.sent.append((found.name, has.index(True), lacking))
+
+
+def three_milestones(nodes: Any) -> MilestoneFolder:
+    """After steps 1, 2 and 4."""
+    milestones = [Milestone(words=10 * step, seen=10 * step, step=step) for step in (1, 2, 4)]
+    return MilestoneFolder(nodes.directory, milestones, lambda *_: None, nodes)
+
+
+def test_what_was_reached_is_on_the_first_node_and_a_second_and_the_rest_nowhere(
+    tmp_path: Path,
+) -> None:
+    """As after a node was replaced."""
+    nodes = Holders(tmp_path / "m", {"chck_40"}, {"chck_20"}, {"chck_20", "chck_40", "chck_70"})
+    three_milestones(nodes).go_on_from(3)  # `chck_10` is with nobody
+    assert nodes.names == [set(), {"chck_20"}, {"chck_20"}]
+    assert nodes.sent == [("chck_20", 1, [0])]
+    nodes = Holders(tmp_path / "m", set(), set(), {"chck_10"})
+    three_milestones(nodes).go_on_from(1)
+    assert nodes.sent == [("chck_10", 2, [0, 1])]
+
+
+def test_a_second_node_keeps_a_copy(tmp_path: Path) -> None:
+    nodes = Holders(tmp_path / "m", {"chck_20"}, set(), set())
+    three_milestones(nodes).keep(nn.Linear(1, 1), progress_after(2))
+    assert nodes.sent == [("chck_20", 0, [1])]
+
+
+def progress_after(step: int) -> Any:
+    return SimpleNamespace(step=step, tokens=10 * step, seconds=0.0)
+
+
+def test_at_the_end_every_node_has_all(tmp_path: Path) -> None:
+    nodes: Any = Holders(tmp_path / "m", {"chck_20"}, {"chck_10", "chck_20"}, set())
+    share_milestones(nodes.directory, nodes)
+    assert nodes.sent == [("chck_10", 1, [0, 2]), ("chck_20", 0, [2])]
