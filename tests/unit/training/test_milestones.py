@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from babyllama_ds import files
-from babyllama_ds.errors import JobError, Stopped
+from babyllama_ds.errors import JobError, RunError, Stopped
 from babyllama_ds.spec.training import Milestones, MovingAverage, TrainingSpec
 from babyllama_ds.storages import Storages
 from babyllama_ds.training.milestones import (
@@ -117,6 +118,8 @@ def test_what_is_never_reached_is_refused() -> None:
     assert "1,000,000 words: this one shows 200" in problem.expected
 
 
+STEPS_1_2_4 = [Milestone(words=10 * step, seen=10 * step, step=step) for step in (1, 2, 4)]
+
 # -- in a training --------------------------------------------------------------------------------
 
 TEXT = TextSize(words=WINDOWS * LENGTH, tokens=WINDOWS * LENGTH)  # a word a token
@@ -179,6 +182,7 @@ def test_the_weights_of_a_milestone_are_those_of_its_step(
     }
     facts = files.read_json(kept.directory / "chck_121" / "training.json")
     assert (facts["words"], facts["steps"], facts["train_tokens"]) == (140, 4, 140)
+    assert 0 < facts["seconds"] < summary["seconds"]
     state = "master/" if ema is None else "ema/"
     for name, steps in (("chck_80", 2), ("chck_121", 4)):
         stopped = new_run(name, ema=ema)
@@ -225,6 +229,27 @@ def test_a_stop_in_the_step_of_a_milestone_loses_nothing(new_run: Callable[..., 
     assert kept.names() == {"chck_80"}
     run.train()
     assert kept.written == ["chck_80"]
+
+
+def test_one_that_cannot_be_written_is_not_there_by_half(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = new_run()
+    kept = Kept(run, 80)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_manifest", full)
+        with pytest.raises(RunError, match=r"chck_80: got No space left on device"):
+            run.train()
+    assert kept.names() == set()
+
+
+def test_only_the_steps_of_milestones_are_held_up(tmp_path: Path) -> None:
+    folder = MilestoneFolder(tmp_path, STEPS_1_2_4, lambda *_: None)
+    assert [step for step in range(7) if folder.due(step)] == [1, 2, 4]
 
 
 def test_a_training_from_its_first_step_finds_nothing_of_another(
@@ -303,9 +328,7 @@ class Holders:
 
 
 def three_milestones(nodes: Any) -> MilestoneFolder:
-    """After steps 1, 2 and 4."""
-    milestones = [Milestone(words=10 * step, seen=10 * step, step=step) for step in (1, 2, 4)]
-    return MilestoneFolder(nodes.directory, milestones, lambda *_: None, nodes)
+    return MilestoneFolder(nodes.directory, STEPS_1_2_4, lambda *_: None, nodes)
 
 
 def test_what_was_reached_is_on_the_first_node_and_a_second_and_the_rest_nowhere(
