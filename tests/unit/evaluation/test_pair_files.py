@@ -129,6 +129,12 @@ def test_the_supplements_lines(tmp_path: Path) -> None:
     assert (aux.name, len(aux.items)) == ("subject_aux_inversion", 1)
 
 
+def test_a_term_that_is_null_is_none(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", record(linguistics_term=None, field=None))
+    (task,) = load_tasks(tmp_path, max_pairs=None)
+    assert (task.term, task.field) == (None, None)
+
+
 def test_a_term_that_is_no_text_is_an_error(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", record(linguistics_term=["binding"]))
     with pytest.raises(DataError, match=r"a\.jsonl:1: linguistics_term: got a list, expected a JS"):
@@ -215,6 +221,21 @@ def test_whatever_else_a_line_says_leaves_it_blimps(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", {**entity(), **record()}, record("x", "x"))
     (task,) = load_tasks(tmp_path, max_pairs=None)
     assert (task.name, [parts(item)[0][1] for item in task.items]) == ("a", ["the cat sees", "x"])
+
+
+@pytest.mark.parametrize("name", ["entity", "comps"])
+def test_a_field_of_another_format_makes_none_of_it(tmp_path: Path, name: str) -> None:
+    """A line is of the format whose fields it has all of."""
+    write_lines(tmp_path / "a.jsonl", {**FORMATS[name], "Domain": "x", "sentence_good": "y"})
+    (task,) = load_tasks(tmp_path, max_pairs=None)
+    write_lines(tmp_path / "a.jsonl", FORMATS[name])
+    assert load_tasks(tmp_path, max_pairs=None) == [task]
+
+
+def test_a_texts_own_spaces_stay(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", ewok(context='Mia:\nIt is "x". ', Target1=" He  sat. "))
+    (task,) = load_tasks(tmp_path, max_pairs=None)
+    assert parts(task.items[0])[0] == ('Mia:\nIt is "x". ', "  He  sat. ")
 
 
 def one_less(line: dict[str, object], key: str) -> dict[str, object]:
