@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,10 @@ from numpy.typing import NDArray
 
 from babyllama_ds import files
 from babyllama_ds.errors import MachineError, RunError, Stopped
+from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
-from babyllama_ds.teachers.cache import opening, tiers
+from babyllama_ds.teachers.cache import build, opening, tiers
 from babyllama_ds.teachers.cache.layout import Layout
 from babyllama_ds.teachers.cache.opening import KIND, CacheContext, Wanted, open_cache
 from babyllama_ds.teachers.cache.records import Records
@@ -102,6 +105,54 @@ def test_another_key_is_another_cache(context: CacheContext) -> None:
     open_cache(WANTED, context, first.make)
     open_cache(replace(WANTED, key="abd"), context, second.make)
     assert sorted(second.asked) == sorted(first.asked)
+
+
+def test_its_lock_is_held_while_it_is_made(context: CacheContext, place: Path) -> None:
+    """Two runs with the same teachers make one cache, one after the other."""
+    holder = place.parent / ".abc.lock.json"
+
+    class Looking(Numbers):
+        def compute(self, windows_B: NDArray[np.int64]) -> torch.Tensor:
+            assert holder.exists(), "another run could write here too"
+            return super().compute(windows_B)
+
+    open_cache(WANTED, context, Looking().make)
+    assert not holder.exists()
+
+
+def test_signs_of_life_are_given_while_it_is_read_and_made(
+    context: CacheContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without them a warning says that a rank hangs."""
+    told: list[str] = []
+    monkeypatch.setattr(Heartbeat, "beat", lambda _, what: told.append(what))
+    read = [f"reading shard {shard}" for shard in range(6)]
+    open_cache(WANTED, context, Numbers().make)
+    assert told == [*read, *["a forward pass"] * 12]
+    told.clear()
+    open_cache(WANTED, context, Numbers().make)
+    assert told == read
+
+
+def test_how_long_it_will_take_is_told(
+    context: CacheContext, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(Numbers):
+        """Six seconds a pass, of which a shard has two."""
+
+        now_s = 100.0
+
+        def compute(self, windows_B: NDArray[np.int64]) -> torch.Tensor:
+            self.now_s += 6
+            return super().compute(windows_B)
+
+    slow = Slow()
+    monkeypatch.setattr(build, "time", SimpleNamespace(monotonic=lambda: slow.now_s))
+    with caplog.at_level(logging.INFO, build.__name__):
+        open_cache(WANTED, context, slow.make)
+    assert [message for message in caplog.messages if "left" in message] == [
+        f"cache of teachers/a, {made} of 6 shards, {12 * (6 - made)} s left" for made in range(1, 6)
+    ]
 
 
 # -- killed and stopped ----------------------------------------------------------------------------
@@ -231,7 +282,7 @@ def test_another_rounding_of_a_mended_shard_is_in_the_manifest(
             return super().compute(windows_B) + 1
 
     open_cache(WANTED, context, Rounded().make)
-    files.verify_manifest(entry)
+    assert files.verify_manifest(entry).facts == {"stage": WANTED.name, **WANTED.made_of}
     third = Numbers()
     open_cache(WANTED, context, third.make)
     assert third.made == 0
@@ -319,14 +370,15 @@ def test_what_fits_nowhere_is_refused_before_a_teacher_is_loaded(
     assert numbers.made == 0
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_disk_that_fills_says_how_much_is_needed_and_keeps_what_is_written(
-    context: CacheContext, place: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, context: CacheContext, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = files.write_atomic
 
     def full(path: Path, data: bytes | str) -> None:
         if path.name == "shard-00003.bin":
-            error = OSError(errno.ENOSPC, "No space left on device")
+            error = OSError(number, os.strerror(number))
             raise files.cannot_write(path, error) from error
         write(path, data)
 
@@ -357,6 +409,38 @@ def test_another_trouble_of_the_disk_is_told_as_it_is(
     monkeypatch.setattr(files, "write_atomic", broken)
     with pytest.raises(RunError, match="EIO"):
         open_cache(WANTED, context, Numbers().make)
+
+
+def test_a_memory_must_hold_all_and_the_disk_what_it_lacks(
+    context: CacheContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three shards of six stand, with 192 of 368 bytes."""
+    with pytest.raises(ZeroDivisionError):
+        open_cache(WANTED, context, Numbers(fail_at=13, error=ZeroDivisionError()).make)
+    rooms(monkeypatch, disk=tiers.DISK_SPARED_BYTES + 175)
+    with pytest.raises(MachineError, match="expected 176 bytes on the disk"):
+        open_cache(WANTED, context, Numbers().make)
+    rooms(monkeypatch, disk=tiers.DISK_SPARED_BYTES + 176, host=367)
+    with pytest.raises(MachineError, match="expected 368 bytes "):
+        open_cache(WANTED, replace(context, tier="host"), Numbers().make)
+    assert_all_there(open_cache(WANTED, context, Numbers().make))
+    with pytest.raises(MachineError, match="expected 368 bytes "):
+        open_cache(WANTED, replace(context, tier="host"), Numbers().make)
+
+
+@pytest.mark.parametrize(("student_bytes", "where"), [(10**8, "device"), (10**9, "host")])
+def test_a_device_that_the_student_will_fill_holds_none(
+    student_bytes: int,
+    where: str,
+    context: CacheContext,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rooms(monkeypatch, device=10**9, device_total=10**9)
+    context = replace(context, tier="auto", student_bytes=student_bytes)
+    with caplog.at_level(logging.INFO, opening.__name__):
+        assert_all_there(open_cache(WANTED, context, Numbers().make))
+    assert f"read in the {where}'s memory" in caplog.text
 
 
 def test_the_spared_disk_is_left(context: CacheContext, monkeypatch: pytest.MonkeyPatch) -> None:
