@@ -30,8 +30,11 @@ from transformers import (
 from babyllama_ds import cli, files
 from babyllama_ds.corpus.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from babyllama_ds.errors import DataError, ModelError, UserError
+from babyllama_ds.evaluation import measure as measuring
+from babyllama_ds.evaluation.fine_tuning import Learner
 from babyllama_ds.evaluation.measure import Wanted, measure
 from babyllama_ds.spec.corpus import TrainedTokenizer
+from babyllama_ds.spec.evaluation import FineTuning
 from babyllama_ds.store import Store
 
 CPU = torch.device("cpu")
@@ -189,9 +192,11 @@ def reference_texts(model: Any, tokenizer: Any, wanted: Wanted) -> dict[str, tup
     return sums
 
 
-def reference_accuracy(model: Any, tokenizer: Any, path: Path, before: list[int]) -> float:
+def reference_accuracy(
+    model: Any, tokenizer: Any, path: Path, before: list[int], space: str = " "
+) -> float:
     def score(sentence: str) -> float:
-        ids = before + tokenizer(" " + sentence, add_special_tokens=False).input_ids
+        ids = before + tokenizer(space + sentence, add_special_tokens=False).input_ids
         table = log_probs(model, tokenizer, ids)
         return sum(table[place, token].item() for place, token in enumerate(ids[1:]))
 
@@ -256,6 +261,21 @@ def test_a_prefix_token_only_when_asked_for(model_dir: Path, wanted: Wanted) -> 
         ]
         assert order["prefix"] == {"none": None, "bos": "<s>"}[prefix]
     assert found["none"] != found["bos"]
+
+
+def test_a_space_before_a_sentence_only_when_asked_for(model_dir: Path, wanted: Wanted) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_dir).double().eval()
+    tokenizer = load_tokenizer(str(model_dir))
+    found = {}
+    for space in ("", " "):
+        asked = replace(wanted, texts=(), leading_space=bool(space))
+        order = measure(str(model_dir), asked, device=CPU)["minimal_pairs"]["order"]
+        found[space] = [order["tasks"][task]["accuracy"] for task in ("order", "turns")]
+        assert found[space] == [
+            reference_accuracy(model, tokenizer, wanted.benchmarks["order"] / name, [], space)
+            for name in ("order.jsonl", "turns.jsonl")
+        ]
+    assert found[""] != found[" "]
 
 
 def test_a_run_is_measured_by_its_student(model_dir: Path, wanted: Wanted, tmp_path: Path) -> None:
@@ -338,6 +358,52 @@ def test_the_store_remembers(
     weights = load_file(moved / "model.safetensors")
     save_file({name: 2 * w for name, w in weights.items()}, moved / "model.safetensors")
     assert again(moved)  # trained further: its manifest tells of what was there before
+
+
+# -- fine-tuned -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def learners(monkeypatch: pytest.MonkeyPatch) -> list[Learner]:
+    """Those that were to learn a suite; none does."""
+    seen: list[Learner] = []
+    monkeypatch.setattr(measuring, "load_suite", lambda *_, **__: [])
+    monkeypatch.setattr(measuring, "fine_tune_suite", lambda one, *_, **__: seen.append(one) or {})
+    return seen
+
+
+SUITE = FineTuning(name="toy", path="toy", max_tokens=40)
+
+
+@pytest.mark.parametrize("leading_space", [True, False])
+@pytest.mark.parametrize("prefix", ["none", "bos"])
+def test_examples_are_given_as_sentences_are(
+    leading_space: bool, prefix: Any, model_dir: Path, learners: list[Learner]
+) -> None:
+    asked = Wanted(suites=(SUITE,), prefix=prefix, leading_space=leading_space, batch_tokens=77)
+    measure(str(model_dir), asked, device=CPU)
+    (learner,) = learners
+    assert (learner.prefix, learner.leading_space) == (prefix, leading_space)
+    assert (learner.batch_tokens, learner.device, learner.model) == (77, CPU, str(model_dir))
+
+
+def test_what_no_copy_can_learn_is_told_before_anything_is_measured(
+    model_dir: Path, wanted: Wanted, learners: list[Learner], tmp_path: Path
+) -> None:
+    long = replace(wanted, suites=(SUITE.model_copy(update={"max_tokens": 65}),))
+    told: list[tuple[int, int]] = []
+    with pytest.raises(DataError, match="--max-tokens: got examples of 65 tokens, expected at mo"):
+        measure(str(model_dir), long, device=CPU, on_batch=lambda *call: told.append(call))
+    directory = tmp_path / "model"
+    shutil.copytree(model_dir, directory)
+    tokenizer: PreTrainedTokenizerFast = load_tokenizer(str(directory))
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(str(directory))
+    asked = replace(wanted, suites=(SUITE,))
+    with pytest.raises(DataError, match="got a tokenizer without a token that ends a text"):
+        measure(str(directory), asked, device=CPU, on_batch=lambda *call: told.append(call))
+    assert told == []
+    assert learners == []
 
 
 # -- what is wrong --------------------------------------------------------------------------------
