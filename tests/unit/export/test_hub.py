@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import HfApi, ModelCard, constants
 
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
@@ -300,6 +300,23 @@ def test_no_network(hub: Any, model_dir: Path) -> None:
     assert problem.expected == "an answer of the hub"
     assert "is the network up?" in problem.hint
     assert "no file was published" in problem.hint
+
+
+def test_a_network_that_fails_while_files_are_sent(
+    hub: Any, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether they have arrived is not known: it is not said that nothing was published."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionResetError("reset by peer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", fails)
+        problem = refused(model_dir, at(hub))
+    assert problem.where == f"uploading to {hub.url}/{NAME}"
+    assert problem.got == "ConnectionResetError: reset by peer"
+    assert "push again: what has arrived is recognised" in problem.hint
+    assert "no file was published" not in problem.hint
 
 
 # -- before anything is asked ---------------------------------------------------------------------
