@@ -167,6 +167,25 @@ def test_the_windows_of_the_next_pass_are_read_ahead(
     assert [numbers.tolist() for numbers in expected] == [[7, 3]]
 
 
+@pytest.mark.parametrize("ranks_of_each", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_with_a_split_teacher_among_them_ranks_go_in_step(
+    ranks_of_each: tuple[int, int],
+    teachers: list[Teacher],
+    seen: TeacherInput,
+    context: CacheContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One is enough: whoever has no shard to make is needed for its passes."""
+    in_step: list[bool] = []
+    monkeypatch.setattr(topk, "open_cache", lambda wanted, *_: in_step.append(wanted.in_step))
+    split = [
+        replace(teacher, tensor_parallel=number)
+        for teacher, number in zip(teachers, ranks_of_each, strict=True)
+    ]
+    opened(loss(), split, seen, context)
+    assert in_step == [2 in ranks_of_each]
+
+
 def test_at_the_end_the_records_are_freed(
     teachers: list[Teacher],
     seen: TeacherInput,
