@@ -22,6 +22,7 @@ from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import load_model
 from babyllama_ds.models.documents import Pieces
+from babyllama_ds.teachers.cache import hidden
 from babyllama_ds.teachers.cache.hidden import RememberedMember, remember
 from babyllama_ds.teachers.cache.opening import CacheContext
 from babyllama_ds.teachers.cache.sources import Teacher, TeacherInput
@@ -133,6 +134,34 @@ def test_the_windows_of_the_next_pass_are_read_ahead(
     monkeypatch.setattr(remembered.records, "expect", expected.append)
     remembered.states(micro(seen.windows, [5, 2, 70], [7, 3]))
     assert [numbers.tolist() for numbers in expected] == [[7, 3]]
+
+
+def test_at_the_end_the_records_are_freed(
+    teacher_of: Callable[..., Teacher],
+    seen: TeacherInput,
+    context: CacheContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are files held open, or much of the device's memory."""
+    remembered = remember(teacher_of(), seen, context)
+    closed: list[bool] = []
+    monkeypatch.setattr(remembered.records, "close", lambda: closed.append(True))
+    remembered.destroy()
+    assert closed == [True]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_for_a_split_teacher_ranks_go_in_step(
+    number: int,
+    teacher_of: Callable[..., Teacher],
+    seen: TeacherInput,
+    context: CacheContext,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_step: list[bool] = []
+    monkeypatch.setattr(hidden, "open_cache", lambda wanted, *_: in_step.append(wanted.in_step))
+    remember(replace(teacher_of(), tensor_parallel=number), seen, context)
+    assert in_step == [number == 2]
 
 
 def test_it_is_computed_once_and_the_teacher_is_not_loaded_again(

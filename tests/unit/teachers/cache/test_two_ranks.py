@@ -256,6 +256,27 @@ def and_then_it_can(folder: Path) -> Any:
     return on_nodes(folder)
 
 
+class StopsInSending(StopRequest):
+    """Asked to stop when two shards were sent; the ranks agree on it before each."""
+
+    asked = 0
+
+    def agreed(self) -> str | None:
+        self.asked += 1
+        return "SIGTERM" if self.asked == 3 else None
+
+
+def stopped_in_sending(folder: Path) -> Any:
+    if ranks.rank() == 1:
+        shutil.rmtree(folder / "node 1")
+    ranks.barrier()
+    return on_nodes(folder, stop=StopsInSending())
+
+
+def goes_on_sending(folder: Path) -> Any:
+    return on_nodes(folder)
+
+
 def one_cannot_be_read(folder: Path) -> Any:
     """A shard is lost after it was looked at."""
     read = build._read
@@ -286,6 +307,8 @@ SCENARIOS: list[Callable[[Path], Any]] = [
     one_is_laid_out_otherwise,
     one_cannot_be_written,
     and_then_it_can,
+    stopped_in_sending,
+    goes_on_sending,
     one_cannot_be_read,
     on_disk,
     found_again,
@@ -473,6 +496,15 @@ def test_a_disk_that_refuses_names_its_node_and_costs_no_shard(of_ranks: OfRanks
     zero, one = of_ranks("and_then_it_can")
     assert_same_and_whole(zero, one)
     assert {*zero["asked"], *one["asked"]} == {*shards(4, 5, 6), 0}
+
+
+def test_a_stop_while_shards_are_sent_costs_none(of_ranks: OfRanks) -> None:
+    zero, one = of_ranks("stopped_in_sending")
+    assert zero["error"] == one["error"] == "SIGTERM, at cache of teachers/a, sent to other nodes"
+    assert sorted(one["files"]) == ["layout.json", "shard-00000.bin", "shard-00001.bin"]
+    zero, one = of_ranks("goes_on_sending")
+    assert_same_and_whole(zero, one)
+    assert zero["asked"] == one["asked"] == []
 
 
 def test_a_sender_that_fails_leaves_no_one_waiting(of_ranks: OfRanks) -> None:
