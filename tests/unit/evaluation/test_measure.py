@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -314,6 +315,23 @@ def test_a_token_beyond_the_embedding_matters_only_where_it_occurs(
     (tmp_path / "odd.txt").write_text(lines(1, 9) + "extra39\n" + lines(1, 3))
     with pytest.raises(DataError, match=r"got a text with the token 'extra39', id 327, expected"):
         measure(str(directory), replace(wanted, texts=(tmp_path / "odd.txt",)), device=CPU)
+
+
+def test_what_the_tokenizer_changes_of_a_text_is_told(
+    model_dir: Path, wanted: Wanted, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(model_dir, directory)
+    tokenizer = load_tokenizer(str(directory))
+    tokenizer.backend_tokenizer.normalizer = Lowercase()
+    save_tokenizer(tokenizer, directory)
+    (tmp_path / "tales.txt").write_text("The Dog sees The ball.\n" * 9)
+    with caplog.at_level("WARNING", "babyllama_ds"):
+        asked = replace(wanted, texts=(tmp_path / "tales.txt",), benchmarks={})
+        measure(str(directory), asked, device=CPU)
+    (message,) = (one for one in caplog.messages if "writes otherwise" in one)
+    assert "it writes otherwise 27 of the text's " in message
+    assert "2 different" in message
 
 
 # -- remembered -----------------------------------------------------------------------------------
