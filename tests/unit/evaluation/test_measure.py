@@ -424,6 +424,21 @@ def test_what_no_copy_can_learn_is_told_before_anything_is_measured(
     assert learners == []
 
 
+def test_a_measurement_without_a_suite_is_not_taken_for_one_with_it(
+    model_dir: Path, learners: list[Learner], tmp_path: Path
+) -> None:
+    (tmp_path / "toy").mkdir()
+    suite = SUITE.model_copy(update={"path": str(tmp_path / "toy")})
+    longer = suite.model_copy(update={"max_tokens": 41})
+    store = Store(tmp_path / "store")
+    learnt = []
+    for suites in ((suite,), (suite,), (longer,), (suite, longer), (longer,)):
+        before = len(learners)
+        measure(str(model_dir), Wanted(suites=suites), device=CPU, store=store)
+        learnt.append(len(learners) - before)
+    assert learnt == [1, 0, 1, 2, 0]
+
+
 # -- what is wrong --------------------------------------------------------------------------------
 
 

@@ -265,10 +265,38 @@ def test_a_training_from_its_first_step_finds_nothing_of_another(
     assert files.read_json(kept.directory / "chck_80" / "training.json")["steps"] == 2
 
 
-# -- on several storages --------------------------------------------------------------------------
+# -- on several nodes -----------------------------------------------------------------------------
 
 
-class Holding:
+class Nodes(Storages):
+    """As seen from one of two, which sends what is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(leads=(0, 1), hosts=("a", "b"))
+        self.sent: list[str] = []
+
+    def on_each(self, work: Callable[[], Any]) -> list[Any]:
+        return [work()]
+
+    def everywhere(self, find: Callable[[], Path | None]) -> Path | None:
+        found = find()
+        assert found is not None
+        self.sent.append(found.name)
+        return found
+
+
+def test_what_a_node_had_not_received_to_the_end_is_not_sent_on(tmp_path: Path) -> None:
+    """It died before the milestone, already whole, got its name."""
+    for name in ("chck_80", f"{files.TEMPORARY_PREFIX}chck_160@7"):
+        files.write_json(tmp_path / name / "training.json", {})
+        files.write_manifest(tmp_path / name, fingerprint="f")
+    nodes = Nodes()
+    share_milestones(tmp_path, nodes)
+    assert nodes.sent == ["chck_80"]
+    assert [path.name for path in tmp_path.iterdir()] == ["chck_80"]
+
+
+class Holders:
     """Storages that hold these milestones; what is sent between them is written down."""
 
     several = True
@@ -307,17 +335,17 @@ def test_what_was_reached_is_on_the_first_node_and_a_second_and_the_rest_nowhere
     tmp_path: Path,
 ) -> None:
     """As after a node was replaced."""
-    nodes = Holding(tmp_path / "m", {"chck_40"}, {"chck_20"}, {"chck_20", "chck_40", "chck_70"})
+    nodes = Holders(tmp_path / "m", {"chck_40"}, {"chck_20"}, {"chck_20", "chck_40", "chck_70"})
     three_milestones(nodes).go_on_from(3)  # `chck_10` is with nobody
     assert nodes.names == [set(), {"chck_20"}, {"chck_20"}]
     assert nodes.sent == [("chck_20", 1, [0])]
-    nodes = Holding(tmp_path / "m", set(), set(), {"chck_10"})
+    nodes = Holders(tmp_path / "m", set(), set(), {"chck_10"})
     three_milestones(nodes).go_on_from(1)
     assert nodes.sent == [("chck_10", 2, [0, 1])]
 
 
 def test_a_second_node_keeps_a_copy(tmp_path: Path) -> None:
-    nodes = Holding(tmp_path / "m", {"chck_20"}, set(), set())
+    nodes = Holders(tmp_path / "m", {"chck_20"}, set(), set())
     three_milestones(nodes).keep(nn.Linear(1, 1), progress_after(2))
     assert nodes.sent == [("chck_20", 0, [1])]
 
@@ -327,34 +355,6 @@ def progress_after(step: int) -> Any:
 
 
 def test_at_the_end_every_node_has_all(tmp_path: Path) -> None:
-    nodes: Any = Holding(tmp_path / "m", {"chck_20"}, {"chck_10", "chck_20"}, set())
+    nodes: Any = Holders(tmp_path / "m", {"chck_20"}, {"chck_10", "chck_20"}, set())
     share_milestones(nodes.directory, nodes)
     assert nodes.sent == [("chck_10", 1, [0, 2]), ("chck_20", 0, [2])]
-
-
-class Nodes(Storages):
-    """As seen from one of two, which sends what is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__(leads=(0, 1), hosts=("a", "b"))
-        self.sent: list[str] = []
-
-    def on_each(self, work: Callable[[], Any]) -> list[Any]:
-        return [work()]
-
-    def everywhere(self, find: Callable[[], Path | None]) -> Path | None:
-        found = find()
-        assert found is not None
-        self.sent.append(found.name)
-        return found
-
-
-def test_what_a_node_had_not_received_to_the_end_is_not_sent_on(tmp_path: Path) -> None:
-    """It died before the milestone, already whole, got its name."""
-    for name in ("chck_80", f"{files.TEMPORARY_PREFIX}chck_160@7"):
-        files.write_json(tmp_path / name / "training.json", {})
-        files.write_manifest(tmp_path / name, fingerprint="f")
-    nodes = Nodes()
-    share_milestones(tmp_path, nodes)
-    assert nodes.sent == ["chck_80"]
-    assert [path.name for path in tmp_path.iterdir()] == ["chck_80"]
