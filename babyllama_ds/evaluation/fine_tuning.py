@@ -117,7 +117,11 @@ def fine_tune_suite(
     _together(work())
     for of_rank in ranks.gather_objects(outcomes):
         outcomes |= of_rank
-    return _as_json(suite, tasks, outcomes)
+    result = _as_json(suite, tasks, outcomes)
+    # Each rank has told of its own tasks only, and all but rank 0 are silent.
+    scores = ", ".join(f"{name} {100 * of['score']:.2f}" for name, of in result["tasks"].items())
+    logger.info("%s: %s %.2f (%s)", learner.where, suite.name, 100 * result["score"], scores)
+    return result
 
 
 def _together(steps: Generator[None]) -> None:

@@ -38,7 +38,7 @@ from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.cache.check import check_head, check_top_k
-from babyllama_ds.training.batches import check_warmup
+from babyllama_ds.training.batches import check_warmup, tokens_after, total_steps
 from babyllama_ds.training.matching import check_layers as check_matched_layers
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
         shapes_vary=parts.shapes_vary(),
     )
     _check_trainings(parts, corpus)
+    _tell_of_a_cache_too_large(parts, corpus)
     parts.dev_windows(corpus, job.evaluation.dev_windows)
     benchmarks = parts.benchmarks(corpus)
     prefix_ids(corpus.tokenizer, job.evaluation.prefix)
@@ -195,6 +196,24 @@ def _check_trainings(parts: Parts, corpus: Corpus) -> None:
     parts.milestones("student", job.student.training, corpus)
     if job.control is not None:
         parts.milestones("control", job.control.training or job.student.training, corpus)
+
+
+def _tell_of_a_cache_too_large(parts: Parts, corpus: Corpus) -> None:
+    """That teachers compute windows which the student never sees, where its training is short."""
+    job, windows = parts.job, parts.windows(corpus, seed=0)
+    if job.distillation.cache == "none" or windows.num_distinct is None:
+        return
+    training = job.student.training
+    steps = total_steps(training, windows.num_windows, windows.length)
+    tokens = tokens_after(steps, training, windows.num_windows, windows.length)
+    if (seen := tokens // windows.length) < windows.num_distinct:
+        log.warning(
+            "distillation.cache: %s is filled with all %d windows, of which student.training shows "
+            "%d: teachers without a cache (distillation.cache=none) would compute less",
+            job.distillation.cache,
+            windows.num_distinct,
+            seen,
+        )
 
 
 def _check_loaded(

@@ -178,6 +178,18 @@ def learnt(learner: Learner, suite: FineTuning, **options: Any) -> dict[str, Any
     return fine_tune_suite(learner, suite, load_suite(suite), **options)
 
 
+def test_the_scores_of_all_tasks_are_told_at_the_end(
+    learner: Learner, suite_of, caplog: pytest.LogCaptureFixture
+) -> None:
+    suite = suite_of(epochs=1)
+    with caplog.at_level("INFO", "babyllama_ds"):
+        result = learnt(learner, suite)
+    each = ", ".join(f"{name} {100 * of['score']:.2f}" for name, of in result["tasks"].items())
+    last = f"{learner.where}: {suite.name} {100 * result['score']:.2f} ({each})"
+    assert caplog.messages[-1] == last
+    assert each.count(",") == len(result["tasks"]) - 1 > 0
+
+
 def test_what_can_be_learnt_is_and_what_cannot_is_not(learner: Learner, suite_of) -> None:
     result = learnt(learner, suite_of(epochs=25, patience=None))
     assert json.loads(json.dumps(result)) == result

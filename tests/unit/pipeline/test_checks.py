@@ -17,7 +17,9 @@ from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
 from babyllama_ds.errors import ModelError
 from babyllama_ds.pipeline import checks
 from babyllama_ds.spec.corpus import TrainedTokenizer
+from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.models import PretrainedModel
+from babyllama_ds.spec.shipped import find_job
 from babyllama_ds.spec.training import TrainingSpec
 
 VOCAB = 280
@@ -179,3 +181,33 @@ def test_other_splits_of_the_same_vocabulary_are_said(
     said = record.getMessage()
     assert said.startswith("teachers.a.model: its tokenizer has the job's vocabulary, but splits")
     assert "b' the'" in said
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "cache", "told"),
+    [
+        (100 * 64, "hidden", False),  # an epoch is the whole cache
+        (99 * 64, "hidden", True),
+        (99 * 64, "none", False),
+        (None, "hidden", False),
+    ],
+)
+def test_a_cache_of_windows_that_are_never_seen_is_told_of(
+    max_tokens: int | None,
+    cache: str,
+    told: bool,
+    corpus: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changes = ["windows.offsets=fixed", f"distillation.cache={cache}"]
+    changes += ["student.training.batch_windows=1", "student.training.warmup_steps=0"]
+    if max_tokens is not None:
+        changes.append(f"student.training.max_tokens={max_tokens}")
+    windows = SimpleNamespace(num_windows=100, num_distinct=100, length=64)
+    parts = SimpleNamespace(
+        job=load_job(find_job("nursery"), changes), windows=lambda _corpus, seed: windows
+    )
+    with caplog.at_level("WARNING", "babyllama_ds"):
+        checks._tell_of_a_cache_too_large(parts, corpus)
+    expected = "filled with all 100 windows, of which student.training shows 99"
+    assert [expected in line for line in caplog.messages] == [True] * told
