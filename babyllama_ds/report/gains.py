@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from babyllama_ds.rundir import differing_keys
 
 _SEEDS = re.compile(r"name|(.*\.)?seed")
 """Keys in which the runs of one experiment may differ."""
+
+
+Measured = Mapping[str, Any]
+"""A model or a milestone, as a report has it."""
 
 
 @dataclass(frozen=True)
@@ -56,42 +60,55 @@ def render_gains(run_dirs: Sequence[Path]) -> str:
     _check_measured(run_dirs, reports)
     _check_independent(run_dirs, reports)
     tables = [*_runs_table(reports), "", *_gains_table(collect_gains(reports))]
-    return "\n".join([*tables, *_suites(reports), *_other_jobs(reports), ""])
+    notes = [*_suites(reports), *_milestones(reports), *_other_jobs(reports)]
+    return "\n".join([*tables, *notes, ""])
 
 
 def collect_gains(reports: Sequence[dict[str, Any]]) -> list[Gain]:
     """The student's gains over each model that all reports hold, by each measure that all hold."""
     shared = [set(report["models"]) for report in reports]
     others = [name for name in reports[0]["models"] if all(name in names for names in shared)]
-    return [
-        gain
-        for other in others
-        if other != "student"
-        for gain in (
-            *_gains_over(other, [report["models"] for report in reports]),
-            *_gains_in_suites(other, reports),
-        )
-    ]
+    of_models = [report["models"] for report in reports]
+    found: list[Gain] = []
+    for other in others:
+        if other != "student":
+            found += _gains_over(other, [(each["student"], each[other]) for each in of_models])
+            found += _gains_in_suites(other, reports)
+    return [*found, *_gains_on_the_way(reports)]
 
 
-def _gains_over(other: str, models: Sequence[dict[str, Any]]) -> Iterator[Gain]:
-    yield Gain(
-        other,
-        "dev CE (nats/token)",
-        tuple(each["student"]["dev_ce"] - each[other]["dev_ce"] for each in models),
+def _gains_over(other: str, of_runs: Sequence[tuple[Measured, Measured]]) -> Iterator[Gain]:
+    """Student and other of each run."""
+    differences = tuple(student["dev_ce"] - than["dev_ce"] for student, than in of_runs)
+    yield Gain(other, "dev CE (nats/token)", differences)
+    pairs = [(student["minimal_pairs"], than["minimal_pairs"]) for student, than in of_runs]
+    for benchmark in pairs[0][0]:
+        if all(benchmark in student for student, _ in pairs):
+            points = tuple(100 * (s[benchmark] - t[benchmark]) for s, t in pairs)
+            yield Gain(other, f"{benchmark} (points)", points)
+
+
+def _gains_on_the_way(reports: Sequence[dict[str, Any]]) -> Iterator[Gain]:
+    """Over the control, of each milestone that both have in every run, measured alike."""
+    of_runs = [_twins(report) for report in reports]
+    for name in [] if _measured_otherwise(reports) else of_runs[0]:
+        if all(name in twins for twins in of_runs):
+            yield from _gains_over(f"control at {name}", [twins[name] for twins in of_runs])
+
+
+def _twins(report: dict[str, Any]) -> dict[str, tuple[Measured, Measured]]:
+    """Student and control by milestone; nothing of a report of before there were any."""
+    student, control = (
+        {one["name"]: one for one in (report.get("milestones") or {}).get(model, ())}
+        for model in ("student", "control")
     )
-    for benchmark in models[0]["student"]["minimal_pairs"]:
-        if any(benchmark not in each["student"]["minimal_pairs"] for each in models):
-            continue
-        yield Gain(
-            other,
-            f"{benchmark} (points)",
-            tuple(
-                100 * (each["student"]["minimal_pairs"][benchmark])
-                - 100 * each[other]["minimal_pairs"][benchmark]
-                for each in models
-            ),
-        )
+    return {name: (student[name], control[name]) for name in student if name in control}
+
+
+def _measured_otherwise(reports: Sequence[dict[str, Any]]) -> bool:
+    """Whether milestones of several runs were measured on more or less than those of another."""
+    asked = [report["job"]["evaluation"]["milestones"] for report in reports if _twins(report)]
+    return any(one != asked[0] for one in asked)
 
 
 def _gains_in_suites(other: str, reports: Sequence[dict[str, Any]]) -> Iterator[Gain]:
@@ -165,6 +182,16 @@ def _suites(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
         yield (
             f"No gain is told in {', '.join(changed)}: its tasks, examples or settings are not the "
             "same in these runs."
+        )
+
+
+def _milestones(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Which gains on the way do not compare between these runs."""
+    if _measured_otherwise(reports):
+        yield ""
+        yield (
+            "No gain is told of milestones: evaluation.milestones, what they were measured on, is "
+            "not the same in these runs."
         )
 
 

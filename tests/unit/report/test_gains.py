@@ -138,3 +138,38 @@ def test_a_text_that_changed_beneath_the_job_is_told(tmp_path: Path) -> None:
     assert told in render_gains([one, other])
     assert told not in render_gains([one, same, unknown])
     assert told not in render_gains([made("nursery", "a", "1"), made("nursery", "b", "2")])
+
+
+def on_the_way(run_dir: Path, *, student: float, control: float, **asked: object) -> Path:
+    """With two milestones of the student, of which the control has the first."""
+
+    def kept(*at: tuple[str, float]) -> list[dict[str, object]]:
+        return [{"name": name, **model(ce, 0.5)} for name, ce in at]
+
+    milestones = {
+        "student": kept(("chck_1M", student), ("chck_2M", student)),
+        "control": kept(("chck_1M", control)),
+    }
+    return changed(run_dir, milestones=milestones, job={"evaluation": {"milestones": asked}})
+
+
+def test_gains_on_the_way_are_of_milestones_that_both_have(tmp_path: Path) -> None:
+    runs = [
+        on_the_way(run(tmp_path, "a", 2.0, 2.1), student=3.0, control=3.5),
+        on_the_way(run(tmp_path, "b", 2.0, 2.3), student=3.0, control=3.7),
+    ]
+    table = render_gains(runs)
+    assert "| control at chck_1M | dev CE (nats/token) | -0.6000 | 0.1000 |" in table
+    assert "| control at chck_1M | blimp (points) | +0.0000 | 0.0000 |" in table
+    assert "chck_2M" not in table
+    assert "No gain is told of milestones" not in table
+
+
+def test_milestones_that_were_measured_otherwise_have_no_gain(tmp_path: Path) -> None:
+    runs = [
+        on_the_way(run(tmp_path, "a", 2.0, 2.1), student=3.0, control=3.5),
+        on_the_way(run(tmp_path, "b", 2.0, 2.3), student=3.0, control=3.7, dev_windows=7),
+    ]
+    table = render_gains(runs)
+    assert "chck_1M" not in table
+    assert "No gain is told of milestones: evaluation.milestones" in table
