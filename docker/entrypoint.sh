@@ -15,7 +15,7 @@ fail() { # WHERE GOT EXPECTED HINT
 }
 
 commands() {
-  python -c 'from babyllama_ds.cli.words import command_line; print(*command_line().commands)'
+  python -c 'from babyllama_ds.cli.parser import command_line; print(*command_line().commands)'
 }
 
 check_runs() {

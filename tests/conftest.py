@@ -108,9 +108,12 @@ def tiny_job() -> Callable[..., Path]:
                 "milestones": [400, 700, 2_150],
             },
             "control": {"milestones": [1_000]},
-            "evaluation": {"samples": 2, "milestones": {}},
+            "evaluation": {"samples": 2},
             **changes,
         }
+        kept = any((job[model] or {}).get("milestones") for model in ("student", "control"))
+        if kept and "evaluation" not in changes:
+            job["evaluation"]["milestones"] = {}
         path = folder / "job.yaml"
         plain = json.loads(json.dumps(job))  # nothing shared, which YAML would write as an alias
         path.write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")

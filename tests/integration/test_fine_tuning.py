@@ -51,7 +51,8 @@ def test_every_model_learns_every_task_and_nothing_is_trained_again(fine_tuned: 
     kept = fine_tuned.runs / "store" / "classifiers"
     assert len([entry for entry in kept.iterdir() if entry.is_dir()]) == len(MODELS) * len(TASKS)
     again.assert_done()
-    assert sum("evaluation of" in line for line in again.err.splitlines()) == len(MODELS)
+    done = [line for line in again.err.splitlines() if "evaluation of" in line]
+    assert len([line for line in done if "milestones/" not in line]) == len(MODELS)
     assert "done before" in again.err
 
 

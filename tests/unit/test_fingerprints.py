@@ -146,7 +146,7 @@ def test_the_tables_name_every_field() -> None:
     assert {*PRETRAINED_MATTERS, *MODEL_FREE, "kind", "path"} == set(PretrainedModel.model_fields)
     assert {*WINDOWS_MATTER} == set(WindowsSpec.model_fields)
     assert {*DISTILLATION_MATTERS, *DISTILLATION_FREE} == set(DistillationSpec.model_fields)
-    others = {"minimal_pairs", "fine_tuning", "batch_tokens"}
+    others = {"minimal_pairs", "fine_tuning", "batch_tokens", "milestones"}
     assert {*EVALUATION_MATTERS, *others} == set(EvaluationSpec.model_fields)
 
 
