@@ -23,8 +23,8 @@ from babyllama_ds.report.fine_tuning import TASK_FACTS
 from babyllama_ds.report.loss import loss_facts
 from babyllama_ds.report.metrics import read_metrics
 from babyllama_ds.report.milestones import collect_milestones, milestones_missing
+from babyllama_ds.report.scores import scores_of
 from babyllama_ds.report.uncertainty import (
-    accuracy_error,
     difference_error,
     fine_tuning_difference_error,
     fine_tuning_error,
@@ -209,19 +209,11 @@ def _model(role: str, training: Mapping[str, Any], evaluation: Mapping[str, Any]
     facts = {key: training.get(key) for key in TRAINING_FACTS}
     if facts["params"] is None:  # a loaded teacher was not trained here
         facts["params"] = evaluation.get("params")
-    dev = evaluation.get("dev") or {}
-    benchmarks = evaluation.get("minimal_pairs") or {}
     suites = evaluation.get("fine_tuning") or {}
     return {
         "role": role,
         **facts,
-        "dev_ce": dev.get("ce"),
-        "perplexity": dev.get("perplexity"),
-        "bits_per_byte": dev.get("bits_per_byte"),
-        "minimal_pairs": {name: scores["accuracy"] for name, scores in benchmarks.items()},
-        "minimal_pairs_standard_error": {
-            name: accuracy_error(scores) for name, scores in benchmarks.items()
-        },
+        **scores_of(evaluation),
         "fine_tuning": {name: suite["score"] for name, suite in suites.items()},
         "fine_tuning_standard_error": {
             name: fine_tuning_error(suite) for name, suite in suites.items()

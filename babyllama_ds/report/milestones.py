@@ -11,10 +11,9 @@ from typing import Any
 
 from babyllama_ds.files import read_json
 from babyllama_ds.report.metrics import Curve
-from babyllama_ds.report.uncertainty import accuracy_error
+from babyllama_ds.report.scores import scores_of
+from babyllama_ds.rundir import MILESTONES_NAME
 
-FOLDER = "milestones"
-"""In a run, of models; in its `evaluation/`, of what they measure at."""
 ON_TEXT = ("dev_ce", "perplexity", "bits_per_byte")
 
 Milestones = Mapping[str, list[dict[str, Any]]]
@@ -29,9 +28,9 @@ def collect_milestones(run_dir: Path, trainings: Mapping[str, Mapping[str, Any]]
     """
     found = {}
     for model, training in trainings.items():
-        folder = run_dir / "evaluation" / FOLDER / model
+        folder = run_dir / "evaluation" / MILESTONES_NAME / model
         measured = [
-            _milestone(name, seen, read_json(folder / f"{name}.json"))
+            {"name": name, **seen, **scores_of(read_json(folder / f"{name}.json"))}
             for name, seen in training.get("milestones", {}).items()
             if (folder / f"{name}.json").exists()
         ]
@@ -40,30 +39,13 @@ def collect_milestones(run_dir: Path, trainings: Mapping[str, Mapping[str, Any]]
     return found
 
 
-def _milestone(name: str, seen: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    dev = evaluation.get("dev") or {}
-    benchmarks = evaluation.get("minimal_pairs") or {}
-    return {
-        "name": name,
-        "words": seen["words"],
-        "steps": seen["steps"],
-        "dev_ce": dev.get("ce"),
-        "perplexity": dev.get("perplexity"),
-        "bits_per_byte": dev.get("bits_per_byte"),
-        "minimal_pairs": {name: scores["accuracy"] for name, scores in benchmarks.items()},
-        "minimal_pairs_standard_error": {
-            name: accuracy_error(scores) for name, scores in benchmarks.items()
-        },
-    }
-
-
 def milestones_missing(run_dir: Path, trainings: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Of each model, how many are there that were not measured, in words."""
     missing = []
     for model, training in trainings.items():
         number = sum(
-            (run_dir / FOLDER / model / name).is_dir()
-            and not (run_dir / "evaluation" / FOLDER / model / f"{name}.json").exists()
+            (run_dir / MILESTONES_NAME / model / name).is_dir()
+            and not (run_dir / "evaluation" / MILESTONES_NAME / model / f"{name}.json").exists()
             for name in training.get("milestones", {})
         )
         if number:
