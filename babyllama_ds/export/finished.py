@@ -128,5 +128,4 @@ def open_finished(run_dir: Path) -> FinishedRun:
             if status == "running"
             else "start it again with the same command: it goes on from where it was",
         )
-    # Resolved: the report is called by the folder's name, also where the run is given as `.`.
-    return FinishedRun(path=run_dir, report=collect_report(run_dir.resolve()))
+    return FinishedRun(path=run_dir, report=collect_report(run_dir))

@@ -19,13 +19,11 @@ from babyllama_ds.errors import RunError
 from babyllama_ds.report.write import write_report
 from babyllama_ds.rundir import METRICS_NAME
 
-REPORTS = ("report.json", "report.md", "report.html")
-
 
 def collect_results(run_dir: Path, target: Path) -> None:
-    """Write the run's report anew and copy it, its job and its metrics to the folder `target`.
+    """Write the run's report, its job and its metrics to the folder `target`.
 
-    The same run gives the same bytes.
+    Nothing is written into the run, which may be another's. The same run gives the same bytes.
 
     Raises:
         RunError: no run is there, its files are garbled, `target` exists or lies inside the run, or
@@ -41,11 +39,10 @@ def collect_results(run_dir: Path, target: Path) -> None:
     if target.resolve().is_relative_to(run_dir.resolve()):
         raise RunError.of(target, got="a place inside the run", expected="one outside of it")
     with files.appearing(target) as place:
-        # Resolved: the report is called by the folder's name, also where the run is given as `.`.
-        write_report(run_dir.resolve())
         place.mkdir(parents=True)
-        for name in REPORTS:
-            shutil.copyfile(run_dir / "report" / name, place / name)
+        write_report(run_dir, place)
+        for figure in place.glob("*.svg"):
+            figure.unlink()  # the page has them
         shutil.copyfile(run_dir / "job.yaml", place / "job.yaml")
         metrics = run_dir / METRICS_NAME
         if metrics.is_file():

@@ -12,14 +12,15 @@ from babyllama_ds.report.markdown import render_markdown
 from babyllama_ds.report.metrics import collect_curves
 
 
-def write_report(run_dir: Path) -> dict[str, Any]:
-    """Collect a run's report and write it into the run; each file appears whole.
+def write_report(run_dir: Path, folder: Path | None = None) -> dict[str, Any]:
+    """Collect a run's report and write it into `folder`, by default the run's own; each file
+    appears whole.
 
     Raises:
         RunError: the run's files are missing or garbled, or the directory is not writable.
     """
     report = collect_report(run_dir)
-    folder = run_dir / "report"
+    folder = folder or run_dir / "report"
     write_json(folder / "report.json", report)
     write_atomic(folder / "report.md", render_markdown(report))
     view = view_of(report, collect_curves(run_dir / "metrics.jsonl", report["models"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_the_same_bytes_each_time(run_dir: Path, tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     packed = (tmp_path / "one" / "metrics.jsonl.gz").read_bytes()
     assert packed[4:8] == bytes(4)  # RFC 1952's time of the file: not now
+
+
+def test_nothing_is_written_into_the_run(run_dir: Path, tmp_path: Path) -> None:
+    """It may be another's, on a disk that is read-only here."""
+
+    def everything() -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+    shutil.rmtree(run_dir / "report")
+    before = everything()
+    collect_results(run_dir, tmp_path / "results")
+    assert everything() == before
 
 
 def test_of_a_run_that_was_stopped(run_dir: Path, tmp_path: Path) -> None:
