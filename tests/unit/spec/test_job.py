@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from babyllama_ds.errors import JobError
 from babyllama_ds.spec.job import JobSpec, derive_seed
+from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.models import LlamaModel
+from babyllama_ds.spec.shipped import find_job
 
 
 def job(**changes: Any) -> JobSpec:
@@ -68,6 +71,12 @@ def test_milestones_are_measured_as_finished_models_but_for_what_is_said() -> No
     changed = {"max_pairs_per_task": 200, "samples": 0, "fine_tuning": (), "milestones": None}
     assert found.model_dump() == asked.model_dump() | changed
     assert job(student=student).evaluation.of_milestones() is None
+
+
+@pytest.mark.parametrize("value", ["20k", "20000"])
+def test_milestones_that_are_no_list_are_told_of_one(value: str) -> None:
+    with pytest.raises(JobError, match="expected a list, or 'babylm', or null"):
+        load_job(find_job("nursery"), [f"student.milestones={value}"])
 
 
 @pytest.mark.parametrize("control", [None, {}])
