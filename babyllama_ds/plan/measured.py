@@ -175,7 +175,7 @@ def _milestones_s(
             one_s = _evaluation_s(
                 job, evaluation, pace.num_milestone_pairs, corpus, pace, pace.evaluations[name]
             )
-            found[f"{number} milestones of {name}"] = number * one_s
+            found[f"milestones of {name}"] = number * one_s
     return found
 
 

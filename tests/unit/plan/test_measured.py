@@ -196,9 +196,9 @@ def test_milestones_are_measured_as_often_as_there_are_any(plan: Callable[..., A
     )
     found = planned.measured.evaluations
     one = 0.5 + 7 * 0.02 + 0.75 + 300 * 0.001  # and writes no texts
-    assert found["2 milestones of student"] == pytest.approx(2 * one)
-    assert found["1 milestones of control"] == pytest.approx(one)
-    assert "measuring 2 milestones of student" in render_plan(planned)
+    assert found["milestones of student"] == pytest.approx(2 * one)
+    assert found["milestones of control"] == pytest.approx(one)
+    assert "measuring milestones of student" in render_plan(planned)
     student, without = planned.work.stages[2], plan("student.milestones=[9, 50]").work.stages[2]
     vocab = planned.corpus.vocab_size
     assert student.flops.evaluation - without.flops.evaluation == (
