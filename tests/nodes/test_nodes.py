@@ -41,7 +41,7 @@ def job(tiny_job: Callable[..., Path]) -> Callable[..., Path]:
         plain["teachers"] = plain["teachers"][1:]
         batch = {"batch_windows": 6}  # for two ranks, and for three
         plain["teachers"][0]["training"] |= batch | {"max_steps": 8}
-        plain["student"]["milestones"] = None
+        plain["student"]["milestones"] = plain["evaluation"]["milestones"] = None
         plain["student"]["training"] |= batch | {
             "max_steps": STUDENT_STEPS,
             "evaluate_every_steps": STUDENT_STEPS // 3,
