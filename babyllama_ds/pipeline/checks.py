@@ -209,7 +209,8 @@ def _tell_of_a_cache_too_large(parts: Parts, corpus: Corpus) -> None:
     if (seen := tokens // windows.length) < windows.num_distinct:
         log.warning(
             "distillation.cache: %s is filled with all %d windows, of which student.training shows "
-            "%d: teachers without a cache (distillation.cache=none) would compute less",
+            "%d: unless that cache stands already, teachers would compute less without one "
+            "(distillation.cache=none)",
             job.distillation.cache,
             windows.num_distinct,
             seen,
