@@ -35,10 +35,14 @@ class DistillationTrainer(Trainer):
         precision: str,
         alpha: float = ALPHA,
         temperature: float = TEMPERATURE,
+        soft_reduction: Literal["sequence", "token"] = "sequence",
         **named: Any,
     ) -> None:
+        """`soft_reduction`: `sequence` is the published one; with `token` the loss is given
+        positions instead of windows, and its mean over a batch is one over them."""
         super().__init__(*args, **named)
         self.alpha, self.temperature = alpha, temperature
+        self.soft_reduction = soft_reduction
         self.teachers = teachers
         for teacher in self.teachers:
             teacher.to(self.args.device).eval()
@@ -60,9 +64,12 @@ class DistillationTrainer(Trainer):
             with torch.no_grad():
                 all_teacher_logits = [teacher(**inputs).logits for teacher in self.teachers]
                 avg_teacher_logits = torch.stack(all_teacher_logits).mean(dim=0)
+            logits = outputs_student.logits
+            if self.soft_reduction == "token":
+                logits, avg_teacher_logits = logits.flatten(0, 1), avg_teacher_logits.flatten(0, 1)
             loss_function = nn.KLDivLoss(reduction="batchmean")
             loss_logits = loss_function(
-                torch.log_softmax(outputs_student.logits / self.temperature, dim=-1),
+                torch.log_softmax(logits / self.temperature, dim=-1),
                 torch.softmax(avg_teacher_logits / self.temperature, dim=-1),
             ) * (self.temperature**2)
             loss = self.alpha * student_loss + (1.0 - self.alpha) * loss_logits
@@ -112,7 +119,8 @@ def arguments(
     micro_batch: int | None = None,
     **more: Any,
 ) -> TrainingArguments:
-    """Arguments under which nothing but training happens, for longer than anybody measures.
+    """Arguments under which nothing but training happens, for longer than anybody measures (or
+    `num_train_epochs`).
 
     `micro_batch`: windows of a forward pass of one rank; none: its share of the batch. `more` are
     the trainer's own.
@@ -121,12 +129,12 @@ def arguments(
     defaults: dict[str, Any] = {
         "bf16": device == "cuda" and precision == "fp32",
         "learning_rate": 3e-4,
+        "num_train_epochs": 10**6 // NUM_BATCHES,
     }
     return TrainingArguments(
         output_dir=output_dir,
         per_device_train_batch_size=micro_batch or share,
         gradient_accumulation_steps=share // (micro_batch or share),
-        num_train_epochs=10**6 // NUM_BATCHES,
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and num_ranks > 1 else None,
         # The published shape of the loss gives every parameter a gradient.
