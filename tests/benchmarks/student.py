@@ -1,12 +1,16 @@
 """The student again, by the textbook: finished runs enter; both students, measured alike, leave.
 
-    python tests/benchmarks/student.py RUN [RUN ...] [--precision fp32 autocast] [--out DIR]
+    python tests/benchmarks/student.py RUN [RUN ...] [--precision fp32 autocast] [--ranks N]
+        [--out DIR]
 
 `bench.py` compares steps, this what comes of all of them. The textbook's trainer (`textbook.py`,
 transformers' own modules) gets what the run's training began with: the student's initial weights,
 the windows of every batch, the teachers, and the learning rate, decay and clipping of the job. The
 optimizer, its schedule, the models' arithmetic, the loss and the ranks' gradients are its own.
 Both students are then measured by the run's evaluation, in the precision that each was trained in.
+
+With one rank every batch is the run's. With more, the trainer averages gradients over ranks:
+windows of an epoch's last batch that cannot be shared out evenly weigh differently.
 
 A run must lie beside its store, and its student's training must be one that the textbook can do.
 What is done is found again in `--out`.
@@ -43,7 +47,6 @@ from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store
 from babyllama_ds.training.batches import BatchPlan
 
-NUM_RANKS = 2
 CPU = torch.device("cpu")
 
 
@@ -55,7 +58,9 @@ def main() -> None:
         return
     rows = []
     for run_dir in options.runs:
-        rows.append(_Run(run_dir, options.out / run_dir.name).compared(options.precision))
+        rows.append(
+            _Run(run_dir, options.out / run_dir.name, options.ranks).compared(options.precision)
+        )
         files.write_json(options.out / "students.json", {"runs": rows})
     print(render(rows, options.precision))
 
@@ -66,9 +71,10 @@ def main() -> None:
 class _Run:
     """A finished run, and the folder of what the textbook makes of it."""
 
-    def __init__(self, run_dir: Path, folder: Path) -> None:
+    def __init__(self, run_dir: Path, folder: Path, num_ranks: int) -> None:
         self.run_dir = run_dir
         self.folder = folder
+        self.num_ranks = num_ranks
         self.job = load_job(run_dir / "job.yaml")
         self.store = Store(run_dir.parent / "store")
         _check(self.job, run_dir)
@@ -88,7 +94,7 @@ class _Run:
     def _write_start(self, corpus: Corpus) -> None:
         """What the textbook's ranks begin with: weights in transformers' own modules, and batches.
 
-        The share of a rank is an item: `NUM_RANKS` of them are a batch.
+        The share of a rank is an item: as many of them as ranks are a batch.
         """
         spec, training = self.job.student, self.job.student.training
         seed = self.job.stage_seed("student")
@@ -109,7 +115,7 @@ class _Run:
         )
         batches = [plan.batch(step) for step in range(plan.total_steps)]
         tokens = [torch.from_numpy(windows.windows(b.epoch, b.window_ids)) for b in batches]
-        shares = [share for batch_BS in tokens for share in batch_BS.tensor_split(NUM_RANKS)]
+        shares = [share for batch_BS in tokens for share in batch_BS.tensor_split(self.num_ranks)]
         torch.save(shares, self.folder / "shares.pt")
         asked = {
             "teachers": {t.name: t.weight for t in self.job.teachers},
@@ -131,11 +137,12 @@ class _Run:
         files.write_json(self.folder / "asked.json", asked)
 
     def _train(self, precision: Precision) -> None:
-        """On ranks of one thread each, as many as ours had."""
+        """On ranks that share the cores."""
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         words = [__file__, "--train", str(self.folder), "--precision", precision]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [*launch, "--nproc-per-node", str(NUM_RANKS), *words]
+        threads = max(1, len(os.sched_getaffinity(0)) // self.num_ranks)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [*launch, "--nproc-per-node", str(self.num_ranks), *words]
         if status := subprocess.run(command, env=environment, check=False).returncode:
             raise SystemExit(status)  # a rank has said why
 
@@ -199,7 +206,7 @@ class _Shares(Dataset[dict[str, Tensor]]):
 
 def train(folder: Path, precision: Precision) -> None:
     """Be one of the ranks that train the student of a folder."""
-    torch.set_num_threads(1)
+    num_ranks = int(os.environ["WORLD_SIZE"])
     asked = files.read_json(folder / "asked.json")
     shares = torch.load(folder / "shares.pt", weights_only=True)
     teachers = [Path(asked["run"]) / "teachers" / name for name in asked["teachers"]]
@@ -215,8 +222,8 @@ def train(folder: Path, precision: Precision) -> None:
         soft_reduction=asked["soft_reduction"],
         args=arguments(
             str(folder / "trainer"),
-            batch_windows=NUM_RANKS,  # items, each of them a rank's windows
-            num_ranks=NUM_RANKS,
+            batch_windows=num_ranks,  # items, each of them a rank's windows
+            num_ranks=num_ranks,
             device="cpu",
             precision=precision,
             num_train_epochs=1,
@@ -227,8 +234,8 @@ def train(folder: Path, precision: Precision) -> None:
         data_collator=lambda items: items[0],
     )
     done = trainer.train()
-    if done.global_step * NUM_RANKS != len(shares):
-        raise SystemExit(f"{done.global_step} steps, expected {len(shares) // NUM_RANKS}")
+    if done.global_step * num_ranks != len(shares):
+        raise SystemExit(f"{done.global_step} steps, expected {len(shares) // num_ranks}")
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(folder / precision)
         summary = {"seconds": done.metrics["train_runtime"], "steps": done.global_step}
@@ -289,6 +296,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train finished runs' students by the textbook.")
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--precision", nargs="+", choices=get_args(Precision), default=["fp32"])
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs") / "students")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

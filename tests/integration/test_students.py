@@ -1,0 +1,69 @@
+"""The student of a whole run is the one that Hugging Face's trainer makes from the same start."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import LLAMA, TRAINING
+
+STUDENT = Path(__file__).parents[1] / "benchmarks" / "student.py"
+
+
+@pytest.mark.launch
+def test_whole_trainings_are_the_textbooks(
+    tiny_job: Callable[..., Path],
+    launch: Callable[..., Any],
+    start: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """ZeRO-2 on two ranks, the chunked loss, frozen engines and fused modules against a trainer
+    that has none of them: after 24 steps in fp32, the weights differ by roundings alone."""
+    pytest.importorskip("accelerate", reason="the textbook's trainer needs it")
+    student = {"model": {**LLAMA, "num_layers": 2}, "training": {**TRAINING, "keep": "last"}}
+    job = tiny_job(tmp_path, student=student, control=None)
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    for reduction in ("sequence", "token"):
+        words = [f"name={reduction}", f"distillation.soft_reduction={reduction}"]
+        launch(job, "--runs", runs, "deepspeed.config=zero2_cpu_fp32", *words).assert_done()
+    run_dirs = [runs / "sequence", runs / "token"]
+    ended = start([[sys.executable, STUDENT, *run_dirs, "--ranks", 1, "--out", out]]).end()
+    ended.assert_done()
+
+    for run_dir in run_dirs:
+        ours = load_file(run_dir / "student" / "model.safetensors")
+        theirs = load_file(out / run_dir.name / "fp32" / "model.safetensors")
+        began = load_file(out / run_dir.name / "start" / "model.safetensors")
+        assert ours.keys() == theirs.keys() == began.keys()
+        for name, before in began.items():
+            moved = float((theirs[name] - before).norm())
+            off = float((ours[name] - theirs[name]).norm())
+            assert moved > 0, name
+            assert off < 1e-4 * moved, f"{run_dir.name}: {name}"
+    for run in json.loads((out / "students.json").read_text())["runs"]:
+        measured = run["rows"]
+        assert measured["ours"]["dev_ce"] == pytest.approx(measured["fp32"]["dev_ce"], abs=1e-6)
+    assert "| token " in ended.out
+    assert "ours − textbook fp32" in ended.out
+
+
+def test_what_the_textbook_cannot_train_is_told(
+    tiny_job: Callable[..., Path], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "tiny-1"
+    job = tiny_job(run, distillation={"divergence": {"kind": "jensen_shannon"}})
+    assert job.parent == run
+    (run / "student").mkdir()
+    summary = {"best_step": 8, "steps": 24, "planned_steps": 24}
+    (run / "student" / "training.json").write_text(json.dumps(summary))
+    ended = start([[sys.executable, STUDENT, run, "--out", tmp_path]]).end()
+    assert ended.code == 1
+    assert "distillation.divergence" in ended.err
+    assert "the run kept a step before the last" in ended.err
+    assert "cache" not in ended.err
