@@ -35,7 +35,7 @@ export DS_ACCELERATOR ?= cpu
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup distill test test-data test-nodes test-lm-eval bench bench-grid bench-host bench-card bench-student grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock image docker-test clean
+.PHONY: help setup distill test test-data test-nodes test-lm-eval bench bench-grid bench-host bench-card bench-students grid-objectives gpu-proof gpu-kit check format seeds reference dist wheelhouse lock image docker-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -77,8 +77,8 @@ bench-host: setup  ## what a training step costs the host, by part: ARGS="--roun
 bench-card: setup  ## what a training step costs a card, counted without one: ARGS="--bandwidth 4.3 babyllama97/student"
 	$(BIN)/python tests/benchmarks/card.py $(ARGS)
 
-bench-student: setup  ## train the students of finished runs again by the textbook: ARGS="runs/nursery-1 …"
-	$(BIN)/python tests/benchmarks/student.py $(ARGS)
+bench-students: setup  ## train the students of finished runs again by the textbook: ARGS="runs/nursery-1 …"
+	$(BIN)/python tests/benchmarks/students.py $(ARGS)
 
 grid-objectives: setup  ## run a job with several objectives and seeds: ARGS="--seeds 1 2 3 --max-tokens N"
 	$(BIN)/python tests/benchmarks/objectives.py --ranks $(NPROC) --runs $(RUNS) $(ARGS)

@@ -39,7 +39,8 @@ class DistillationTrainer(Trainer):
         **named: Any,
     ) -> None:
         """`soft_reduction`: `sequence` is the published one; with `token` the loss is given
-        positions instead of windows, and its mean over a batch is one over them."""
+        positions instead of windows, and its mean over a batch is one over them. Without teachers
+        the model learns from the text alone."""
         super().__init__(*args, **named)
         self.alpha, self.temperature = alpha, temperature
         self.soft_reduction = soft_reduction
@@ -60,20 +61,22 @@ class DistillationTrainer(Trainer):
         device = self.args.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "autocast"):
             outputs_student = model(**inputs)
-            student_loss = outputs_student.loss
-            with torch.no_grad():
-                all_teacher_logits = [teacher(**inputs).logits for teacher in self.teachers]
-                avg_teacher_logits = torch.stack(all_teacher_logits).mean(dim=0)
-            logits = outputs_student.logits
-            if self.soft_reduction == "token":
-                logits, avg_teacher_logits = logits.flatten(0, 1), avg_teacher_logits.flatten(0, 1)
-            loss_function = nn.KLDivLoss(reduction="batchmean")
-            loss_logits = loss_function(
-                torch.log_softmax(logits / self.temperature, dim=-1),
-                torch.softmax(avg_teacher_logits / self.temperature, dim=-1),
-            ) * (self.temperature**2)
-            loss = self.alpha * student_loss + (1.0 - self.alpha) * loss_logits
+            loss = self.alpha * outputs_student.loss
+            if self.teachers:
+                loss = loss + (1.0 - self.alpha) * self._soft_loss(outputs_student.logits, inputs)
         return (loss, outputs_student) if return_outputs else loss
+
+    def _soft_loss(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            all_teacher_logits = [teacher(**inputs).logits for teacher in self.teachers]
+            avg_teacher_logits = torch.stack(all_teacher_logits).mean(dim=0)
+        if self.soft_reduction == "token":
+            logits, avg_teacher_logits = logits.flatten(0, 1), avg_teacher_logits.flatten(0, 1)
+        loss_function = nn.KLDivLoss(reduction="batchmean")
+        return loss_function(
+            torch.log_softmax(logits / self.temperature, dim=-1),
+            torch.softmax(avg_teacher_logits / self.temperature, dim=-1),
+        ) * (self.temperature**2)
 
 
 class Windows(Dataset[dict[str, Tensor]]):
