@@ -322,6 +322,29 @@ def test_what_cannot_be_read_of_a_run_ends_it(
     assert entry.exists()
 
 
+def test_a_run_that_may_not_be_read_ends_it(
+    store: Store, runs: Path, ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may run as root, who reads everything."""
+    put(store, "tokens", "a")
+    secret = put_run(runs, "of-another-user") / "job.yaml"
+    (runs / "lost+found").mkdir()  # no name of a run
+    is_file = Path.is_file
+
+    def refuse(path: Path) -> bool:
+        if path.parent.name in ("of-another-user", "lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    code, _, err = ask("--remove-unused")
+    assert code == 2
+    assert f"error: {secret}: got Permission denied, expected runs that can be read" in err
+    assert "do this as a user who can read them" in err
+    secret.parent.rename(runs / "of+another")
+    assert ask("--remove-unused")[0] == 0
+
+
 # -- what it removes -------------------------------------------------------------------------------
 
 
@@ -475,7 +498,7 @@ def test_a_run_that_began_meanwhile_keeps_what_it_claimed(store: Store, runs: Pa
 def test_more_than_are_locked_at_once(
     store: Store, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(removing, "AT_ONCE", 2)
+    monkeypatch.setattr(removing, "AT_ONCE", 7)
     for number in range(5):
         put(store, "classifiers", str(number))
         begin(store, "classifiers", str(number))
