@@ -203,6 +203,23 @@ def try_lock(lock: FileLock) -> bool:
     return taken
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock of this name, which is tried for a moment.
+
+    One that may not be tried counts as held.
+    """
+    if not path.exists():
+        return False
+    lock = FileLock(path)
+    try:
+        if not try_lock(lock):
+            return True
+    except OSError:
+        return True
+    lock.release()
+    return False
+
+
 def _no_flock() -> OSError:
     return OSError(errno.ENOSYS, "the file system has no locks (flock)")
 

@@ -37,6 +37,8 @@ FREE_KEYS = re.compile(
     r"|(tokenizer|.*\.model)\.(path|revision)"
 )
 
+JOB_NAME = "job.yaml"
+"""The resolved job."""
 STATE_NAME = "state.json"
 METRICS_NAME = "metrics.jsonl"
 """An object for each logged step; written by rank 0."""
@@ -59,7 +61,7 @@ class RunDirectory:
         Raises:
             RunError: it holds work of another experiment; the differing keys are named.
         """
-        resolved = self.path / "job.yaml"
+        resolved = self.path / JOB_NAME
         if resolved.exists():
             problems = [
                 Problem(
@@ -69,7 +71,7 @@ class RunDirectory:
                     hint="give the job another `name`, or remove the directory",
                 )
                 for key, theirs, ours in differing_keys(
-                    _with_defaults(_read_yaml(resolved)), _plain(job)
+                    _with_defaults(self.written_job()), _plain(job)
                 )
             ]
             if problems and any((self.path / name).exists() for name in WORK):
@@ -86,8 +88,7 @@ class RunDirectory:
         Raises:
             RunError: the directory holds this stage made from something else.
         """
-        path = self.path / "stages.json"
-        stages = files.read_json(path) if path.exists() else {}
+        stages = self.claimed()
         known = stages.setdefault(stage, fingerprint)
         if known != fingerprint:
             raise RunError.of(
@@ -96,7 +97,18 @@ class RunDirectory:
                 expected=f"{fingerprint[:12]}: {made_from} changed since",
                 hint="give the job another `name`, or remove the directory",
             )
-        files.write_json(path, stages)
+        files.write_json(self._stages_path, stages)
+
+    def claimed(self) -> dict[str, str]:
+        """What the stages that were begun are made from, by stage (`claim_stage`)."""
+        claimed: dict[str, str] = {}
+        if self._stages_path.exists():
+            claimed = files.read_json(self._stages_path)
+        return claimed
+
+    @property
+    def _stages_path(self) -> Path:
+        return self.path / "stages.json"
 
     def settled(self) -> dict[str, dict[str, Any]]:
         """What earlier starts found out, by stage and where it ran (`settle`)."""
@@ -135,10 +147,14 @@ class RunDirectory:
         """Write `state.json`: running, done, stopped or failed, for schedulers and people."""
         files.write_json(self.path / STATE_NAME, {"status": status, **facts})
 
-    def has_failed(self) -> bool:
-        """Whether `state.json` says so."""
+    def status(self) -> str | None:
+        """What `state.json` says; none where there is none yet."""
         path = self.path / STATE_NAME
-        return path.is_file() and files.read_json(path).get("status") == "failed"
+        return str(files.read_json(path).get("status")) if path.is_file() else None
+
+    def written_job(self) -> dict[str, Any]:
+        """`job.yaml` as it stands. Raises `RunError` where it is no job."""
+        return _read_yaml(self.path / JOB_NAME)
 
 
 def differing_keys(

@@ -34,10 +34,13 @@ from babyllama_ds.files import (
     write_json,
     write_manifest,
 )
-from babyllama_ds.locks import POLL_S, Holder, holder_text, release, try_lock
+from babyllama_ds.locks import POLL_S, Holder, holder_text, is_held, release, try_lock
 
 _log = logging.getLogger(__name__)
+_BUILDING_PREFIX = ".building-"
 _PATH_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # no "@": it ends the key in temporary names
+_OF_AN_ENTRY = re.compile(r"(?:\.building-|\.tmp-)?([0-9a-f]{64})(?:@.*)?")
+"""An entry, or what is unfinished of it."""
 
 
 def _nothing() -> None:
@@ -102,26 +105,37 @@ class Store:
                     shutil.rmtree(directory, ignore_errors=True)  # gone already when published
 
     @contextlib.contextmanager
-    def lock(self, kind: str, key: str) -> Iterator[None]:
+    def lock(self, kind: str, key: str, *, to_remove: bool = False) -> Iterator[None]:
         """Hold the entry's lock, waiting for another holder (named once in the log).
 
         For work longer than one function: `find` again inside, work in `new_directory`, then
         `publish`. Entering removes what a dead holder left.
+
+        `to_remove`: another holder is a `RunError`, and nothing is written: the disk may be full.
         """
         entry = self._path(kind, key)
-        holder_path = entry.parent / f".{key}.lock.json"
+        lock_path, holder_path = self._lock_paths(kind, key)
         try:
             entry.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(entry.parent / f".{key}.lock")
-            self._acquire(lock, holder_path, f"{kind}/{key}")
+            lock = FileLock(lock_path)
+            if not to_remove:
+                self._acquire(lock, holder_path, f"{kind}/{key}")
+            elif not try_lock(lock):
+                raise in_use(entry, holder_text(holder_path))
         except OSError as error:
             raise cannot_write(entry.parent, error) from error
         try:
-            write_json(holder_path, asdict(Holder.here()))
+            if not to_remove:
+                write_json(holder_path, asdict(Holder.here()))
             remove_temporaries(entry.parent, f"{key}@")
             yield
         finally:
             release(lock, holder_path)
+
+    def holder(self, kind: str, key: str) -> str | None:
+        """The process that holds the entry's lock, for people; none: nobody does."""
+        lock_path, holder_path = self._lock_paths(kind, key)
+        return holder_text(holder_path) if holder_path.exists() and is_held(lock_path) else None
 
     def new_directory(self, kind: str, key: str) -> Path:
         """An empty directory beside the entry, for the holder of its lock to fill."""
@@ -138,7 +152,7 @@ class Store:
         Whoever holds the lock next finds there what was done, tells the whole parts from the
         others itself, goes on and publishes.
         """
-        path = self._path(kind, key).parent / f".building-{key}"
+        path = self._path(kind, key).parent / f"{_BUILDING_PREFIX}{key}"
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -163,14 +177,41 @@ class Store:
         write_manifest(directory, fingerprint=key, known=known, **facts)
         try:
             if entry.exists():
-                doomed = entry.parent / f"{TEMPORARY_PREFIX}{key}@old"
-                entry.rename(doomed)
-                shutil.rmtree(doomed)
+                self.discard(key, entry)
             directory.rename(entry)
             fsync_directory(entry.parent)
         except OSError as error:
             raise cannot_write(entry, error) from error
         return entry
+
+    def discard(self, key: str, folder: Path) -> None:
+        """Remove a folder of the entry of this key, under its lock. Raises `OSError`.
+
+        It loses its name first: what a death half way leaves is rubbish, and never found.
+        """
+        doomed = folder.parent / f"{TEMPORARY_PREFIX}{key}@old"
+        folder.rename(doomed)
+        fsync_directory(folder.parent)
+        shutil.rmtree(doomed)
+
+    def folders(self, kind: str, key: str) -> tuple[Path | None, Path | None, list[Path]]:
+        """What lies there under a key: the entry's folder, be it whole or damaged; the place where
+        it is being built; and what nobody goes on with."""
+        entry = self._path(kind, key)
+        building = entry.parent / f"{_BUILDING_PREFIX}{key}"
+        return (
+            entry if entry.is_dir() else None,
+            building if building.is_dir() else None,
+            sorted(entry.parent.glob(f"{TEMPORARY_PREFIX}{key}@*")),
+        )
+
+    def keys(self, kind: str) -> list[str]:
+        """The keys of all that lies there of a kind, be it whole or not; nothing else is ours."""
+        folder = self.root / kind
+        if not folder.is_dir():
+            return []
+        found = (_OF_AN_ENTRY.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+        return sorted({match[1] for match in found if match})
 
     def _acquire(self, lock: FileLock, holder_path: Path, what: str) -> None:
         waiting = False
@@ -181,10 +222,25 @@ class Store:
             self.while_waiting()
             time.sleep(POLL_S)
 
+    def _lock_paths(self, kind: str, key: str) -> tuple[Path, Path]:
+        """The lock, and what its holder says of itself."""
+        folder = self._path(kind, key).parent
+        return folder / f".{key}.lock", folder / f".{key}.lock.json"
+
     def _path(self, kind: str, key: str) -> Path:
         for name in (kind, key):
             assert _PATH_NAME.fullmatch(name), f"not a plain name: {name!r}"
         return self.root / kind / key
+
+
+def in_use(where: object, holder: str) -> RunError:
+    """The error of a removal that a process is in the way of."""
+    return RunError.of(
+        where,
+        got=f"in use by {holder}",
+        expected="one that no process holds",
+        hint="wait for it, or stop it",
+    )
 
 
 def link_entry(entry: Path, link: Path) -> None:

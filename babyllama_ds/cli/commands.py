@@ -245,6 +245,27 @@ def export(options: argparse.Namespace) -> None:
         print(place, flush=True)
 
 
+def store(options: argparse.Namespace) -> None:
+    """Print what lies in the store of a runs folder, or remove some of it and say so."""
+    from babyllama_ds.inventory.entries import find_items, open_store
+    from babyllama_ds.inventory.removing import named_items, remove
+    from babyllama_ds.inventory.text import render_freed, render_items, render_removed
+    from babyllama_ds.inventory.uses import read_uses
+
+    opened = open_store(options.runs)
+    items, uses = find_items(opened), read_uses(options.runs)
+    if options.remove:
+        doomed = named_items(items, uses, options.remove)
+    elif options.remove_unused:
+        doomed = [item for item in items if uses.unused(item)]
+    else:
+        print(render_items(items, uses, options.runs), end="")
+        return
+    for item in remove(opened, options.runs, doomed):
+        print(render_removed(item), flush=True)
+    print(render_freed(doomed), end="")
+
+
 def evaluate(options: argparse.Namespace) -> None:
     """Measure a model and print what came out."""
     import json

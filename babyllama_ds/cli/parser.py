@@ -134,6 +134,8 @@ def command_line() -> Parser:
 
     _add_generate(commands.add_parser("generate", help="let a model go on from a prompt"))
 
+    _add_store(commands.add_parser("store", help="what runs share, who uses it, and its removal"))
+
     schema = commands.add_parser("schema", help="print the JSON schema of jobs")
     schema.add_argument(
         "--reference", action="store_true", help="print docs/jobs.md instead, the same in words"
@@ -259,6 +261,25 @@ def _add_export(exporter: argparse.ArgumentParser) -> None:
         help="report, metrics and job alone, of a run that need not be done",
     )
     exporter.set_defaults(command=does.export)
+
+
+def _add_store(keeper: Parser) -> None:
+    keeper.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of run directories (default: runs)"
+    )
+    what = keeper.add_mutually_exclusive_group()
+    what.add_argument(
+        "--remove",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="remove these, by the beginnings of their keys: what no run uses",
+    )
+    what.add_argument(
+        "--remove-unused", action="store_true", help="remove all that no run in the folder uses"
+    )
+    keeper.options += ["--remove", "--remove-unused"]  # a group's own, as the doctor's
+    keeper.set_defaults(command=does.store)
 
 
 def _add_evaluate(judge: argparse.ArgumentParser) -> None:

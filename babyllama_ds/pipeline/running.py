@@ -92,7 +92,7 @@ def _tell_the_end(directory: RunDirectory, error: BaseException) -> None:
     SIGTERM, says less.
     """
     try:
-        if directory.has_failed():
+        if directory.status() == "failed":
             return
         if isinstance(error, Stopped):
             directory.set_state("stopped", reason=error.reason, at=error.at)

@@ -11,11 +11,16 @@ from typing import Any
 from babyllama_ds.plan.measured import MeasuredTime
 from babyllama_ds.plan.memory import Item
 from babyllama_ds.plan.planned import Plan, RankCount
-from babyllama_ds.report.formatting import MISSING, count, duration, number
-
-GIB = 2**30
-MIB = 2**20
-_GAP = "  "
+from babyllama_ds.report.formatting import (
+    GIB,
+    MISSING,
+    columns,
+    count,
+    duration,
+    number,
+    size_in,
+    size_unit,
+)
 
 
 def gibibytes(num_bytes: int) -> str:
@@ -167,7 +172,7 @@ def _stages(plan: Plan) -> str:
     ]
     rows.append(["all", *[""] * 6, _three_digits(total / size)])
     header = ["stage", "parameters", "steps", "tokens", "training", "teachers", "evaluation", "all"]
-    return f"work, matrix products in {unit}\n" + _table(header, rows)
+    return f"work, matrix products in {unit}\n" + columns(header, rows)
 
 
 def _times(plan: Plan) -> str:
@@ -183,7 +188,7 @@ def _times(plan: Plan) -> str:
         [stage.name, *(cell(one, stage.name) for one in plan.counts)] for stage in plan.work.stages
     ]
     rows.append(["all", *(duration(_all(one.seconds)) for one in plan.counts)])
-    return "time\n" + _table(_header("stage", plan.counts), rows)
+    return "time\n" + columns(_header("stage", plan.counts), rows)
 
 
 _PARTS = ("start", "cache", "steps", "evaluations", "checkpoints", "export")
@@ -221,10 +226,10 @@ def _measured(time: MeasuredTime) -> str:
     return "\n".join(
         [
             "rates, measured on this machine",
-            _table(["stage", "ms a step", "tokens/s", unit], rates),
+            columns(["stage", "ms a step", "tokens/s", unit], rates),
             "",
             "time of a run at these rates, parts in seconds",
-            _table(["", *_PARTS, "all"], rows),
+            columns(["", *_PARTS, "all"], rows),
         ]
     )
 
@@ -241,7 +246,7 @@ def _memory(plan: Plan) -> str:
     """The hungriest stage's items for each rank count, then every stage's peak."""
     possible = [one for one in plan.counts if one.impossible is None]
     name = possible[0].hungriest
-    unit = _unit(possible[0].memory[name].peak_bytes)
+    unit = size_unit(possible[0].memory[name].peak_bytes)
     rows = _Rows(plan.counts, unit)
     for item in _items(possible, name):
         rows.size(item, partial(_item_bytes, name=name, item=item))
@@ -260,7 +265,7 @@ def _memory(plan: Plan) -> str:
         rows.add("fits", lambda one: "yes" if plan.fits(one) else "NO")
     notes = [f"  {one.ranks} ranks: {one.impossible}" for one in plan.counts if one.impossible]
     title = f"memory of a rank in {unit}, item by item for the stage that needs most, {name}"
-    return "\n".join([title, _table(_header("item", plan.counts), rows.rows), *notes])
+    return "\n".join([title, columns(_header("item", plan.counts), rows.rows), *notes])
 
 
 class _Rows:
@@ -278,7 +283,7 @@ class _Rows:
 
     def size(self, label: str, num_bytes: Callable[[RankCount], int]) -> None:
         """A row of sizes."""
-        self.add(label, lambda one: _size(num_bytes(one), self.unit))
+        self.add(label, lambda one: size_in(num_bytes(one), self.unit))
 
 
 def _items(counts: Sequence[RankCount], name: str) -> list[Item]:
@@ -307,30 +312,20 @@ def _disk(plan: Plan) -> str:
     """The disk of one node; where each keeps its own, that of the first, which holds everything."""
     own = any(item.nodes != "one" for item in plan.disk)
     total = sum(item.bytes for item in plan.disk)
-    unit = _unit(total)
+    unit = size_unit(total)
     rows = [
-        [item.name, _size(item.bytes, unit), "stays" if item.stays else "while training"]
+        [item.name, size_in(item.bytes, unit), "stays" if item.stays else "while training"]
         + ([f"{item.nodes} node{'s' * (item.nodes != 'every')}"] if own else [])
         for item in plan.disk
         if item.bytes
     ]
-    rows.append(["all", _size(total, unit), "", *["first node"] * own])
+    rows.append(["all", size_in(total, unit), "", *["first node"] * own])
     where = "disk of a node" if own else "disk"
-    return f"{where} in {unit}\n" + _table(["files", "size", "", *[""] * own], rows)
+    return f"{where} in {unit}\n" + columns(["files", "size", "", *[""] * own], rows)
 
 
 def _header(first: str, counts: Sequence[RankCount]) -> list[str]:
     return [first, *(f"{o.ranks} rank" if o.ranks == 1 else f"{o.ranks} ranks" for o in counts)]
-
-
-def _unit(num_bytes: int) -> str:
-    return "GiB" if num_bytes >= GIB else "MiB"
-
-
-def _size(num_bytes: int, unit: str) -> str:
-    if not num_bytes:
-        return MISSING
-    return number(num_bytes / GIB, 2) if unit == "GiB" else number(num_bytes / MIB, 1)
 
 
 def _three_digits(value: float) -> str:
@@ -338,17 +333,3 @@ def _three_digits(value: float) -> str:
     if not value:
         return MISSING
     return number(value, max(0, 2 - math.floor(math.log10(value))))
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns in plain text: the first to the left, numbers to the right."""
-    cells = [list(header), *map(list, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = (
-        _GAP.join(
-            text.ljust(width) if index == 0 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )
-    return "\n".join(f"  {line.rstrip()}" for line in lines)

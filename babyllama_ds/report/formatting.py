@@ -1,11 +1,15 @@
-"""Numbers and tables for people: values enter, Markdown text leaves. What is missing is a dash."""
+"""Numbers and tables for people: values enter, text leaves, Markdown or plain. What is missing is a
+dash."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 MISSING = "–"
+GIB = 2**30
+MIB = 2**20
+_GAP = "  "
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -24,6 +28,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1
         for row in (cells[0], rule, *cells[1:])
     ]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Container[int] = (0,)
+) -> str:
+    """Columns in plain text: those that are named to the left, numbers to the right."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        _GAP.join(
+            text.ljust(width) if index in left else text.rjust(width)
+            for index, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in cells
+    )
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 def number(value: float | None, digits: int, *, sign: bool = False) -> str:
@@ -58,6 +78,24 @@ def count(value: float | None) -> str:
         if value >= 0.9995 * size:
             return f"{_three_digits(value / size)} {unit}"
     return f"{value:.0f}"
+
+
+def size_unit(num_bytes: int) -> str:
+    """The unit that a size, or a table of them, is told in."""
+    return "GiB" if num_bytes >= GIB else "MiB"
+
+
+def size_in(num_bytes: int, unit: str) -> str:
+    """A size in this unit, without it: headers carry it."""
+    if not num_bytes:
+        return MISSING
+    return number(num_bytes / GIB, 2) if unit == "GiB" else number(num_bytes / MIB, 1)
+
+
+def with_unit(num_bytes: int) -> str:
+    """A size with its own unit: 21.30 GiB."""
+    unit = size_unit(num_bytes)
+    return f"{size_in(num_bytes, unit)} {unit}"
 
 
 def duration(seconds: float | None) -> str:

@@ -25,7 +25,7 @@ ROWS = (
     {"engine", "evaluation"},
     {"teachers"},
     {"training", "report"},
-    {"pipeline", "plan", "doctor", "export"},
+    {"pipeline", "plan", "doctor", "export", "inventory"},
     {"cli"},
 )
 ROW_OF = {room: number for number, row in enumerate(ROWS) for room in row}
