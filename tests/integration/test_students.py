@@ -19,7 +19,7 @@ STUDENTS = Path(__file__).parents[1] / "benchmarks" / "students.py"
 @pytest.mark.launch
 def test_whole_trainings_are_the_textbooks(
     tiny_job: Callable[..., Path],
-    launch: Callable[..., Any],
+    start_ranks: Callable[..., Any],
     start: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
@@ -29,7 +29,7 @@ def test_whole_trainings_are_the_textbooks(
     student = {"model": {**LLAMA, "num_layers": 2}, "training": {**TRAINING, "keep": "last"}}
     job = tiny_job(tmp_path, student=student, control={})
     runs, out = tmp_path / "runs", tmp_path / "out"
-    launch(job, "--runs", runs, "deepspeed.config=zero2_cpu_fp32").assert_done()
+    start_ranks(job, "--runs", runs, "deepspeed.config=zero2_cpu_fp32").end().assert_done()
     run_dir = runs / "tiny-1"
     ended = start([[sys.executable, STUDENTS, run_dir, "--ranks", 1, "--out", out]]).end()
     ended.assert_done()
