@@ -177,7 +177,7 @@ def test_unwritable_run_directory_is_a_run_error(
 ) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(RunError, match="choose another --runs directory"),
+        pytest.raises(RunError, match=r"choose another directory \(for runs: --runs\)"),
         RunLock(tmp_path / "file" / "job"),
     ):
         pass
@@ -258,7 +258,7 @@ def test_a_killed_process_leaves_its_folder_to_the_next(
 def test_a_place_for_no_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(RunError, match="choose another --runs directory"),
+        pytest.raises(RunError, match=r"choose another directory \(for runs: --runs\)"),
         scratch_folder(tmp_path / "file" / "runs", ".trial-"),
     ):
         pytest.fail("it was made")
