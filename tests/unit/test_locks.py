@@ -91,6 +91,8 @@ def test_killed_holder_is_taken_over_and_cleaned_up_after(
     (tmp_path / "evaluation").mkdir()
     for place in (tmp_path, tmp_path / "evaluation"):
         (place / ".tmp-state.json-1-ab").write_text("half")
+    for kind in ("checkpoints", "milestones"):
+        (tmp_path / kind / "student" / ".tmp-of-a-models-size").mkdir(parents=True)
     others = tmp_path.parent / "entry"
     others.mkdir()
     (others / ".tmp-of-another-process").touch()
@@ -101,7 +103,8 @@ def test_killed_holder_is_taken_over_and_cleaned_up_after(
     with RunLock(tmp_path):
         assert read_json(tmp_path / ".lock.json")["pid"] == os.getpid()
         left = sorted(path.name for path in tmp_path.rglob("*"))
-        assert left == [".lock", ".lock.json", "evaluation", "tokens"]
+        folders = ["checkpoints", "evaluation", "milestones", "student", "student", "tokens"]
+        assert left == [".lock", ".lock.json", *folders]
     assert (others / ".tmp-of-another-process").exists()
 
 
