@@ -252,15 +252,20 @@ def fsync_directory(directory: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """The `RunError` for a write to `path` that the system refused."""
+    """The `RunError` for a write to `path` that the system refused.
+
+    Some commands write elsewhere than below `--runs`, and have no such option.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        hint = "free some space, or choose another --runs directory; then start again"
+        hint = "free some space, or choose another directory (for runs: --runs); then start again"
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        hint = "choose another --runs directory"
+        hint = "choose another directory (for runs: --runs)"
     elif error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):
-        hint = "mount it with flock (Lustre: -o flock), or choose another --runs directory"
+        hint = (
+            "mount it with flock (Lustre: -o flock), or choose another directory (for runs: --runs)"
+        )
     else:
-        hint = "look at the disk, or choose another --runs directory"
+        hint = "look at the disk, or choose another directory (for runs: --runs)"
     return RunError.of(path, got=_reason(error), expected="a place that can be written", hint=hint)
 
 

@@ -69,8 +69,7 @@ class RunLock:
             raise cannot_write(self.run_dir, error) from error
         try:
             write_json(self._holder_path, asdict(Holder.here(self.launcher_pid)))
-            for folder in self._folders():
-                remove_temporaries(folder)
+            self._remove_temporaries()
         except BaseException:
             release(lock, self._holder_path)
             raise
@@ -87,10 +86,11 @@ class RunLock:
         release(self._lock, self._holder_path)
         self._lock = None
 
-    def _folders(self) -> list[Path]:
-        """The run's own, where files are written: what links lead to is locked by itself."""
-        below = [path for path in self.run_dir.iterdir() if not path.is_symlink()]
-        return [self.run_dir, *(path for path in below if path.is_dir())]
+    def _remove_temporaries(self) -> None:
+        """Of all folders of the run's own, however deep: those of checkpoints and milestones are
+        as large as a model. What links lead to is locked by itself."""
+        for folder, _, _ in os.walk(self.run_dir):  # follows no link
+            remove_temporaries(Path(folder))
 
     def _acquire(self, lock: FileLock) -> None:
         deadline_s = time.monotonic() + self.orphan_wait_s

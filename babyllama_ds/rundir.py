@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.storages import Storages
+from babyllama_ds.store import STORE_LOST, Store, lost_target
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +110,43 @@ class RunDirectory:
     @property
     def _stages_path(self) -> Path:
         return self.path / "stages.json"
+
+    def check_store(self, trained: Iterable[str], store: Store, storages: Storages) -> None:
+        """The store that the run was made in is here: without it, these teachers, which took
+        hours, would be trained again. A collective.
+
+        One link that leads nowhere is no such case: its entry was damaged, and deleted.
+
+        Raises:
+            RunError: none of the run's links leads anywhere; each lost teacher is named.
+        """
+        names = [f"teachers/{name}" for name in trained]
+        of_each = storages.on_each(lambda: self._links(["tokenizer", "tokens", *names], store))
+        known = {name: lost for one in reversed(of_each) for name, lost in one.items()}
+        stands = any(lost is None for one in of_each for lost in one.values())
+        if not stands and (teachers := [name for name in names if name in known]):
+            raise RunError.all_of(
+                [
+                    Problem(
+                        where=str(self.path / name),
+                        got=f"a link to {known[name]}, which is not there",
+                        expected=f"the teacher that this run trained, in {store.root}",
+                        hint=f"{STORE_LOST}; or give the job another `name`, and all is trained "
+                        "again",
+                    )
+                    for name in teachers
+                ]
+            )
+
+    def _links(self, names: Iterable[str], store: Store) -> dict[str, str | None]:
+        """Which of these links there are; where those lead whose entry is not there."""
+        links = {name: self.path / name for name in names if (self.path / name).is_symlink()}
+        lost = {name: lost_target(link) for name, link in links.items()}
+        return {
+            # The run may have been moved and its store not: it is linked to again.
+            name: None if target is None or store.holds(target) else str(target)
+            for name, target in lost.items()
+        }
 
     def settled(self) -> dict[str, dict[str, Any]]:
         """What earlier starts found out, by stage and where it ran (`settle`)."""

@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import (
+    MANIFEST_NAME,
     TEMPORARY_PREFIX,
     FileFacts,
     cannot_write,
@@ -35,6 +36,9 @@ from babyllama_ds.files import (
     write_manifest,
 )
 from babyllama_ds.locks import POLL_S, Holder, holder_text, is_held, release, try_lock
+
+STORE_LOST = "bring the store along that the run was made in: `store`, beside the run"
+"""How a link that leads nowhere is mended."""
 
 _log = logging.getLogger(__name__)
 _BUILDING_PREFIX = ".building-"
@@ -70,6 +74,10 @@ class Store:
         if (entry := self.find(kind, key)) is not None:
             verify_manifest(entry)
         return entry
+
+    def holds(self, target: Path) -> bool:
+        """Whether the entry that a link of a run once led to (`link_entry`) stands here."""
+        return (self.root / target.parent.name / target.name / MANIFEST_NAME).is_file()
 
     def build(
         self,
@@ -268,3 +276,8 @@ def link_entry(entry: Path, link: Path) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise cannot_write(link, error) from error
+
+
+def lost_target(link: Path) -> Path | None:
+    """Where a link leads, in its own words, if nothing is there; none for anything else."""
+    return link.readlink() if link.is_symlink() and not link.exists() else None

@@ -212,12 +212,19 @@ def _kept(tokens: TokenShards, split: str) -> DocumentStarts:
     return documents
 
 
+_MORE_TEXT = {
+    "train": "give more text",
+    "dev": "give more development text (of `split: {kind: tail}`, a larger fraction)",
+}
+
+
 def _too_short(split: str, tokens: TokenShards, length: int, *, needed: int) -> DataError:
+    lower = ["set windows.length lower"] if tokens.num_tokens(split) else []
     return DataError.of(
         f"corpus ({split})",
         got=f"{tokens.num_tokens(split)} tokens, a corpus shorter than one window",
         expected=f"at least {needed} tokens for windows.length {length}",
-        hint="give more text, or set windows.length lower",
+        hint=", or ".join([_MORE_TEXT[split], *lower]),
     )
 
 

@@ -20,6 +20,10 @@ LEAST_FREE_BYTES = 2**30
 LOW_FREE_BYTES = 10 * 2**30
 SLOW_MB_PER_S = 50.0
 
+_PREFIX = ".doctor-"
+_ABANDONED_AFTER_S = 3600.0
+"""No examination of a disk takes so long. A lock would tell sooner, where there are locks."""
+
 _ELSEWHERE = "choose another directory: --runs DIR"
 
 
@@ -106,14 +110,23 @@ def _no_locks(found: str) -> Finding:
 
 @contextmanager
 def _folder_in(runs: Path) -> Iterator[Path]:
-    """A folder of our own in `runs`; afterwards everything is as it was."""
+    """A folder of our own in `runs`; afterwards everything is as it was, but for what examinations
+    that were killed had left."""
     made = [each for each in (runs, *runs.parents) if not each.exists()]
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".doctor-", dir=runs) as folder:
+        _remove_abandoned(runs)
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=runs) as folder:
             yield Path(folder)
     finally:
         for each in made:
             # Another process may have written there meanwhile, or removed it.
             with suppress(OSError):
                 each.rmdir()
+
+
+def _remove_abandoned(runs: Path) -> None:
+    for folder in runs.glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # gone meanwhile
+            if time.time() - folder.stat().st_mtime > _ABANDONED_AFTER_S:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -19,6 +19,7 @@ from babyllama_ds.evaluation.labelled_files import LABELS
 from babyllama_ds.evaluation.sentences import length_batches, padded
 from babyllama_ds.memory import sent
 from babyllama_ds.models.parts import final_states
+from babyllama_ds.models.probe import probe_tokens
 
 CLIP_NORM = 1.0
 CPU_PART_TOKENS = 2048
@@ -43,8 +44,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.in_bf16 = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
         self.model = model.float()
-        width = model.get_output_embeddings().weight.shape[1]  # type: ignore[operator]
-        self.head = nn.Linear(width, num_labels, bias=False)
+        self.head = nn.Linear(_width(self.model), num_labels, bias=False)
         nn.init.normal_(self.head.weight, std=INITIAL_STD)
 
     @property
@@ -82,6 +82,12 @@ class Classifier(nn.Module):
         for index, label in zip(indices, torch.cat(found).tolist(), strict=True):
             labels[index] = label
         return told(labels)
+
+
+@torch.no_grad()
+def _width(model: nn.Module) -> int:
+    """D of the final states, by trying: the language model's own head may be narrower (ELECTRA)."""
+    return final_states(model.eval(), probe_tokens(model, 1)).shape[-1]
 
 
 class Update:

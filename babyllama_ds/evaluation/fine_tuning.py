@@ -44,6 +44,7 @@ from babyllama_ds.evaluation.stored import Remember, Steps
 from babyllama_ds.files import hash_json
 from babyllama_ds.models.attention import Device, kind_of, resolve_attention
 from babyllama_ds.models.build import load_model
+from babyllama_ds.models.parts import check_backbone
 from babyllama_ds.models.probe import embedding_rows
 from babyllama_ds.spec.evaluation import FineTuning, Prefix
 from babyllama_ds.spec.job import derive_seed
@@ -99,7 +100,7 @@ def fine_tune_suite(
     Raises:
         DataError: a tokenizer that has no token to end a text with, or one that the model has no
             embedding for.
-        ModelError: not loadable, or a loss that is not finite.
+        ModelError: not loadable, without a backbone, or a loss that is not finite.
     """
     encoded = {task.name: encode_task(learner, task, suite.max_tokens) for task in tasks}
     trainings = [(task, seed) for task in tasks for seed in range(suite.seeds)]
@@ -233,7 +234,7 @@ def fine_tune(
 
     Raises:
         DataError: an example with a token that the model has no embedding for.
-        ModelError: not loadable, or a loss that is not finite.
+        ModelError: not loadable, without a backbone, or a loss that is not finite.
     """
     started = time.monotonic()
     settings = suite.settings_of(task.name)
@@ -247,6 +248,7 @@ def fine_tune(
         model = load_model(
             learner.model, attention=learner.attention, where=learner.where, dtype="auto"
         )
+        check_backbone(model, where=learner.where)
         _check_embedded(model, encoded, learner, f"{learner.where}: {suite.name}/{task.name}")
         classifier = Classifier(model, task.num_labels).to(learner.device)
         update = Update(classifier, settings.learning_rate, steps)

@@ -16,6 +16,7 @@ from babyllama_ds.hub import can_only_be_local
 from babyllama_ds.models.build import load_model
 from babyllama_ds.models.directories import check_weight_files
 from babyllama_ds.models.families import check_causal
+from babyllama_ds.store import STORE_LOST, lost_target
 
 WHERE = "MODEL"
 
@@ -52,9 +53,13 @@ def check_model_directory(path: str, *, where: str = WHERE) -> None:
     """A local directory holds a model that can be read; hub ids are left to the hub.
 
     Raises:
-        ModelError: nothing there, a file, no `config.json`, or weights that are pickles only.
+        ModelError: nothing there, a link of a run whose store is gone, a file, no `config.json`,
+            or weights that are pickles only.
     """
     directory = Path(path)
+    if target := lost_target(directory):
+        got = f"a link to {target}, which is not there"
+        raise _no_model(path, got, where, hint=STORE_LOST if "store" in target.parts else None)
     if not directory.is_dir():
         if directory.exists() or can_only_be_local(path):
             raise _no_model(path, "a file" if directory.exists() else "no such directory", where)
@@ -75,10 +80,11 @@ def load_causal_lm(path: str, *, device: torch.device, where: str = WHERE) -> nn
     return model
 
 
-def _no_model(path: str, got: str, where: str) -> ModelError:
+def _no_model(path: str, got: str, where: str, *, hint: str | None = None) -> ModelError:
     return ModelError.of(
         where,
         got=f"{path}: {got}",
         expected="a causal language model directory (config.json, *.safetensors), a run's directory"
         " or a hub id",
+        hint=hint,
     )

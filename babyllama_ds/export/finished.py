@@ -16,6 +16,7 @@ from babyllama_ds.files import MANIFEST_NAME, read_json
 from babyllama_ds.report.collect import collect_report
 from babyllama_ds.rundir import MILESTONES_NAME
 from babyllama_ds.spec.explain import closest
+from babyllama_ds.store import STORE_LOST, lost_target
 
 ANEW = "start the run again: what is missing is made anew"
 
@@ -94,9 +95,8 @@ class FinishedRun:
             path = self.path / part
             if (path / MANIFEST_NAME).is_file():
                 continue
-            if path.is_symlink() and not path.exists():
-                got = f"a link to {path.readlink()}, which is not there"
-                how = f"bring the store back beside the run, or {hint}"
+            if target := lost_target(path):
+                got, how = f"a link to {target}, which is not there", STORE_LOST
             else:
                 got = f"no {MANIFEST_NAME}: unfinished" if path.exists() else "nothing"
                 how = hint

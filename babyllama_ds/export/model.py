@@ -157,6 +157,7 @@ def _check_weights(source: Path, manifest: files.Manifest, copy: Path) -> None:
 
 
 def _cast_to_float32(directory: Path) -> None:
+    total_bytes = 0
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as stored:
             metadata = stored.metadata()
@@ -164,6 +165,12 @@ def _cast_to_float32(directory: Path) -> None:
         permissions = path.stat().st_mode
         save_file(weights, path, metadata=metadata)
         path.chmod(permissions)  # safetensors writes for its owner alone
+        total_bytes += sum(weight.nbytes for weight in weights.values())
+    index_path = directory / "model.safetensors.index.json"
+    if index_path.exists():  # of a large model, whose weights are in several files
+        index = files.read_json(index_path)
+        index["metadata"] = index.get("metadata", {}) | {"total_size": total_bytes}
+        files.write_json(index_path, index)
     config = files.read_json(directory / "config.json")
     files.write_json(directory / "config.json", config | {"dtype": "float32"})
 

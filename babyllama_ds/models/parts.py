@@ -94,6 +94,22 @@ def check_plain_head(model: nn.Module, *, where: str) -> HeadKind:
     return probed.kind
 
 
+def check_backbone(model: nn.Module, *, where: str) -> None:
+    """`model` has a backbone that gives its final states, for a classifier on them.
+
+    Raises:
+        ModelError: transformers has none of it (Llama 4).
+    """
+    if model.base_model is model:
+        raise ModelError.of(
+            where,
+            got=f"{type(model).__name__}, of which transformers has no backbone without the head",
+            expected="a model that gives the states that a classifier is put on",
+            hint="measure it without fine-tuning; a job's teachers are left out of a suite with "
+            "`teachers: false`",
+        )
+
+
 def final_states(model: nn.Module, input_ids_BS: Tensor, pieces: Pieces | None = None) -> Tensor:
     """The hidden states [B, S, D] before the head, of any family."""
     backbone: nn.Module = model.base_model  # type: ignore[assignment]

@@ -28,7 +28,7 @@ from babyllama_ds.models.families import (
     positions_of,
 )
 from babyllama_ds.models.layers import check_layers
-from babyllama_ds.models.parts import HeadKind, check_plain_head, split_causal_lm
+from babyllama_ds.models.parts import HeadKind, check_backbone, check_plain_head, split_causal_lm
 from babyllama_ds.models.recomputing import check_recomputable
 from babyllama_ds.models.sizes import model_sizes
 from babyllama_ds.models.splitting import check_groups, check_split
@@ -244,6 +244,8 @@ def _check_loaded(
     if any(training and training.gradient_checkpointing for training in trainings):
         check_recomputable(model, where=f"{parts.job.training_key(stage)}.gradient_checkpointing")
     kind = check_plain_head(model, where=where)
+    if parts.job.evaluation.suites_of(teacher=stage != "student"):
+        check_backbone(model, where=where)
     if layers:
         check_layers(model, split_causal_lm(model)[0], layers, where=where)
     if varies_in_shape(kernel):

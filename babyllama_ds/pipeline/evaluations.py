@@ -68,11 +68,9 @@ class Evaluations:
             yield self._wanted(self.parts, name, path, corpus)
 
     def _of_milestones(self, corpus: Corpus) -> Iterator[_Wanted]:
-        job = self.parts.job
-        evaluation = job.evaluation.of_milestones()
-        if evaluation is None:
+        parts = self.parts.of_milestones()
+        if parts is None:
             return
-        parts = Parts(job.model_copy(update={"evaluation": evaluation}), self.parts.device)
         for stage in ("student", "control"):
             kept = ranks.on_rank_zero(partial(self._kept, stage))
             for name, path in kept.items():

@@ -57,8 +57,10 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
         with distributed.failures_told(), storages.held(lock):
             storages.on_each(lambda: directory.open(job))
             directory.bring_together(storages)
+            store = Store(runs / "store", while_waiting=stop.check)
+            trained = [spec.name for spec in job.teachers if spec.training is not None]
+            directory.check_store(trained, store, storages)
             with _state_kept(directory, storages):
-                store = Store(runs / "store", while_waiting=stop.check)
                 pinned = pin_to_commits(job, directory, storages)
                 Pipeline(pinned, directory, store, storages, device, stop).run()
     finally:

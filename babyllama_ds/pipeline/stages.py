@@ -37,7 +37,7 @@ from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
-from babyllama_ds.store import Store, link_entry
+from babyllama_ds.store import Store, link_entry, lost_target
 from babyllama_ds.training.metrics import logged_of, tell_as_done
 from babyllama_ds.training.milestones import share_milestones
 
@@ -118,6 +118,10 @@ class Pipeline:
             checkpoints = self._checkpoints_in_store(key)
             entry = self.storages.everywhere(lambda: self.store.find_whole("teachers", key))
             if entry is None:
+                if lost := ranks.on_rank_zero(lambda: lost_target(self.run_dir / stage)):
+                    log.warning(
+                        "%s: a link to %s, which is not there: it is made anew", stage, lost
+                    )
                 entry = self._teacher_in_store(spec, corpus, stage, key, checkpoints)
             else:
                 log.info("%s: done before", stage)

@@ -30,6 +30,7 @@ from babyllama_ds.report.uncertainty import (
     fine_tuning_error,
 )
 from babyllama_ds.report.unfinished import how_it_stands, what_is_missing
+from babyllama_ds.store import STORE_LOST, lost_target
 from babyllama_ds.teachers.watch import warnings_of
 
 logger = logging.getLogger(__name__)
@@ -98,7 +99,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
         "unfinished": how_it_stands(
             _read_optional(run_dir / "state.json"),
             [
-                *what_is_missing(made, evaluations, last_logged),
+                *what_is_missing(made, evaluations, last_logged, _lost(job, run_dir)),
                 *(milestones_missing(run_dir, trainings) if asked else []),
             ],
         ),
@@ -203,6 +204,21 @@ def _models_of(job: Mapping[str, Any], run_dir: Path) -> list[tuple[str, str, Pa
     ]
     control = [("control", "control", run_dir / "control")] if job.get("control") else []
     return [*teachers, *control, ("student", "student", run_dir / "student")]
+
+
+def _lost(job: Mapping[str, Any], run_dir: Path) -> dict[str, Path]:
+    """Where links lead, by model or `tokens`, whose store is not there."""
+    links = {name: folder for name, _, folder in _models_of(job, run_dir)}
+    links["tokens"] = run_dir / "tokens"
+    lost = {name: target for name, link in links.items() if (target := lost_target(link))}
+    for name, target in lost.items():
+        logger.warning(
+            "%s: a link to %s, which is not there, left out of the report; %s",
+            links[name],
+            target,
+            STORE_LOST,
+        )
+    return lost
 
 
 def _model(role: str, training: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from babyllama_ds.report.metrics import model_of
+from babyllama_ds.store import STORE_LOST
 
 
 def what_is_missing(
     models: Mapping[str, tuple[str, Mapping[str, Any]]],
     evaluated: Collection[str],
     last_logged: Mapping[str, Mapping[str, Any]],
+    lost: Mapping[str, Path],
 ) -> list[str]:
     """Models and measurements that a finished run would have.
 
     `models` holds role and training's summary by name, the latter empty of a model that is not
-    made; `last_logged` the last line of metrics by stage.
+    made; `last_logged` the last line of metrics by stage; `lost` where links lead, by model or
+    `tokens`, whose store is gone.
     """
     step_of = {model_of(stage): line.get("step") for stage, line in last_logged.items()}
     missing = []
     for name, (role, summary) in models.items():
         title = f"teacher {name}" if role == "teacher" else f"the {role}"
-        if not summary:
+        if name in lost:
+            missing.append(f"{title} ({_link_to(lost[name])})")
+        elif not summary:
             begun = f" (logged up to step {step_of[name]})" if name in step_of else ""
             missing.append(f"{title}{begun}")
         elif name not in evaluated:
             missing.append(f"the evaluation of {title}")
+    if "tokens" in lost:
+        missing.append(f"what its text comes to ({_link_to(lost['tokens'])})")
     if not last_logged and any(summary.get("steps") for _, summary in models.values()):
         missing.append("the metrics of its trainings (none are logged here)")
     return missing
@@ -45,3 +53,7 @@ def how_it_stands(state: Mapping[str, Any], missing: list[str]) -> dict[str, Any
     if status == "stopped":
         why = ", ".join(str(state[key]) for key in ("reason", "at") if state.get(key))
     return {"status": status, "why": why, "missing": missing}
+
+
+def _link_to(target: Path) -> str:
+    return f"a link to {target}, which is not there: {STORE_LOST}"

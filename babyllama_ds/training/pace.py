@@ -68,7 +68,7 @@ class JobPace:
     """Reading all minimal pairs, which is done for each model."""
     num_pairs: int
     num_milestone_pairs: int
-    """Of them, those that milestones are measured on."""
+    """Those that a milestone is measured on; 0 where none is."""
     stages: Mapping[str, StagePace]
     """`teachers/NAME`, `student`, `control`."""
     evaluations: Mapping[str, EvaluationPace]

@@ -1,4 +1,4 @@
-"""What an earlier start made, damaged since on its disk: named before anything learns from it.
+"""What an earlier start made, damaged or left behind since: named before anything learns from it.
 
 One rank, in this process.
 """
@@ -51,3 +51,31 @@ def test_one_wrong_bit_in_what_was_made_before(begin: Callable[..., Path]) -> No
     shutil.rmtree(teacher.parent)  # as the hint says
     assert begin("name=second").is_dir()
     assert teacher.read_bytes() == whole
+
+
+def test_a_run_that_was_moved_without_its_store(
+    begin: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is trained again unasked, and the run still counts as done."""
+    run = begin("name=moved")
+    store, elsewhere = run.parent / "store", run.parent / "elsewhere"
+    link = (run / "teachers" / "one").readlink()
+    weights = (run / "student" / "model.safetensors").read_bytes()
+    store.rename(elsewhere)
+    with pytest.raises(RunError) as caught:
+        begin("name=moved")
+    (problem,) = caught.value.problems
+    assert problem.where == str(run / "teachers" / "one")
+    assert problem.got == f"a link to {link}, which is not there"
+    assert problem.expected == f"the teacher that this run trained, in {store}"
+    assert "bring the store along" in (problem.hint or "")
+    assert not store.exists()
+    assert (run / "state.json").read_text().split() == ["{", '"status":', '"done"', "}"]
+    elsewhere.rename(store)  # as the hint says
+    begin("name=moved")
+    assert (run / "student" / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(store / "teachers")  # one entry of the store, as another hint says
+    caplog.clear()
+    begin("name=moved")
+    assert f"teachers/one: a link to {link}, which is not there: it is made anew" in caplog.text
+    assert (run / "student" / "model.safetensors").read_bytes() == weights

@@ -13,6 +13,8 @@ from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    ElectraConfig,
+    ElectraForCausalLM,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -91,6 +93,25 @@ def test_logits_are_those_of_transformers_classifiers(name: str, tmp_path: Path)
     with torch.no_grad():
         expected = theirs.eval()(**batch(some)).logits
         torch.testing.assert_close(ours.eval()(some.token_ids), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_that_is_narrower_than_the_states() -> None:
+    """ELECTRA's decoder brings its states to the embeddings' width before it looks words up: the
+    classifier is put on the states themselves."""
+    torch.manual_seed(1)
+    model = ElectraForCausalLM(
+        ElectraConfig(
+            vocab_size=VOCAB, embedding_size=12, hidden_size=24, intermediate_size=40,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32,
+            is_decoder=True, initializer_range=0.3, pad_token_id=PAD,
+        )
+    )  # fmt: skip
+    backbone = copy.deepcopy(model.electra).eval()
+    ours, some = Classifier(model, LABELS).eval(), examples(9, seed=3)
+    with torch.no_grad():
+        last_BD = [backbone(torch.tensor([ids])).last_hidden_state[0, -1] for ids in some.token_ids]
+        expected_BL = torch.stack(last_BD) @ ours.head.weight.T
+        torch.testing.assert_close(ours(some.token_ids), expected_BL, rtol=1e-5, atol=1e-5)
 
 
 def test_predictions_are_in_the_order_of_the_examples(tmp_path: Path) -> None:

@@ -88,8 +88,8 @@ def test_interrupted_write_keeps_the_old_content(
     [
         (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "free some space"),
-        (errno.EACCES, "choose another --runs directory"),
-        (errno.EROFS, "choose another --runs directory"),
+        (errno.EACCES, "choose another directory (for runs: --runs)"),
+        (errno.EROFS, "choose another directory (for runs: --runs)"),
         (errno.EIO, "look at the disk"),
     ],
 )
@@ -112,7 +112,7 @@ def test_refused_write_is_a_run_error(
 
 def test_write_below_a_file_is_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(RunError, match="choose another --runs directory"):
+    with pytest.raises(RunError, match=r"choose another directory \(for runs: --runs\)"):
         files.write_atomic(tmp_path / "file" / "sub" / "x.json", "text")
 
 

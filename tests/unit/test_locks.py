@@ -91,6 +91,8 @@ def test_killed_holder_is_taken_over_and_cleaned_up_after(
     (tmp_path / "evaluation").mkdir()
     for place in (tmp_path, tmp_path / "evaluation"):
         (place / ".tmp-state.json-1-ab").write_text("half")
+    for kind in ("checkpoints", "milestones"):
+        (tmp_path / kind / "student" / ".tmp-of-a-models-size").mkdir(parents=True)
     others = tmp_path.parent / "entry"
     others.mkdir()
     (others / ".tmp-of-another-process").touch()
@@ -101,7 +103,8 @@ def test_killed_holder_is_taken_over_and_cleaned_up_after(
     with RunLock(tmp_path):
         assert read_json(tmp_path / ".lock.json")["pid"] == os.getpid()
         left = sorted(path.name for path in tmp_path.rglob("*"))
-        assert left == [".lock", ".lock.json", "evaluation", "tokens"]
+        folders = ["checkpoints", "evaluation", "milestones", "student", "student", "tokens"]
+        assert left == [".lock", ".lock.json", *folders]
     assert (others / ".tmp-of-another-process").exists()
 
 
@@ -177,7 +180,7 @@ def test_unwritable_run_directory_is_a_run_error(
 ) -> None:
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(RunError, match="choose another --runs directory"),
+        pytest.raises(RunError, match=r"choose another directory \(for runs: --runs\)"),
         RunLock(tmp_path / "file" / "job"),
     ):
         pass
@@ -258,7 +261,7 @@ def test_a_killed_process_leaves_its_folder_to_the_next(
 def test_a_place_for_no_folder_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(RunError, match="choose another --runs directory"),
+        pytest.raises(RunError, match=r"choose another directory \(for runs: --runs\)"),
         scratch_folder(tmp_path / "file" / "runs", ".trial-"),
     ):
         pytest.fail("it was made")

@@ -13,6 +13,8 @@ from babyllama_ds.errors import RunError
 from babyllama_ds.rundir import RunDirectory, differing_keys
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.loading import load_job
+from babyllama_ds.storages import Storages
+from babyllama_ds.store import Store, link_entry
 
 JobOf = Callable[..., JobSpec]
 
@@ -348,3 +350,47 @@ def test_a_run_of_before_an_option_came_goes_on(tmp_path: Path, job_of: JobOf) -
     path.write_text(yaml.safe_dump(old))
     with pytest.raises(RunError, match=r"windows\.order: got 'seeded' in the run that is there"):
         directory.open(job_of("nursery", "windows.order=published"))
+
+
+def linked(directory: RunDirectory, store: Store, *names: str) -> None:
+    """Links of a run into the store, in which nothing is."""
+    for name in names:
+        link_entry(store.root / KINDS[name.split("/")[0]] / "key", directory.path / name)
+
+
+KINDS = {"tokenizer": "tokenizers", "tokens": "tokens", "teachers": "teachers"}
+
+
+def lost(directory: RunDirectory, store: Store, *trained: str) -> list[str]:
+    """Which of these teachers are named as lost."""
+    try:
+        directory.check_store(trained, store, Storages())
+    except RunError as error:
+        return [str(Path(problem.where).relative_to(directory.path)) for problem in error.problems]
+    return []
+
+
+def test_a_store_that_was_left_behind(empty: RunDirectory) -> None:
+    store = Store(empty.path.parent / "store")
+    assert lost(empty, store, "a", "b") == []  # a run that begins
+    linked(empty, store, "tokenizer", "tokens")
+    assert lost(empty, store, "a", "b") == []  # no teacher yet
+    linked(empty, store, "teachers/b")
+    assert lost(empty, store, "a", "b") == ["teachers/b"]
+    linked(empty, store, "teachers/a")
+    assert lost(empty, store, "a", "b") == ["teachers/a", "teachers/b"]
+    assert lost(empty, store) == []  # loaded, not trained
+    store.build("tokens", "key", lambda folder: (folder / "x").touch())
+    assert lost(empty, store, "a", "b") == []  # it is here, without what was deleted of it
+
+
+def test_a_run_that_was_moved_within_reach_of_its_store(empty: RunDirectory) -> None:
+    """Its links lead nowhere, and are made again where `--runs` has the entries."""
+    store = Store(empty.path.parent / "store")
+    linked(empty, store, "tokenizer", "tokens", "teachers/a")
+    other = RunDirectory(empty.path.parent.parent / "deep" / "below" / "one")
+    other.path.parent.mkdir(parents=True)
+    empty.path.rename(other.path)
+    assert lost(other, store, "a") == ["teachers/a"]
+    store.build("teachers", "key", lambda folder: (folder / "x").touch())
+    assert lost(other, store, "a") == []

@@ -126,7 +126,7 @@ def test_names_that_are_not_plain_are_refused(tmp_path: Path, name: str) -> None
 
 def test_unwritable_root_is_a_run_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="choose another --runs directory"):
+    with pytest.raises(RunError, match=r"choose another directory \(for runs: --runs\)"):
         Store(tmp_path / "file" / "store").build("tokens", "abc", write_words)
 
 
@@ -311,5 +311,5 @@ def test_dangling_link_is_replaced_but_a_real_folder_is_not(tmp_path: Path) -> N
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunError, match="got a file or folder of its own"):
         link_entry(entry, tmp_path / "folder")
-    with pytest.raises(RunError, match="choose another --runs directory"):
+    with pytest.raises(RunError, match=r"choose another directory \(for runs: --runs\)"):
         link_entry(entry, entry / "words.txt" / "link")

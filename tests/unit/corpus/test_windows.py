@@ -300,8 +300,16 @@ def test_a_corpus_shorter_than_one_window_is_refused() -> None:
     with pytest.raises(DataError, match="expected at least 8 tokens"):
         train(7, Phases(phases=3))  # offsets 0, 1, 3
     assert train(8, Phases(phases=3)).num_windows == 1
-    with pytest.raises(DataError, match=r"corpus \(dev\): got 4 tokens"):
-        DevWindows(shards(4, "dev"), LENGTH)
+
+
+@pytest.mark.parametrize(("tokens", "lower"), [(4, True), (0, False)])
+def test_too_little_development_text_is_more_to_be_held_out(tokens: int, lower: bool) -> None:
+    """No window is so short that nothing at all would fill it."""
+    with pytest.raises(DataError, match=rf"corpus \(dev\): got {tokens} tokens") as caught:
+        DevWindows(shards(tokens, "dev"), LENGTH)
+    hint = caught.value.problems[0].hint or ""
+    assert "`split: {kind: tail}`, a larger fraction" in hint
+    assert hint.endswith("or set windows.length lower") is lower
 
 
 # -- development ---------------------------------------------------------------------------------

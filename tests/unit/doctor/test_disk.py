@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +54,16 @@ def test_what_is_there_stays(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     by_check(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_a_killed_doctor_left_goes(tmp_path: Path) -> None:
+    for name, age_s in (("dead", 7200), ("at-work", 60)):
+        folder = tmp_path / f".doctor-{name}"
+        folder.mkdir()
+        (folder / "probe").touch()
+        os.utime(folder, (time.time() - age_s,) * 2)
+    by_check(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".doctor-at-work"]
 
 
 def test_what_another_process_wrote_meanwhile_stays(

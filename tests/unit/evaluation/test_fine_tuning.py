@@ -13,7 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from babyllama_ds import ranks
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
@@ -137,6 +143,24 @@ def test_a_token_without_an_embedding_is_told(learner: Learner, suite_of) -> Non
     assert "got an example with the token '<|endoftext|>', id 288, expected ids below 288" in str(
         caught.value
     )
+
+
+def test_a_model_without_a_backbone_is_told(learner: Learner, suite_of) -> None:
+    config = Llama4TextConfig(
+        vocab_size=len(learner.tokenizer), hidden_size=24, intermediate_size=32,
+        intermediate_size_mlp=32, num_hidden_layers=1, num_attention_heads=2, head_dim=12,
+        num_key_value_heads=2, num_local_experts=1, max_position_embeddings=64,
+        pad_token_id=None, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    Llama4ForCausalLM(config).save_pretrained(learner.model)
+    with pytest.raises(ModelError) as caught:
+        learnt(learner, suite_of())
+    (problem,) = caught.value.problems
+    assert (problem.where, problem.got) == (
+        "student",
+        "Llama4ForCausalLM, of which transformers has no backbone without the head",
+    )
+    assert "without fine-tuning" in (problem.hint or "")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
 from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.generate import Sampling, generate
 from babyllama_ds.spec.corpus import TrainedTokenizer
+from babyllama_ds.store import STORE_LOST
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(tokens=12, temperature=0.0)
@@ -130,6 +131,12 @@ def test_what_is_no_model_is_told_apart(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="a run without a student yet") as caught:
         list(generate(str(tmp_path), ["the"], GREEDY, device=CPU))
     assert "teachers/NAME" in (caught.value.problems[0].hint or "")
+    (tmp_path / "teachers").mkdir()
+    teacher = tmp_path / "teachers" / "big"
+    teacher.symlink_to("../../store/teachers/key")
+    with pytest.raises(ModelError, match=r"a link to \.\./\.\./store/teachers/key") as caught:
+        list(generate(str(teacher), ["the"], GREEDY, device=CPU))
+    assert caught.value.problems[0].hint == STORE_LOST
     (tmp_path / "run.tar").touch()
     with pytest.raises(ModelError, match="a file, expected a directory") as caught:
         list(generate(str(tmp_path / "run.tar"), ["the"], GREEDY, device=CPU))

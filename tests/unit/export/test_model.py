@@ -22,6 +22,7 @@ from babyllama_ds.evaluation.generate import Sampling, generate
 from babyllama_ds.export import model as model_module
 from babyllama_ds.export.finished import open_finished
 from babyllama_ds.export.model import CardFacts, export_model_dir
+from babyllama_ds.store import STORE_LOST
 
 NOTHING_TOLD = CardFacts()
 STRANGER = r"""
@@ -170,6 +171,23 @@ def test_weights_in_fp32_are_the_same_values(run_dir: Path, tmp_path: Path, part
     )
 
 
+def test_the_index_of_several_files_tells_their_size_in_fp32(run_dir: Path, tmp_path: Path) -> None:
+    """As transformers writes it for the same model in fp32."""
+    student = run_dir / "student"
+    (student / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "control")
+    model.save_pretrained(student, max_shard_size="20KB")
+    files.write_manifest(student, fingerprint="student")
+    model.float().save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
+    wide = export(run_dir, "student", tmp_path / "wide", CardFacts(float32=True))
+    assert len([*wide.glob("*.safetensors")]) > 1
+    name = "model.safetensors.index.json"
+    assert files.read_json(wide / name) == files.read_json(tmp_path / "theirs" / name)
+    saved = AutoModelForCausalLM.from_pretrained(wide)
+    ids = torch.arange(30)[None]
+    assert torch.equal(saved(ids).logits, model(ids).logits)
+
+
 def test_a_copy_in_fp32_is_compared_with_what_was_proved_whole(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +334,7 @@ def test_a_teacher_whose_store_is_gone(run_dir: Path, tmp_path: Path) -> None:
     problem = refused(run_dir, "teachers/llama", tmp_path / "out")
     assert problem.where == str(run_dir / "teachers" / "llama")
     assert problem.got == "a link to ../../store/teachers/llama, which is not there"
-    assert "made anew" in problem.hint
+    assert problem.hint == STORE_LOST
     export(run_dir, "student", tmp_path / "out")  # it lies in the run
 
 

@@ -13,6 +13,7 @@ from babyllama_ds import cli
 from babyllama_ds.errors import RunError
 from babyllama_ds.export.results import collect_results
 from babyllama_ds.files import write_json
+from babyllama_ds.store import STORE_LOST
 
 NAMES = {"report.json", "report.md", "report.html", "job.yaml", "metrics.jsonl.gz"}
 
@@ -48,6 +49,24 @@ def test_nothing_is_written_into_the_run(run_dir: Path, tmp_path: Path) -> None:
     before = everything()
     collect_results(run_dir, tmp_path / "results")
     assert everything() == before
+
+
+def test_of_a_run_without_its_store(
+    run_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What the report cannot say any more, and why: not as if it had never been made."""
+    (run_dir.parent / "store").rename(run_dir.parent / "elsewhere")
+    collect_results(run_dir, tmp_path / "results")
+    missing = json.loads((tmp_path / "results" / "report.json").read_text())["unfinished"][
+        "missing"
+    ]
+    lost = "a link to {}, which is not there: " + STORE_LOST
+    assert missing == [
+        f"teacher gpt2 ({lost.format('../../store/teachers/gpt2')})",
+        f"teacher llama ({lost.format('../../store/teachers/llama')})",
+        f"what its text comes to ({lost.format('../store/tokens/k1')})",
+    ]
+    assert f"{run_dir / 'tokens'}: a link to ../store/tokens/k1" in caplog.text
 
 
 def test_of_a_run_that_was_stopped(run_dir: Path, tmp_path: Path) -> None:

@@ -45,13 +45,16 @@ def corpus(tokenizer_dir: Path) -> Any:
     return SimpleNamespace(tokenizer=tokenizer, shards=shards)
 
 
-def parts(*, kernel: str = "sdpa", documents: bool = False) -> Any:
+def parts(*, kernel: str = "sdpa", documents: bool = False, suites: tuple[Any, ...] = ()) -> Any:
     return SimpleNamespace(
         attention=lambda where, spec, training: kernel,
         device=torch.device("cpu"),
         dtype=torch.bfloat16,
         within_documents=documents,
-        job=SimpleNamespace(windows=SimpleNamespace(length=16)),
+        job=SimpleNamespace(
+            windows=SimpleNamespace(length=16),
+            evaluation=SimpleNamespace(suites_of=lambda teacher: suites if teacher else ()),
+        ),
     )
 
 
@@ -107,6 +110,21 @@ def test_a_flash_kernel_is_tried_on_the_card_alone(
     assert {dtype for _, dtype in before} == {torch.float32}
     assert not any(kernel.startswith("flash") for kernel, _ in before)
     assert used[-1][1] == torch.bfloat16
+
+
+def test_a_model_without_a_backbone_is_not_to_be_fine_tuned(
+    saved: Callable[..., PretrainedModel], corpus: Any
+) -> None:
+    """It can teach, but it is not known where a classifier would be put on."""
+    config = hf.Llama4TextConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, intermediate_size_mlp=24,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        num_local_experts=1, pad_token_id=None, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    spec = saved(hf.Llama4ForCausalLM(config))
+    assert check(spec, corpus, parts()) == "logits"
+    with pytest.raises(ModelError, match=r"teachers\.a\.model: got Llama4ForCausalLM, of which"):
+        check(spec, corpus, parts(suites=("glue",)))
 
 
 def test_what_looks_ahead_is_refused(saved: Callable[..., PretrainedModel], corpus: Any) -> None:

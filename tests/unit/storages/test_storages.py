@@ -528,7 +528,7 @@ def test_a_folder_that_one_node_cannot_write_is_refused(of: Of, kind: str) -> No
     text = text_of(of(f"read only, {kind}"), RunError)
     assert "node 1, host " in text
     assert "EACCES" in text
-    assert "hint: choose another --runs directory" in text
+    assert "hint: choose another directory (for runs: --runs)" in text
 
 
 # -- one process ----------------------------------------------------------------------------------
