@@ -38,7 +38,7 @@ from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry
-from babyllama_ds.training.metrics import logged_of, tell_as_done
+from babyllama_ds.training.metrics import logged_of, restore_boards, tell_as_done
 from babyllama_ds.training.milestones import share_milestones
 
 log = logging.getLogger(__name__)
@@ -242,7 +242,8 @@ class Pipeline:
         """The model just made on rank 0, now on every storage; its checkpoints are gone."""
         made = self.storages.everywhere(find)
         assert made is not None, "it was published"
-        self.storages.copy_file(self.run_dir / METRICS_NAME)
+        others = range(1, len(self.storages.leads))
+        self.directory.send_metrics(self.storages, source=0, to=others)
         self.storages.on_each(checkpoints.remove)
         return made
 
@@ -271,5 +272,6 @@ class Pipeline:
             if (self.run_dir / name).is_dir():
                 card = render_model_card(report, name)
                 files.write_atomic(self.run_dir / name / "README.md", card)
+        restore_boards(self.run_dir)  # of trainings that another node logged, or that were lost
         write_boards(self.run_dir, report)
         log.info("report: %s", self.run_dir / "report" / "report.html")
