@@ -157,8 +157,8 @@ class Pipeline:
             try:
                 tokenizer_dir = corpus.entries.tokenizer_dir
                 export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
-                # For the curves of other runs, which find it done.
-                files.write_atomic(directory / METRICS_NAME, logged_of(self.run_dir, stage))
+                if spec.training is not None:  # for the curves of other runs, which find it done
+                    files.write_atomic(directory / METRICS_NAME, logged_of(self.run_dir, stage))
                 self.store.publish("teachers", key, directory, {"stage": stage})
             finally:
                 # Gone already when published; else it would leave no room to say what happened.
@@ -169,8 +169,12 @@ class Pipeline:
 
     def _tell_as_done(self, stage: str, entry: Path) -> None:
         metrics = entry / METRICS_NAME
-        if metrics.exists():  # not in entries of earlier versions
-            tell_as_done(self.run_dir, stage, metrics.read_text(encoding="utf-8"))
+        if metrics.exists():
+            logged = metrics.read_text(encoding="utf-8")
+        else:  # loaded, or of an earlier version: what stands here, where it is all of it
+            steps: int = files.read_json(entry / "training.json")["steps"]
+            logged = logged_of(self.run_dir, stage, to_step=steps)
+        tell_as_done(self.run_dir, stage, logged)
 
     def student(self, corpus: Corpus, teachers: dict[str, Path]) -> Path:
         """The distilled model."""

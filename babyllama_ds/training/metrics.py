@@ -182,9 +182,12 @@ def tell_as_done(run_dir: Path, stage: str, logged: str) -> None:
         raise files.cannot_write(run_dir, error) from error
 
 
-def logged_of(run_dir: Path, stage: str) -> str:
-    """The lines that are logged of a stage."""
-    return "".join(line + "\n" for line, _ in _lines_of(run_dir / METRICS_NAME, stage))
+def logged_of(run_dir: Path, stage: str, *, to_step: int = 0) -> str:
+    """The lines that are logged of a stage; none where they end before `to_step`."""
+    lines = _lines_of(run_dir / METRICS_NAME, stage)
+    if max((entry["step"] for _, entry in lines), default=0) < to_step:
+        return ""
+    return "".join(line + "\n" for line, _ in lines)
 
 
 def _named(stage: str, logged: str) -> list[str]:

@@ -212,20 +212,29 @@ def test_of_a_teacher_that_another_run_finished_that_ones_metrics_are_told(
     assert not building.exists()
 
 
+@pytest.mark.parametrize("step", [9, 24])
 def test_a_teacher_of_an_earlier_version_tells_no_metrics(
-    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    step: int, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that stand here, of a run that trained it itself, stay."""
+    """Those that stand here stay, of a run that trained it itself to the end; the beginning of a
+    training that another run made would pass for the whole."""
     run = pipeline(tmp_path)
     (teacher,) = run.job.teachers[:1]
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.parent.mkdir()
-    metrics.write_text(json_lines({"stage": f"teachers/{teacher.name}", "step": 24, "loss": 3.0}))
-    before = metrics.read_bytes()
+    metrics.write_text(json_lines({"stage": f"teachers/{teacher.name}", "step": step, "loss": 3.0}))
+    board = tmp_path / "run" / "tensorboard" / "teachers" / teacher.name
+    board.mkdir(parents=True)
+    before = metrics.read_text()
     monkeypatch.setattr(Pipeline, "_teacher_key", lambda *_: "key")
-    run.store.build("teachers", "key", lambda entry: (entry / "training.json").touch())
+
+    def make(entry: Path) -> None:
+        (entry / "training.json").write_text(json.dumps({"steps": 24}))
+
+    run.store.build("teachers", "key", make)
     run.teacher(teacher, corpus)
-    assert metrics.read_bytes() == before
+    assert metrics.read_text() == (before if step == 24 else "")
+    assert board.exists() == (step == 24)
 
 
 def json_lines(*objects: dict[str, Any]) -> str:
