@@ -22,6 +22,8 @@ from babyllama_ds.rundir import differing_keys
 _SEEDS = re.compile(r"name|(.*\.)?seed")
 """Keys in which the runs of one experiment may differ."""
 
+HOW_MEASURED = ("max_pairs_per_task", "dev_windows", "leading_space", "prefix")
+"""Of `evaluation`, what milestones have in common with finished models."""
 
 Measured = Mapping[str, Any]
 """A model or a milestone, as a report has it."""
@@ -106,9 +108,13 @@ def _twins(report: dict[str, Any]) -> dict[str, tuple[Measured, Measured]]:
 
 
 def _measured_otherwise(reports: Sequence[dict[str, Any]]) -> bool:
-    """Whether milestones of several runs were measured on more or less than those of another."""
-    asked = [report["job"]["evaluation"]["milestones"] for report in reports if _twins(report)]
-    return any(one != asked[0] for one in asked)
+    """Whether milestones of several runs were measured on more or less than those of another, or
+    in another way: what is not said of milestones alone, they take over from finished models."""
+    ways = []
+    for evaluation in (report["job"]["evaluation"] for report in reports if _twins(report)):
+        own = {key: value for key, value in evaluation["milestones"].items() if value is not None}
+        ways.append({key: evaluation.get(key) for key in HOW_MEASURED} | own)
+    return any(way != ways[0] for way in ways)
 
 
 def _gains_in_suites(other: str, reports: Sequence[dict[str, Any]]) -> Iterator[Gain]:
@@ -190,8 +196,8 @@ def _milestones(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     if _measured_otherwise(reports):
         yield ""
         yield (
-            "No gain is told of milestones: evaluation.milestones, what they were measured on, is "
-            "not the same in these runs."
+            "No gain is told of milestones: evaluation.milestones, or what they take over from "
+            "evaluation, is not the same in these runs."
         )
 
 
