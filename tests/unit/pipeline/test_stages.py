@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from babyllama_ds.spec.shipped import find_job
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
+
+T = TypeVar("T")
 
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
@@ -178,6 +181,31 @@ def test_a_damaged_milestone_is_not_measured(
     assert problem.hint == (
         f"delete the folder {kept['chck_50']}: it is then left out, and not made anew"
     )
+
+
+class TwoNodes(Storages):
+    """Of the second one a milestone's weights were damaged."""
+
+    damaged: Path
+
+    def on_each(self, work: Callable[[], T]) -> list[T]:
+        of_first, content = work(), self.damaged.read_text()
+        self.damaged.write_text(content[::-1])
+        try:
+            return [of_first, work()]
+        finally:
+            self.damaged.write_text(content)
+
+
+def test_a_milestone_is_whole_on_every_node(
+    tmp_path: Path, models: dict[str, Path], kept: dict[str, Path], corpus: Corpus
+) -> None:
+    """Its ranks measure what lies there."""
+    asked = pipeline(tmp_path, *MEASURED).evaluations
+    TwoNodes.damaged = kept["chck_50"] / "model.safetensors"
+    asked.storages = TwoNodes()
+    with pytest.raises(RunError, match=f"{kept['chck_50']}/model.safetensors: got SHA-256"):
+        asked.make(models, corpus)
 
 
 @pytest.mark.parametrize("stopped_at", [9, 30])
