@@ -219,15 +219,14 @@ def restore_boards(run_dir: Path) -> None:
     boards = run_dir / BOARDS_NAME
     for folder in (boards, *boards.glob("*/")):
         files.remove_temporaries(folder)
-    entries = [entry for _, entry in _whole_lines(run_dir / METRICS_NAME)]
-    for stage in dict.fromkeys(entry["stage"] for entry in entries):
+    path = run_dir / METRICS_NAME
+    for stage in dict.fromkeys(entry["stage"] for _, entry in _whole_lines(path)):
         if (folder := boards / stage).exists():
             continue
         temporary = files.temporary_beside(folder)
         with SummaryWriter(str(temporary)) as board:
-            for entry in entries:
-                if entry["stage"] == stage:
-                    _plot(board, entry["step"], entry)
+            for _, entry in _lines_of(path, stage):
+                _plot(board, entry["step"], entry)
         temporary.rename(folder)
 
 
