@@ -23,7 +23,7 @@ _SEEDS = re.compile(r"name|(.*\.)?seed")
 """Keys in which the runs of one experiment may differ."""
 
 HOW_MEASURED = ("max_pairs_per_task", "dev_windows", "leading_space", "prefix")
-"""Of `evaluation`, what milestones have in common with finished models."""
+"""Of `evaluation`, how finished models are measured, and milestones but for limits of their own."""
 
 Measured = Mapping[str, Any]
 """A model or a milestone, as a report has it."""
@@ -62,7 +62,12 @@ def render_gains(run_dirs: Sequence[Path]) -> str:
     _check_measured(run_dirs, reports)
     _check_independent(run_dirs, reports)
     tables = [*_runs_table(reports), "", *_gains_table(collect_gains(reports))]
-    notes = [*_suites(reports), *_milestones(reports), *_other_jobs(reports)]
+    notes = [
+        *_suites(reports),
+        *_milestones(reports),
+        *_other_measurements(reports),
+        *_other_jobs(reports),
+    ]
     return "\n".join([*tables, *notes, ""])
 
 
@@ -199,6 +204,19 @@ def _milestones(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
             "No gain is told of milestones: evaluation.milestones, or what they take over from "
             "evaluation, is not the same in these runs."
         )
+
+
+def _other_measurements(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """In what finished models were not measured alike, which no model tells."""
+    asked = [(report.get("job") or {}).get("evaluation") or {} for report in reports]
+    keys = [
+        f"evaluation.{key}"
+        for key in HOW_MEASURED
+        if len({evaluation[key] for evaluation in asked if key in evaluation}) > 1
+    ]
+    if keys:
+        yield ""
+        yield f"These runs were not measured alike: {', '.join(keys)}."
 
 
 def _other_jobs(reports: Sequence[dict[str, Any]]) -> Iterator[str]:

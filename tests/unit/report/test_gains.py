@@ -189,3 +189,16 @@ def test_milestones_take_over_how_finished_models_are_measured(tmp_path: Path) -
     changed(runs[0], job={"evaluation": own})
     changed(runs[1], job={"evaluation": {"max_pairs_per_task": 9, **own}})
     assert "control at chck_1M" in render_gains(runs)
+
+
+def test_runs_that_were_measured_otherwise_are_told(tmp_path: Path) -> None:
+    """Each difference is of one measurement; their mean is of several."""
+
+    def measured(name: str, **evaluation: object) -> Path:
+        return changed(run(tmp_path, name, 2.0, 2.1), job={"evaluation": evaluation})
+
+    all_pairs, few = measured("a", max_pairs_per_task=None), measured("b", max_pairs_per_task=5)
+    same = measured("c", max_pairs_per_task=None, prefix="none")  # the others are of before
+    told = "These runs were not measured alike: evaluation.max_pairs_per_task."
+    assert told in render_gains([all_pairs, few])
+    assert "not measured alike" not in render_gains([all_pairs, same])
