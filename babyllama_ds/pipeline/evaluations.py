@@ -68,11 +68,9 @@ class Evaluations:
             yield self._wanted(self.parts, name, path, corpus)
 
     def _of_milestones(self, corpus: Corpus) -> Iterator[_Wanted]:
-        job = self.parts.job
-        evaluation = job.evaluation.of_milestones()
-        if evaluation is None:
+        parts = self.parts.of_milestones()
+        if parts is None:
             return
-        parts = Parts(job.model_copy(update={"evaluation": evaluation}), self.parts.device)
         for stage in ("student", "control"):
             # Those of the first node; whole on each, whose ranks measure what lies there.
             kept, *_ = self.storages.on_each(partial(self._kept, stage))

@@ -43,6 +43,13 @@ class Parts:
         self.device = device
         self.precision = deepspeed.precision(self.deepspeed_config("student", job.student.training))
 
+    def of_milestones(self) -> Parts | None:
+        """With the evaluation that is milestones' own; none: they are not measured."""
+        evaluation = self.job.evaluation.of_milestones()
+        if evaluation is None:
+            return None
+        return Parts(self.job.model_copy(update={"evaluation": evaluation}), self.device)
+
     @property
     def device_kind(self) -> distributed.Device:
         """The device without its number."""

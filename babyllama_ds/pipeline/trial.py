@@ -141,16 +141,16 @@ class _Trial:
             models["control"] = job.student.model, path
         with _timed() as read:
             benchmarks = self.parts.benchmarks(self.corpus)
-        num_items = [len(task.items) for tasks in benchmarks.values() for task in tasks]
-        of_milestones = self.parts.job.evaluation.of_milestones()
-        most = None if of_milestones is None else of_milestones.max_pairs_per_task
+        of_milestones = self.parts.of_milestones()
         return JobPace(
             start_s=0,
             preparation_s=0,
             prepared_before=False,
             pairs_s=read.seconds,
-            num_pairs=sum(num_items),
-            num_milestone_pairs=sum(min(items, most or items) for items in num_items),
+            num_pairs=num_pairs(benchmarks),
+            num_milestone_pairs=0
+            if of_milestones is None
+            else num_pairs(of_milestones.benchmarks(self.corpus)),
             stages=paces,
             evaluations={
                 stage: self._evaluation(stage, spec, path, benchmarks)
@@ -198,7 +198,7 @@ class _Trial:
         one = replace(dev, num_windows=min(dev.num_windows, dev.batch_windows))
         some = replace(dev, num_windows=min(dev.num_windows, TIMED_BATCHES * dev.batch_windows))
         few = _thinned(benchmarks, TIMED_PAIRS)
-        num_few = sum(len(task.items) for tasks in few.values() for task in tasks)
+        num_few = num_pairs(few)
         measure = partial(self._measure, model, stage)
         measure(one, {})  # warms up
         windows_s = measure(some, {})
@@ -268,10 +268,14 @@ class _TryingMaker(Maker):
         return {}
 
 
+def num_pairs(benchmarks: Mapping[str, Sequence[Task]]) -> int:
+    """Items of all tasks."""
+    return sum(len(task.items) for tasks in benchmarks.values() for task in tasks)
+
+
 def _thinned(benchmarks: Mapping[str, Sequence[Task]], pairs: int) -> dict[str, list[Task]]:
     """About so many pairs in all, every n-th of each task."""
-    there = sum(len(task.items) for tasks in benchmarks.values() for task in tasks)
-    every = max(1, there // pairs)
+    every = max(1, num_pairs(benchmarks) // pairs)
     return {
         name: [replace(task, items=task.items[::every]) for task in tasks]
         for name, tasks in benchmarks.items()
