@@ -94,6 +94,16 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def read_json_if_there(path: Path) -> Any:
+    """As `read_json`; none without the file, which another process may remove at any time."""
+    try:
+        return read_json(path)
+    except RunError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
 def check_name(path: Path) -> None:
     """A user's file whose name will stand in our JSON has one that can. Raises `DataError`."""
     try:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ JOB_NAME = "job.yaml"
 STATE_NAME = "state.json"
 METRICS_NAME = "metrics.jsonl"
 """An object for each logged step; written by rank 0."""
+BOARDS_NAME = "tensorboard"
+"""TensorBoard's files, a folder for each stage; written by rank 0."""
 MILESTONES_NAME = "milestones"
 """Models kept on the way of a training."""
 
@@ -179,7 +182,23 @@ class RunDirectory:
             storages.copy_file(environment, source=made.index(True), to=lacking)
         sizes = storages.on_each(lambda: _num_bytes(metrics))
         if max(sizes) > sizes[0]:
-            storages.copy_file(metrics, source=sizes.index(max(sizes)), to=[0])
+            self.send_metrics(storages, source=sizes.index(max(sizes)), to=[0])
+
+    def send_metrics(self, storages: Storages, *, source: int, to: Sequence[int]) -> None:
+        """Send what one storage has logged to others, in place of theirs. A collective.
+
+        TensorBoard's files there tell of the steps that were logged there: they go, and are written
+        anew from the metrics where somebody is to look at them.
+        """
+        if not storages.several:
+            return
+
+        def forget_boards() -> None:
+            if storages.mine != source and storages.mine in to:
+                shutil.rmtree(self.path / BOARDS_NAME, ignore_errors=True)
+
+        storages.on_each(forget_boards)
+        storages.copy_file(self.path / METRICS_NAME, source=source, to=to)
 
     def set_state(self, status: str, **facts: object) -> None:
         """Write `state.json`: running, done, stopped or failed, for schedulers and people."""

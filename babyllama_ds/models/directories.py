@@ -9,6 +9,7 @@ language part of a model that sees or hears, weights that are quantised.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.hub import commit_of
@@ -74,8 +76,8 @@ def check_weight_files(path: str, *, where: str) -> None:
     directory = Path(path)
     if not directory.is_dir():
         return
-    if files := sorted(directory.glob("*.safetensors")):
-        for file in files:
+    if any(directory.glob("*.safetensors")):
+        for file in _read_of(directory):
             _check_weight_file(file, where=where)
         return
     pickles = sorted(file.name for file in directory.glob("*.bin"))
@@ -85,6 +87,19 @@ def check_weight_files(path: str, *, where: str) -> None:
         expected="weights as safetensors, since a pickle can run any code when it is read",
         hint="load the model with transformers where you trust it, and `save_pretrained` it",
     )
+
+
+def _read_of(directory: Path) -> list[Path]:
+    """The weight files that are there and that transformers reads; others may be of another
+    program, such as `consolidated.safetensors` of Mistral's."""
+    one, index = directory / SAFE_WEIGHTS_NAME, directory / SAFE_WEIGHTS_INDEX_NAME
+    if one.exists():
+        return [one]
+    found = sorted(directory.glob("*.safetensors"))
+    if not index.exists():
+        return found
+    named = index.read_text(errors="replace")  # transformers says what may be wrong with it
+    return [file for file in found if json.dumps(file.name) in named]
 
 
 def _check_weight_file(file: Path, *, where: str) -> None:

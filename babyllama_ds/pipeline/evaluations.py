@@ -72,7 +72,8 @@ class Evaluations:
         if parts is None:
             return
         for stage in ("student", "control"):
-            kept = ranks.on_rank_zero(partial(self._kept, stage))
+            # Those of the first node; whole on each, whose ranks measure what lies there.
+            kept, *_ = self.storages.on_each(partial(self._kept, stage))
             for name, path in kept.items():
                 yield self._wanted(parts, f"{MILESTONES_NAME}/{stage}/{name}", path, corpus)
 

@@ -44,7 +44,7 @@ class Parts:
         self.precision = deepspeed.precision(self.deepspeed_config("student", job.student.training))
 
     def of_milestones(self) -> Parts | None:
-        """The same of a job whose evaluation is that of milestones; none: they are not measured."""
+        """With the evaluation that is milestones' own; none: they are not measured."""
         evaluation = self.job.evaluation.of_milestones()
         if evaluation is None:
             return None

@@ -38,7 +38,7 @@ from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store, link_entry, lost_target
-from babyllama_ds.training.metrics import logged_of, tell_as_done
+from babyllama_ds.training.metrics import logged_of, restore_boards, tell_as_done
 from babyllama_ds.training.milestones import share_milestones
 
 log = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ class Pipeline:
             try:
                 tokenizer_dir = corpus.entries.tokenizer_dir
                 export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
-                # For the curves of other runs, which find it done.
-                files.write_atomic(directory / METRICS_NAME, logged_of(self.run_dir, stage))
+                if spec.training is not None:  # for the curves of other runs, which find it done
+                    files.write_atomic(directory / METRICS_NAME, logged_of(self.run_dir, stage))
                 self.store.publish("teachers", key, directory, {"stage": stage})
             finally:
                 # Gone already when published; else it would leave no room to say what happened.
@@ -173,8 +173,12 @@ class Pipeline:
 
     def _tell_as_done(self, stage: str, entry: Path) -> None:
         metrics = entry / METRICS_NAME
-        if metrics.exists():  # not in entries of earlier versions
-            tell_as_done(self.run_dir, stage, metrics.read_text(encoding="utf-8"))
+        if metrics.exists():
+            logged = metrics.read_text(encoding="utf-8")
+        else:  # loaded, or of an earlier version: what stands here, where it is all of it
+            steps: int = files.read_json(entry / "training.json")["steps"]
+            logged = logged_of(self.run_dir, stage, to_step=steps)
+        tell_as_done(self.run_dir, stage, logged)
 
     def student(self, corpus: Corpus, teachers: dict[str, Path]) -> Path:
         """The distilled model."""
@@ -246,7 +250,8 @@ class Pipeline:
         """The model just made on rank 0, now on every storage; its checkpoints are gone."""
         made = self.storages.everywhere(find)
         assert made is not None, "it was published"
-        self.storages.copy_file(self.run_dir / METRICS_NAME)
+        others = range(1, len(self.storages.leads))
+        self.directory.send_metrics(self.storages, source=0, to=others)
         self.storages.on_each(checkpoints.remove)
         return made
 
@@ -275,5 +280,6 @@ class Pipeline:
             if (self.run_dir / name).is_dir():
                 card = render_model_card(report, name)
                 files.write_atomic(self.run_dir / name / "README.md", card)
+        restore_boards(self.run_dir)  # of trainings that another node logged, or that were lost
         write_boards(self.run_dir, report)
         log.info("report: %s", self.run_dir / "report" / "report.html")

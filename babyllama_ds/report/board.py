@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from babyllama_ds.report.milestones import measures as measures_of_milestone
+from babyllama_ds.rundir import BOARDS_NAME
 
 SUFFIX = ".final"
 """How a file of this module ends, to be found again."""
@@ -32,7 +33,7 @@ def write_boards(run_dir: Path, report: Report) -> None:
     metrics = {key: 0.0 for of_model in measures.values() for key in of_model}
     experiment, _, _ = hparams(columns, metrics)
     for name, model in report["models"].items():
-        folder = run_dir / "tensorboard" / _stage(name, model["role"])
+        folder = run_dir / BOARDS_NAME / _stage(name, model["role"])
         old = [*folder.glob(f"*{SUFFIX}")]
         _, start, end = hparams(settings[name], measures[name])
         with SummaryWriter(str(folder), filename_suffix=SUFFIX) as board:

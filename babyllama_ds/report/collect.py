@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from babyllama_ds.errors import RunError
-from babyllama_ds.files import hash_json, read_json, read_manifest
+from babyllama_ds.files import hash_json, read_json_if_there, read_manifest
 from babyllama_ds.report.fine_tuning import TASK_FACTS
 from babyllama_ds.report.loss import loss_facts
 from babyllama_ds.report.metrics import read_metrics
@@ -148,12 +148,13 @@ def _read_job(path: Path) -> dict[str, Any]:
 
 
 def _read_evaluations(directory: Path) -> dict[str, dict[str, Any]]:
-    return {path.stem: read_json(path) for path in sorted(directory.glob("*.json"))}
+    found = {path.stem: read_json_if_there(path) for path in sorted(directory.glob("*.json"))}
+    return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty without the file, but not with a garbled one."""
-    return dict(read_json(path)) if path.exists() else {}
+    return dict(read_json_if_there(path) or {})
 
 
 def _logged_steps(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,8 @@ from babyllama_ds.rundir import differing_keys
 _SEEDS = re.compile(r"name|(.*\.)?seed")
 """Keys in which the runs of one experiment may differ."""
 
+HOW_MEASURED = ("max_pairs_per_task", "dev_windows", "leading_space", "prefix")
+"""Of `evaluation`, how finished models are measured, and milestones but for limits of their own."""
 
 Measured = Mapping[str, Any]
 """A model or a milestone, as a report has it."""
@@ -60,7 +62,12 @@ def render_gains(run_dirs: Sequence[Path]) -> str:
     _check_measured(run_dirs, reports)
     _check_independent(run_dirs, reports)
     tables = [*_runs_table(reports), "", *_gains_table(collect_gains(reports))]
-    notes = [*_suites(reports), *_milestones(reports), *_other_jobs(reports)]
+    notes = [
+        *_suites(reports),
+        *_milestones(reports),
+        *_other_measurements(reports),
+        *_other_jobs(reports),
+    ]
     return "\n".join([*tables, *notes, ""])
 
 
@@ -106,9 +113,13 @@ def _twins(report: dict[str, Any]) -> dict[str, tuple[Measured, Measured]]:
 
 
 def _measured_otherwise(reports: Sequence[dict[str, Any]]) -> bool:
-    """Whether milestones of several runs were measured on more or less than those of another."""
-    asked = [report["job"]["evaluation"]["milestones"] for report in reports if _twins(report)]
-    return any(one != asked[0] for one in asked)
+    """Whether milestones of several runs were measured on more or less than those of another, or
+    in another way: what is not said of milestones alone, they take over from finished models."""
+    ways = []
+    for evaluation in (report["job"]["evaluation"] for report in reports if _twins(report)):
+        own = {key: value for key, value in evaluation["milestones"].items() if value is not None}
+        ways.append({key: evaluation.get(key) for key in HOW_MEASURED} | own)
+    return any(way != ways[0] for way in ways)
 
 
 def _gains_in_suites(other: str, reports: Sequence[dict[str, Any]]) -> Iterator[Gain]:
@@ -190,9 +201,22 @@ def _milestones(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     if _measured_otherwise(reports):
         yield ""
         yield (
-            "No gain is told of milestones: evaluation.milestones, what they were measured on, is "
-            "not the same in these runs."
+            "No gain is told of milestones: evaluation.milestones, or what they take over from "
+            "evaluation, is not the same in these runs."
         )
+
+
+def _other_measurements(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """In what finished models were not measured alike, which no model tells."""
+    asked = [(report.get("job") or {}).get("evaluation") or {} for report in reports]
+    keys = [
+        f"evaluation.{key}"
+        for key in HOW_MEASURED
+        if len({evaluation[key] for evaluation in asked if key in evaluation}) > 1
+    ]
+    if keys:
+        yield ""
+        yield f"These runs were not measured alike: {', '.join(keys)}."
 
 
 def _other_jobs(reports: Sequence[dict[str, Any]]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from babyllama_ds.files import read_json
+from babyllama_ds.files import read_json_if_there
 from babyllama_ds.report.metrics import Curve
 from babyllama_ds.report.scores import scores_of
 from babyllama_ds.rundir import MILESTONES_NAME
@@ -30,9 +30,9 @@ def collect_milestones(run_dir: Path, trainings: Mapping[str, Mapping[str, Any]]
     for model, training in trainings.items():
         folder = run_dir / "evaluation" / MILESTONES_NAME / model
         measured = [
-            {"name": name, **seen, **scores_of(read_json(folder / f"{name}.json"))}
+            {"name": name, **seen, **scores_of(evaluation)}
             for name, seen in training.get("milestones", {}).items()
-            if (folder / f"{name}.json").exists()
+            if (evaluation := read_json_if_there(folder / f"{name}.json")) is not None
         ]
         if measured:
             found[model] = measured

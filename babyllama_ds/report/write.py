@@ -28,5 +28,5 @@ def write_report(run_dir: Path, folder: Path | None = None) -> dict[str, Any]:
         write_atomic(folder / f"{figure.name}.svg", figure.svg)
     write_atomic(folder / "report.html", render_html(view))
     for left_over in {*folder.glob("*.svg")} - {folder / f"{one.name}.svg" for one in view.figures}:
-        left_over.unlink()  # of an earlier report, of what is no longer there
+        left_over.unlink(missing_ok=True)  # of an earlier report, of what is no longer there
     return report

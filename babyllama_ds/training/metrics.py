@@ -14,7 +14,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,12 +23,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from babyllama_ds import files, ranks
-from babyllama_ds.rundir import METRICS_NAME
+from babyllama_ds.rundir import BOARDS_NAME, METRICS_NAME
 
 log = logging.getLogger(__name__)
 
 Metrics = Mapping[str, float | int | str | None]
-BOARDS_NAME = "tensorboard"
 UNPLOTTED = ("stage", "step", "epoch", "tokens")
 
 
@@ -60,7 +59,7 @@ class MetricsLog:
     def _open(self, first_step: int, logged: str | None) -> None:
         past = self._until(first_step) if logged is None else _named(self.stage, logged)
         go_back(self._run_dir, self.stage, past)
-        restore_boards(self._file, self._run_dir / BOARDS_NAME)
+        restore_boards(self._run_dir)
         board = _board_of(self._run_dir, self.stage)
         self._board = SummaryWriter(str(board), purge_step=first_step + 1)
         self._bar = tqdm(
@@ -174,19 +173,21 @@ def tell_as_done(run_dir: Path, stage: str, logged: str) -> None:
         RunError: the disk refuses.
     """
     done = _named(stage, logged)
-    if [line for line, _ in _lines_of(run_dir / METRICS_NAME, stage)] == done:
-        return
     try:
-        shutil.rmtree(_board_of(run_dir, stage), ignore_errors=True)
-        go_back(run_dir, stage, done)
-        restore_boards(run_dir / METRICS_NAME, run_dir / BOARDS_NAME)
+        if [line for line, _ in _lines_of(run_dir / METRICS_NAME, stage)] != done:
+            shutil.rmtree(_board_of(run_dir, stage), ignore_errors=True)
+            go_back(run_dir, stage, done)
+        restore_boards(run_dir)  # also where a kill came between the lines and these
     except OSError as error:
         raise files.cannot_write(run_dir, error) from error
 
 
-def logged_of(run_dir: Path, stage: str) -> str:
-    """The lines that are logged of a stage."""
-    return "".join(line + "\n" for line, _ in _lines_of(run_dir / METRICS_NAME, stage))
+def logged_of(run_dir: Path, stage: str, *, to_step: int = 0) -> str:
+    """The lines that are logged of a stage; none where they end before `to_step`."""
+    lines = _lines_of(run_dir / METRICS_NAME, stage)
+    if max((entry["step"] for _, entry in lines), default=0) < to_step:
+        return ""
+    return "".join(line + "\n" for line, _ in lines)
 
 
 def _named(stage: str, logged: str) -> list[str]:
@@ -210,22 +211,23 @@ def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, json.loads(line)
 
 
-def restore_boards(path: Path, boards: Path) -> None:
-    """Write TensorBoard's files of stages that have lines in `path`, and no folder in `boards`."""
-    if not path.exists():
-        return
-    with ExitStack() as stack:
-        missing: dict[str, SummaryWriter | None] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            stage = entry["stage"]
-            if stage not in missing:
-                folder = boards / stage
-                missing[stage] = None if folder.exists() else SummaryWriter(str(folder))
-                if (made := missing[stage]) is not None:
-                    stack.callback(made.close)
-            if (board := missing[stage]) is not None:
+def restore_boards(run_dir: Path) -> None:
+    """Write TensorBoard's files of stages that have lines, and no folder; on rank 0.
+
+    A folder appears whole: one that is there is left alone.
+    """
+    boards = run_dir / BOARDS_NAME
+    for folder in (boards, *boards.glob("*/")):
+        files.remove_temporaries(folder)
+    path = run_dir / METRICS_NAME
+    for stage in dict.fromkeys(entry["stage"] for _, entry in _whole_lines(path)):
+        if (folder := boards / stage).exists():
+            continue
+        temporary = files.temporary_beside(folder)
+        with SummaryWriter(str(temporary)) as board:
+            for _, entry in _lines_of(path, stage):
                 _plot(board, entry["step"], entry)
+        temporary.rename(folder)
 
 
 def _plot(board: SummaryWriter, step: int, values: Metrics) -> None:

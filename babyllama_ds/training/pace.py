@@ -68,7 +68,7 @@ class JobPace:
     """Reading all minimal pairs, which is done for each model."""
     num_pairs: int
     num_milestone_pairs: int
-    """Those that a milestone is measured on; 0 where none is."""
+    """Those that milestones are measured on: fewer, or more; 0 where they are not measured."""
     stages: Mapping[str, StagePace]
     """`teachers/NAME`, `student`, `control`."""
     evaluations: Mapping[str, EvaluationPace]

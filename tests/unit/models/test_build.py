@@ -353,6 +353,23 @@ def test_what_cannot_be_loaded_whole_is_refused(
         assert problem.hint is None
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_of_another_program_need_not_be_whole(sharded: bool, saved: Path) -> None:
+    """As where `git lfs pull --include` brought those that transformers reads."""
+    pointer = "version https://git-lfs.github.com/spec/v1\n"
+    (saved / "consolidated.safetensors").write_text(pointer)
+    weights = saved / "model.safetensors"
+    if sharded:
+        names = dict.fromkeys(load_file(weights), "model-00001-of-00001.safetensors")
+        index = {"metadata": {}, "weight_map": names}
+        (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+        weights = weights.rename(saved / "model-00001-of-00001.safetensors")
+    load(saved)
+    weights.write_text(pointer)
+    with pytest.raises(ModelError, match=f"{weights.name}: a pointer of git-lfs"):
+        load(saved)
+
+
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(HubError) as caught:
         load(tmp_path / "nowhere")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from babyllama_ds.spec.shipped import find_job
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import Store
+
+T = TypeVar("T")
 
 
 def pipeline(folder: Path, *overrides: str) -> Pipeline:
@@ -180,6 +183,31 @@ def test_a_damaged_milestone_is_not_measured(
     )
 
 
+class TwoNodes(Storages):
+    """Of the second one a milestone's weights were damaged."""
+
+    damaged: Path
+
+    def on_each(self, work: Callable[[], T]) -> list[T]:
+        of_first, content = work(), self.damaged.read_text()
+        self.damaged.write_text(content[::-1])
+        try:
+            return [of_first, work()]
+        finally:
+            self.damaged.write_text(content)
+
+
+def test_a_milestone_is_whole_on_every_node(
+    tmp_path: Path, models: dict[str, Path], kept: dict[str, Path], corpus: Corpus
+) -> None:
+    """Its ranks measure what lies there."""
+    asked = pipeline(tmp_path, *MEASURED).evaluations
+    TwoNodes.damaged = kept["chck_50"] / "model.safetensors"
+    asked.storages = TwoNodes()
+    with pytest.raises(RunError, match=f"{kept['chck_50']}/model.safetensors: got SHA-256"):
+        asked.make(models, corpus)
+
+
 @pytest.mark.parametrize("stopped_at", [9, 30])
 def test_of_a_teacher_that_another_run_finished_that_ones_metrics_are_told(
     stopped_at: int, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
@@ -212,20 +240,29 @@ def test_of_a_teacher_that_another_run_finished_that_ones_metrics_are_told(
     assert not building.exists()
 
 
+@pytest.mark.parametrize("step", [9, 24])
 def test_a_teacher_of_an_earlier_version_tells_no_metrics(
-    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+    step: int, tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that stand here, of a run that trained it itself, stay."""
+    """Those that stand here stay, of a run that trained it itself to the end; the beginning of a
+    training that another run made would pass for the whole."""
     run = pipeline(tmp_path)
     (teacher,) = run.job.teachers[:1]
     metrics = tmp_path / "run" / "metrics.jsonl"
     metrics.parent.mkdir()
-    metrics.write_text(json_lines({"stage": f"teachers/{teacher.name}", "step": 24, "loss": 3.0}))
-    before = metrics.read_bytes()
+    metrics.write_text(json_lines({"stage": f"teachers/{teacher.name}", "step": step, "loss": 3.0}))
+    board = tmp_path / "run" / "tensorboard" / "teachers" / teacher.name
+    board.mkdir(parents=True)
+    before = metrics.read_text()
     monkeypatch.setattr(Pipeline, "_teacher_key", lambda *_: "key")
-    run.store.build("teachers", "key", lambda entry: (entry / "training.json").touch())
+
+    def make(entry: Path) -> None:
+        (entry / "training.json").write_text(json.dumps({"steps": 24}))
+
+    run.store.build("teachers", "key", make)
     run.teacher(teacher, corpus)
-    assert metrics.read_bytes() == before
+    assert metrics.read_text() == (before if step == 24 else "")
+    assert board.exists() == (step == 24)
 
 
 def json_lines(*objects: dict[str, Any]) -> str:

@@ -173,3 +173,32 @@ def test_milestones_that_were_measured_otherwise_have_no_gain(tmp_path: Path) ->
     table = render_gains(runs)
     assert "chck_1M" not in table
     assert "No gain is told of milestones: evaluation.milestones" in table
+
+
+def test_milestones_take_over_how_finished_models_are_measured(tmp_path: Path) -> None:
+    """Unless they have a limit of their own: then nothing is measured otherwise."""
+    runs = [
+        on_the_way(run(tmp_path, name, 2.0, 2.1), student=3.0, control=3.5) for name in ("a", "b")
+    ]
+    as_finished = {"milestones": {"max_pairs_per_task": None}}
+    changed(runs[0], job={"evaluation": {"max_pairs_per_task": None, **as_finished}})
+    changed(runs[1], job={"evaluation": {"max_pairs_per_task": 5, **as_finished}})
+    assert "chck_1M" not in render_gains(runs)
+    assert "No gain is told of milestones" in render_gains(runs)
+    own = {"milestones": {"max_pairs_per_task": 5}}
+    changed(runs[0], job={"evaluation": own})
+    changed(runs[1], job={"evaluation": {"max_pairs_per_task": 9, **own}})
+    assert "control at chck_1M" in render_gains(runs)
+
+
+def test_runs_that_were_measured_otherwise_are_told(tmp_path: Path) -> None:
+    """Each difference is of one measurement; their mean is of several."""
+
+    def measured(name: str, **evaluation: object) -> Path:
+        return changed(run(tmp_path, name, 2.0, 2.1), job={"evaluation": evaluation})
+
+    all_pairs, few = measured("a", max_pairs_per_task=None), measured("b", max_pairs_per_task=5)
+    same = measured("c", max_pairs_per_task=None, prefix="none")  # the others are of before
+    told = "These runs were not measured alike: evaluation.max_pairs_per_task."
+    assert told in render_gains([all_pairs, few])
+    assert "not measured alike" not in render_gains([all_pairs, same])

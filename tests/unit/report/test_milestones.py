@@ -106,6 +106,27 @@ def test_what_was_not_measured_is_told_of(run: Path) -> None:
     ]
 
 
+def test_a_measurement_that_goes_while_the_report_is_made_is_one_that_is_not_there(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is started with another `evaluation` removes it, whoever reads."""
+    folder = run / "evaluation"
+    going = [folder / "control.json", folder / "milestones" / "student" / "chck_2M.json"]
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path in going:
+            path.unlink()
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    report = collect_report(run)
+    kept = [one["name"] for one in report["milestones"]["student"]]
+    assert kept == ["chck_1M", "chck_3M", "chck_10M"]
+    assert report["models"]["control"]["dev_ce"] is None
+    assert "the evaluation of the control" in report["unfinished"]["missing"]
+
+
 @pytest.mark.parametrize("evaluation", [None, {"samples": 0}, {"milestones": None}])
 def test_without_them_nothing_is_said(
     make_run: Callable[..., Path], evaluation: dict[str, Any] | None

@@ -1066,3 +1066,21 @@ def test_table_escapes_what_would_break_it() -> None:
         "| x y       |   1 |",
         "| long text |  22 |",
     ]
+
+
+def test_a_figure_left_over_that_another_report_removed_is_gone(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a person asks for the report while the run that ends writes its own."""
+    (run_dir / "report").mkdir()
+    (run_dir / "report" / "old.svg").touch()
+    unlink = Path.unlink
+
+    def second(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "old.svg":
+            unlink(path)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", second)
+    write_report(run_dir)
+    assert not (run_dir / "report" / "old.svg").exists()

@@ -230,6 +230,7 @@ def known_of_earlier_starts() -> Any:
             files.write_atomic(directory.path / "metrics.jsonl", "long\nlonger\n")
         else:
             files.write_atomic(directory.path / "metrics.jsonl", "long\n")
+        files.write_atomic(directory.path / "tensorboard" / "student" / "events", "of it")
     ranks.barrier()
     directory.bring_together(NODE)
     ranks.barrier()
@@ -486,6 +487,8 @@ def test_earlier_starts_are_known_on_all_nodes(of: Of) -> None:
         assert settled == {"student": {"micro_batch": 2}, "control": {"micro_batch": 8}}
         assert b"there" in contents["environment.json"]
         assert contents["metrics.jsonl"] == b"long\nlonger\n", node
+        # TensorBoard's files of the node that had fewer steps tell of those alone.
+        assert ("tensorboard/student/events" in contents) == (node == 1)
 
 
 def test_a_folder_that_all_share_is_one_storage(of: Of) -> None:

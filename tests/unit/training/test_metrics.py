@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -124,6 +125,40 @@ def test_lost_boards_are_written_anew_from_the_file(tmp_path: Path) -> None:
     with open_log(tmp_path, first_step=3):
         pass
     assert sorted((tmp_path / "tensorboard" / "teachers/gpt2").iterdir()) == files
+
+
+KILLED_WHILE_BOARDS_ARE_WRITTEN = """
+import os, sys
+from pathlib import Path
+from babyllama_ds.training import metrics
+
+plot, left = metrics._plot, int(sys.argv[2])
+
+def dying(*given):
+    global left
+    if left == 0:
+        os._exit(9)
+    left -= 1
+    plot(*given)
+
+metrics._plot = dying
+logged = "".join(f'{{"stage": "theirs", "step": {n}, "loss": {1 / n}}}\\n' for n in range(1, 30))
+metrics.tell_as_done(Path(sys.argv[1]), "teachers/a", logged)
+"""
+
+
+@pytest.mark.parametrize("plotted", [0, 20, 100])
+def test_a_kill_while_boards_are_written_leaves_none_by_half(plotted: int, tmp_path: Path) -> None:
+    """The next start finds the lines as they should be: the boards have them, too."""
+    command = [sys.executable, "-c", KILLED_WHILE_BOARDS_ARE_WRITTEN, str(tmp_path), str(plotted)]
+    assert subprocess.run(command, check=False).returncode == (9 if plotted < 29 else 0)
+    (tmp_path / "metrics.jsonl").open("a").write('{"stage": "student", "ste')  # cut short
+    tell_as_done(tmp_path, "teachers/a", logged_of(tmp_path, "teachers/a"))
+    with open_log(tmp_path):
+        pass
+    assert [step for step, _ in scalars(tmp_path, "teachers/a", "loss")] == [*range(1, 30)]
+    folders = sorted(path for path in (tmp_path / "tensorboard").rglob("*") if path.is_dir())
+    assert [folder.name for folder in folders] == ["student", "teachers", "a"]
 
 
 def test_forgetting_leaves_other_stages_and_drops_a_line_cut_short(tmp_path: Path) -> None:
