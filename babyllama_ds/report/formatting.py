@@ -9,6 +9,7 @@ from typing import Any
 MISSING = "–"
 GIB = 2**30
 MIB = 2**20
+KIB = 2**10
 _GAP = "  "
 
 
@@ -94,6 +95,8 @@ def size_in(num_bytes: int, unit: str) -> str:
 
 def with_unit(num_bytes: int) -> str:
     """A size with its own unit: 21.30 GiB."""
+    if num_bytes < MIB:
+        return f"{number(num_bytes / KIB, 1)} KiB"
     unit = size_unit(num_bytes)
     return f"{size_in(num_bytes, unit)} {unit}"
 

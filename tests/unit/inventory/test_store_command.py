@@ -146,7 +146,7 @@ def test_what_lies_there_is_told(store: Store, runs: Path, ask: Callable[..., An
     assert d[4:] == ["unfinished,", "1", "of", "8", "shards", "unused"]
     assert tokens[4:] == ["damaged", "unused"]
     assert "all: 5 items, 3.0 MiB\n" in out
-    assert f"unused: 4 items, 0.0 MiB; to remove it: babyllama-ds store --runs {runs}" in out
+    assert f"unused: 4 items, 0.6 KiB; to remove it: babyllama-ds store --runs {runs}" in out
     header, *table = [line for line in out.splitlines() if line.startswith("  ")]
     starts = {line.index(word) for line, word in zip(table, ("damaged", "whole"), strict=False)}
     assert starts == {header.index("state")}
@@ -356,8 +356,8 @@ def test_what_is_named_is_removed(store: Store, ask: Callable[..., Any]) -> None
     code, out, err = ask("--remove", a[:6], c)
     assert (code, err) == (0, "")
     assert out.splitlines()[:2] == [
-        f"removed teachers {a[:12]}, whole, 0.0 MiB",
-        f"removed teachers {c[:12]}, unfinished, 0.0 MiB",
+        f"removed teachers {a[:12]}, whole, 0.2 KiB",
+        f"removed teachers {c[:12]}, unfinished, 0.1 KiB",
     ]
     assert out.splitlines()[2].startswith("freed: 2 items")
     assert store.find("teachers", a) is None
