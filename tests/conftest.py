@@ -31,6 +31,11 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LAUNCH_LIMIT_S = 180.0
 
+# Read once, when torch is imported. Threads of one process wait for each other by spinning: beside
+# another process that computes, two took three times as long as one, on two cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # How long an example takes is a matter of who else has the machine.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
