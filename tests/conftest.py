@@ -272,15 +272,15 @@ def start_launcher(start: Callable[..., Running]) -> Callable[..., Running]:
 
 @pytest.fixture(scope="session")
 def start_ranks(start: Callable[..., Running]) -> Callable[..., Running]:
-    """Two ranks of `launcher/run.py WORDS`, started as the launcher would, but without it.
+    """Ranks of `launcher/run.py WORDS`, two by default, as the launcher starts them, without it.
 
     It takes seconds to start, which only tests of the launcher itself need to spend.
     """
 
-    def begin(*words: object) -> Running:
+    def begin(*words: object, num_ranks: int = 2) -> Running:
         command = [sys.executable, "-u", "launcher/run.py"]
-        commands = [[*command, f"--local_rank={rank}", *words] for rank in range(2)]
-        return start(commands, environments_of_ranks())
+        commands = [[*command, f"--local_rank={rank}", *words] for rank in range(num_ranks)]
+        return start(commands, environments_of_ranks(num_ranks))
 
     return begin
 
@@ -314,10 +314,10 @@ def rank_environments() -> list[dict[str, str]]:
     return environments_of_ranks()
 
 
-def environments_of_ranks() -> list[dict[str, str]]:
-    world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    world["MASTER_PORT"] = str(free_port())
-    return [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+def environments_of_ranks(num_ranks: int = 2) -> list[dict[str, str]]:
+    world = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 
 
 @pytest.fixture(scope="session")
