@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 LAUNCH_LIMIT_S = 180.0
+
+# Read once, when torch is imported. Threads of one process wait for each other by spinning: beside
+# another process that computes, two took three times as long as one, on two cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # How long an example takes is a matter of who else has the machine.
 settings.register_profile("untimed", deadline=None)
@@ -188,7 +194,7 @@ class Running:
     def wait_until(self, condition: Callable[[], bool], what: str) -> None:
         """Until `condition` holds; fails when the processes end or the time is up before."""
         while not condition():
-            assert self._members(), f"ended before {what}:\n{self._read(1)}"
+            assert self._is_anyone_left(), f"ended before {what}:\n{self._read(1)}"
             assert time.monotonic() < self._deadline_s, f"no {what} in time:\n{self._read(1)}"
             time.sleep(0.005)
 
@@ -223,6 +229,15 @@ class Running:
     def _poll(self) -> None:
         for process in self._processes:
             process.poll()
+
+    def _is_anyone_left(self) -> bool:
+        """One call for each group: who asks every few milliseconds must not look through /proc."""
+        self._poll()  # the dead that nobody has collected count
+        for process in self._processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, 0)
+                return True
+        return False
 
     def _members(self) -> list[int]:
         return [pid for process in self._processes for pid in group_members(process.pid)]
@@ -267,15 +282,15 @@ def start_launcher(start: Callable[..., Running]) -> Callable[..., Running]:
 
 @pytest.fixture(scope="session")
 def start_ranks(start: Callable[..., Running]) -> Callable[..., Running]:
-    """Two ranks of `launcher/run.py WORDS`, started as the launcher would, but without it.
+    """Ranks of `launcher/run.py WORDS`, two by default, as the launcher starts them, without it.
 
     It takes seconds to start, which only tests of the launcher itself need to spend.
     """
 
-    def begin(*words: object) -> Running:
+    def begin(*words: object, num_ranks: int = 2) -> Running:
         command = [sys.executable, "-u", "launcher/run.py"]
-        commands = [[*command, f"--local_rank={rank}", *words] for rank in range(2)]
-        return start(commands, environments_of_ranks())
+        commands = [[*command, f"--local_rank={rank}", *words] for rank in range(num_ranks)]
+        return start(commands, environments_of_ranks(num_ranks))
 
     return begin
 
@@ -309,10 +324,10 @@ def rank_environments() -> list[dict[str, str]]:
     return environments_of_ranks()
 
 
-def environments_of_ranks() -> list[dict[str, str]]:
-    world = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    world["MASTER_PORT"] = str(free_port())
-    return [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+def environments_of_ranks(num_ranks: int = 2) -> list[dict[str, str]]:
+    world = {"WORLD_SIZE": str(num_ranks), "LOCAL_SIZE": str(num_ranks)}
+    world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
 
 
 @pytest.fixture(scope="session")

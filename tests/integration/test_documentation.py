@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,16 @@ def blocks(*languages: str) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Command:
-    """What is typed after a `$`, and the error that follows, up to what was got; none: it works."""
+    """What is typed after a `$`, and the error that follows, up to what was got; none: it works.
 
-    where: str
+    The same on another page is the same.
+    """
+
+    where: str = field(compare=False)
     words: tuple[str, ...]
     error: str | None
     with_data: bool
-    """Whether its page has said before where the text of BabyLM lies."""
+    """Whether its page has said before where the text of BabyLM lies; `doctor` reads none."""
 
 
 def commands() -> Iterator[Command]:
@@ -87,7 +90,8 @@ def commands() -> Iterator[Command]:
             error = re.search(r"^error: .*?: got ", answer, re.M)
             if words[0] == "export" and words[1].startswith("BABYLM_DATA="):
                 told.add(block.path)
-            yield Command(str(block), words, error and error[0], block.path in told)
+            with_data = block.path in told and words[1:] != ("doctor",)
+            yield Command(str(block), words, error and error[0], with_data)
 
 
 COMMANDS = list(dict.fromkeys(commands()))

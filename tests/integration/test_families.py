@@ -1,4 +1,4 @@
-"""Teachers of three families that others trained, in one ensemble, by the real launcher.
+"""Teachers of three families that others trained, in one ensemble, on two ranks.
 
 A tokenizer is learnt once, models of other families are saved as their owners would save them, in
 several types and files, and a job takes them all: two ranks, from text to a report.
@@ -76,7 +76,7 @@ def save_model(name: str, directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def ran(once: Any, tiny_job: Callable[..., Path], launch: Callable[..., Any]) -> Any:
+def ran(once: Any, tiny_job: Callable[..., Path], run_ranks: Callable[..., Any]) -> Any:
     def make(scene: Any) -> list[Any]:
         teachers, training = [], {"batch_windows": 8, "epochs": 9, "max_steps": STEPS}
         for name in MODELS:
@@ -98,7 +98,7 @@ def ran(once: Any, tiny_job: Callable[..., Path], launch: Callable[..., Any]) ->
         for name in MODELS:
             spec = TrainedTokenizer(kind="bpe", vocab_size=VOCAB)
             train_tokenizer(spec, iter(lines), scene.folder / name)
-        return [launch(job, "--runs", scene.runs)]
+        return [run_ranks(job, "--runs", scene.runs)]
 
     scene = once("families", make)
     scene.ended[0].assert_done()

@@ -21,13 +21,13 @@ MODELS = ("gpt2", "llama", "student", "control")
 
 
 @pytest.fixture(scope="module")
-def fine_tuned(once: Any, copy_of_finished: Any, launch: Any, run_alone: Any) -> Any:
+def fine_tuned(once: Any, copy_of_finished: Any, run_ranks: Any, run_alone: Any) -> Any:
     """The finished run on two ranks; then on one, from nothing but its models."""
 
     def make(scene: Any) -> list[Any]:
         copy_of_finished(scene)
         words = (scene.job, "--runs", scene.runs, asked(write_suite(scene.folder / "suite")))
-        return [launch(*words), run_alone("run", *words)]
+        return [run_ranks(*words), run_alone("run", *words)]
 
     return once("fine_tuned", make)
 

@@ -1,6 +1,6 @@
 """Ranks, micro-batches and chunks are no part of the mathematics: the same job, the same curves.
 
-Through the real launcher, without dropout. The plain variant is one rank that takes a batch, and
+Ranks are real, and there is no dropout. The plain variant is one rank that takes a batch, and
 its logits, at once; each of the others differs in two of the three, every pair of them once.
 Teachers are trained by the plain variant and found in the store by the others. The last batch of
 an epoch is short, so that two ranks have unequal shares of what is counted. Compared are a student
@@ -88,7 +88,7 @@ Lines = list[dict[str, Any]]
 def traces(
     once: Any,
     tiny_job: Callable[..., Path],
-    start_launcher: Callable[..., Any],
+    start_ranks: Callable[..., Any],
     metrics: Callable[[Path], Lines],
 ) -> Callable[[str, int], dict[str, Lines]]:
     """The logged lines of each variant of a run of some steps with a DeepSpeed configuration."""
@@ -102,7 +102,7 @@ def traces(
             def started(name: str, variant: Variant) -> Any:
                 words = (*settings, *variant.overrides, f"name={folder_of(name)}")
                 ranks = variant.num_ranks
-                return start_launcher(job, *words, "--runs", scene.runs, num_ranks=ranks)
+                return start_ranks(job, *words, "--runs", scene.runs, num_ranks=ranks)
 
             plain = started("plain", PLAIN).end()
             others = [started(name, variant) for name, variant in OTHERS.items()]

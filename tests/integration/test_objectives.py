@@ -1,7 +1,7 @@
 """A job with every term of the loss, from text to report: one rank or two, the same curves.
 
-Another divergence, schedules, a z-loss, tokens without a label and matched layers, through the real
-launcher. The counts of labels depend on the text, and the last batch of an epoch is short.
+Another divergence, schedules, a z-loss, tokens without a label and matched layers, on real ranks.
+The counts of labels depend on the text, and the last batch of an epoch is short.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ VARIANTS = {"one": (1, 8, 4096), "two": (2, 1, 13)}
 
 
 @pytest.fixture(scope="module")
-def scene(once: Any, tiny_job: Callable[..., Path], start_launcher: Callable[..., Any]) -> Any:
+def scene(once: Any, tiny_job: Callable[..., Path], start_ranks: Callable[..., Any]) -> Any:
     def make(scene: Any) -> list[Any]:
         job = tiny_job(scene.folder, **SECTIONS)
         ended = []
@@ -77,7 +77,7 @@ def scene(once: Any, tiny_job: Callable[..., Path], start_launcher: Callable[...
                 f"distillation.chunk_tokens={chunk_tokens}",
                 f"name={name}",
             )
-            running = start_launcher(job, *words, "--runs", scene.runs, num_ranks=num_ranks)
+            running = start_ranks(job, *words, "--runs", scene.runs, num_ranks=num_ranks)
             ended.append(running.end())
         return ended
 

@@ -35,10 +35,10 @@ def told(ended: Any, words: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def again(once: Any, copy_of_finished: Any, launch: Callable[..., Any]) -> Any:
+def again(once: Any, copy_of_finished: Any, run_ranks: Callable[..., Any]) -> Any:
     def make(scene: Any) -> list[Any]:
         copy_of_finished(scene)
-        return [launch(scene.job, "--runs", scene.runs)]
+        return [run_ranks(scene.job, "--runs", scene.runs)]
 
     return once("again", make)
 

@@ -96,6 +96,19 @@ def test_any_tile(kind, rows_of_a_tile, monkeypatch: pytest.MonkeyPatch) -> None
     assert torch.equal(plain.soft_sum, tiled.soft_sum)
 
 
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_several_threads(kind) -> None:
+    """`make test` gives a process one."""
+    case, settings = make_case(), {"alpha": 0.3, "temperature": 2.0, "mean_of": "probabilities"}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        got = ours(case, kind, chunk_tokens=None, z_loss=0.01, **settings)
+    finally:
+        torch.set_num_threads(threads)
+    assert_right(got, reference(case, kind, z_loss=0.01, **settings), 1e-12)
+
+
 @pytest.mark.parametrize("mean_of", MEANS)
 @pytest.mark.parametrize("kind", OTHERS)
 def test_bf16_rounds_no_more_than_plain_code_in_fp32(kind, mean_of) -> None:
