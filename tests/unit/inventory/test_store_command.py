@@ -146,7 +146,12 @@ def test_what_lies_there_is_told(store: Store, runs: Path, ask: Callable[..., An
     assert d[4:] == ["unfinished,", "1", "of", "8", "shards", "unused"]
     assert tokens[4:] == ["damaged", "unused"]
     assert "all: 5 items, 3.0 MiB\n" in out
-    assert f"unused: 4 items, 0.6 KiB; to remove it: babyllama-ds store --runs {runs}" in out
+    entries = (path for path in store.root.rglob("*") if path.is_file())
+    of_unused = [
+        path for path in entries if used not in path.parents and "backup" not in path.parts
+    ]
+    size = f"{sum(path.stat().st_size for path in of_unused) / 1024:.1f} KiB"
+    assert f"unused: 4 items, {size}; to remove it: babyllama-ds store --runs {runs}" in out
     header, *table = [line for line in out.splitlines() if line.startswith("  ")]
     starts = {line.index(word) for line, word in zip(table, ("damaged", "whole"), strict=False)}
     assert starts == {header.index("state")}
