@@ -5,9 +5,10 @@
 
 `bench.py` compares steps, this what comes of all of them. The textbook's trainer (`textbook.py`,
 transformers' own modules) gets what the run's trainings began with: initial weights, the windows of
-every batch, teachers, and the learning rate, decay and clipping of the job. The optimizer, its
-schedule, the models' arithmetic, the loss and the ranks' gradients are its own. All models are then
-measured by the run's evaluation, in the precision that each was trained in.
+every batch, teachers, and the learning rate, decay and clipping of the job. It goes as far as the
+step whose weights the run kept. The optimizer, its schedule, the models' arithmetic, the loss and
+the ranks' gradients are its own. All models are then measured by the run's evaluation, in the
+precision that each was trained in.
 
 With one rank every batch is the run's. With more, the trainer averages gradients over ranks:
 windows of an epoch's last batch that cannot be shared out evenly weigh differently.
@@ -122,9 +123,11 @@ class _Run:
         tokens = [torch.from_numpy(windows.windows(b.epoch, b.window_ids)) for b in batches]
         shares = [share for batch_BS in tokens for share in batch_BS.tensor_split(self.num_ranks)]
         torch.save(shares, folder / "shares.pt")
+        summary = files.read_json(self.run_dir / model / "training.json")
         distilled = model == "student"
         loss = self.job.distillation
         asked = {
+            "steps": summary["best_step"] if summary["kept"] == "best" else summary["steps"],
             "teachers": [
                 str(self.run_dir / "teachers" / teacher.name)
                 for teacher in self.job.teachers
@@ -175,11 +178,7 @@ class _Run:
 def _check(job: JobSpec, training: TrainingSpec, model: Path) -> None:
     """Ends where the textbook would train something else."""
     loss = job.distillation
-    summary = files.read_json(model / "training.json")
     differs = {
-        "a step before the last was kept": summary["best_step"] != summary["steps"]
-        and training.keep == "best",
-        "it ended early": summary["steps"] != summary["planned_steps"],
         "muon, ema, z_loss or unlabelled_tokens": training.muon is not None
         or training.ema is not None
         or training.z_loss is not None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from textbook import DistillationTrainer, Precision, arguments
+from textbook import AfterEachStep, DistillationTrainer, Precision, arguments
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM
@@ -45,9 +45,10 @@ def main() -> None:
         data_collator=lambda items: items[0],
         **asked["loss"],
     )
+    trainer.add_callback(AfterEachStep(lambda: trainer.state.global_step >= asked["steps"]))
     done = trainer.train()
-    if done.global_step * num_ranks != len(shares):
-        raise SystemExit(f"{done.global_step} steps, expected {len(shares) // num_ranks}")
+    if done.global_step != asked["steps"]:
+        raise SystemExit(f"{done.global_step} steps, expected {asked['steps']}")
     if trainer.is_world_process_zero():
         trainer.model.save_pretrained(folder / precision)
         summary = {"seconds": done.metrics["train_runtime"], "steps": done.global_step}
