@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -66,7 +67,7 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
     _check_trainings(parts, corpus)
     _tell_of_a_cache_too_large(parts, corpus)
     parts.dev_windows(corpus, job.evaluation.dev_windows)
-    benchmarks = parts.benchmarks(corpus)
+    benchmarks = _with_most_pairs(parts).benchmarks(corpus)
     prefix_ids(corpus.tokenizer, job.evaluation.prefix)
     if ranks.rank() == 0:  # the same on all, and long benchmarks take seconds
         for name, tasks in benchmarks.items():
@@ -90,6 +91,13 @@ def check_job(parts: Parts, corpus: Corpus) -> None:
         pairs = job.distillation.hidden_matching.layers if job.distillation.hidden_matching else ()
         layers = [pair.student_layer for pair in pairs]
         _check_loaded(parts, "student", job.student.model, trainings, layers, corpus)
+
+
+def _with_most_pairs(parts: Parts) -> Parts:
+    """With the limit that reads more pairs of each task: finished models', or milestones' own."""
+    of_milestones = parts.of_milestones()
+    both = [parts] if of_milestones is None else [parts, of_milestones]
+    return max(both, key=lambda one: one.job.evaluation.max_pairs_per_task or math.inf)
 
 
 def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Corpus) -> None:

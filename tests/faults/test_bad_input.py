@@ -298,6 +298,10 @@ def test_a_sentence_longer_than_a_models_positions(
     assert nothing_trained(tmp_path / "runs")
     said = refuse(job, benchmark, "teachers.0.model.max_positions=91")
     assert "the positions of student" in said
+    # Finished models are measured on the first pair, milestones on both.
+    limits = "evaluation.max_pairs_per_task=1", "evaluation.milestones={max_pairs_per_task: 2}"
+    assert "order.jsonl:2: sentence" in refuse(job, benchmark, *limits, "student.milestones=[90]")
+    assert nothing_trained(tmp_path / "runs")
     # Where it fits, it is still longer than the windows, of 32 tokens.
     fits = [f"{place}.model.max_positions=91" for place in ("teachers.0", "student")]
     assert main(["run", str(job), "--runs", str(tmp_path / "fits"), benchmark, *fits]) == 0
