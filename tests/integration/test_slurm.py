@@ -92,7 +92,13 @@ def run(
     return subprocess.run(
         [SCRIPT, *words],
         cwd=ROOT,
-        env={**os.environ, **allocation, "PYTHON": str(python), **more},
+        # The batch script sets the threads where nobody has, as the tests may have here.
+        env={
+            **{name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+            **allocation,
+            "PYTHON": str(python),
+            **more,
+        },
         capture_output=True,
         text=True,
         timeout=60,
