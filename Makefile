@@ -12,6 +12,7 @@ RUNS   ?= runs
 GPUS   := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | wc -l)
 NPROC  ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS   ?=
+SEEDS  ?= 1 2 3 4 5
 # The machine that `wheelhouse` is for, and where its wheels are put: docs/offline.md
 PLATFORM ?= manylinux_2_28_x86_64
 TORCH    ?= system
@@ -101,9 +102,9 @@ format: setup  ## rewrite the code the way `check` wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-seeds: setup  ## run JOB with seeds 1 to 5 and print the table of gains
-	for seed in 1 2 3 4 5; do $(MAKE) --no-print-directory distill ARGS="seed=$$seed $(ARGS)" || exit; done
-	$(BIN)/babyllama-ds gains $(foreach s,1 2 3 4 5,$(RUNS)/$(basename $(notdir $(JOB)))-$s)
+seeds: setup  ## run JOB with SEEDS (1 to 5) and print the table of gains
+	for seed in $(SEEDS); do $(MAKE) --no-print-directory distill ARGS="seed=$$seed $(ARGS)" || exit; done
+	$(BIN)/babyllama-ds gains $(foreach s,$(SEEDS),$(RUNS)/$(basename $(notdir $(JOB)))-$s)
 
 reference: setup  ## write docs/jobs.md and the jobs' JSON schema anew
 	$(BIN)/babyllama-ds schema > launcher/jobs/job.schema.json
