@@ -22,8 +22,15 @@ from babyllama_ds import files
 
 
 def main() -> None:
-    """Train the model of the folder."""
-    folder, precision = Path(sys.argv[1]), cast(Precision, sys.argv[2])
+    """Train the model of the folder, and end."""
+    _train(Path(sys.argv[1]), cast(Precision, sys.argv[2]))
+    # Threads of gloo that outlive the training abort some processes at the interpreter's end.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _train(folder: Path, precision: Precision) -> None:
     num_ranks = int(os.environ["WORLD_SIZE"])
     asked = files.read_json(folder / "asked.json")
     shares = torch.load(folder / "shares.pt", weights_only=True)
