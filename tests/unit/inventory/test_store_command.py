@@ -284,14 +284,19 @@ def out_of(ask: Callable[..., tuple[int, str, str]]) -> str:
     return ask()[1]
 
 
-def test_a_trial_may_come_for_what_is_prepared(store: Store, runs: Path) -> None:
+def test_a_trial_may_come_for_what_is_prepared(store: Store, runs: Path, tmp_path: Path) -> None:
+    """Of this folder, or of the one where the store lies."""
     from babyllama_ds.locks import scratch_folder
 
     for kind in ("text", "tokenizers", "tokens", "teachers"):
         put(store, kind, kind)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "store").symlink_to(store.root)
     with scratch_folder(runs, ".trial-"):
-        assert unused(runs) == ["teachers"]
-    assert len(unused(runs)) == 4
+        assert unused(runs) == unused(tmp_path / "more") == ["teachers"]
+    with scratch_folder(tmp_path / "more", ".trial-"):
+        assert unused(tmp_path / "more") == ["teachers"]
+    assert len(unused(runs)) == len(unused(tmp_path / "more")) == 4
 
 
 def test_a_store_that_several_runs_folders_link_to(
