@@ -10,17 +10,25 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from babyllama_ds import cli
 from babyllama_ds.errors import RunError
 from babyllama_ds.evaluation import stored
+from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.inventory import removing
 from babyllama_ds.inventory.entries import KINDS, find_items
 from babyllama_ds.inventory.uses import read_uses
+from babyllama_ds.pipeline.measuring import Measurer
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.shipped import find_job
+from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store, link_entry
 from babyllama_ds.teachers.cache import opening
 
@@ -242,6 +250,35 @@ def test_a_runs_own_measurement_keeps_that_of_the_store(store: Store, runs: Path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(measured))
         assert len(unused(runs)) == left
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_run_uses_what_it_measured_with_any_kernel(
+    kernel: str, store: Store, runs: Path, tiny_model: Callable[..., Any]
+) -> None:
+    """Plain attention has another name where it was made faster (`models.fused`)."""
+    dev = DevWindows(windows_of=lambda ids: tokens[list(ids)], num_windows=4, batch_windows=2)
+    tokens = np.random.default_rng(1).integers(0, 61, (4, 9))
+    parts: Any = SimpleNamespace(
+        job=load_job(find_job("nursery"), ["evaluation.samples=0"]),
+        device=torch.device("cpu"),
+        device_kind="cpu",
+        attention=lambda *_, **__: kernel,
+        dev_windows=lambda *_: dev,
+        benchmarks=lambda _: {},
+    )
+    run_dir = put_run(runs, "one")
+    tiny_model("llama").save_pretrained(run_dir / "student")
+    corpus: Any = SimpleNamespace(tokenizer=range(61))
+    measured = Measurer(parts, store, StopRequest()).measure(
+        "student", run_dir / "student", corpus, "f"
+    )
+    assert unused(runs) == ["evaluations"]
+    (run_dir / "evaluation").mkdir()
+    (run_dir / "evaluation" / "student.json").write_text(
+        json.dumps(measured | {"fingerprint": "f"})
+    )
+    assert unused(runs) == []
 
 
 CACHE = {"distillation": {"cache": "hidden"}}
