@@ -35,7 +35,7 @@ FREE_KEYS = re.compile(
     r"|distillation\.(chunk_tokens|cache_tier|cache_kept)"
     r"|.*\.(micro_batch|gradient_checkpointing|log_every_steps|profile_steps)"
     r"|.*\.(checkpoint_every_steps|model\.attention|tensor_parallel)"
-    r"|corpus\.(sources\.\d+\.corpus\.)?(train|split\.dev|path|revision|column)(\..*)?"
+    r"|corpus\.(sources\.\d+\.corpus\.)?(train|split\.dev|path|column)(\..*)?"
     r"|(tokenizer|.*\.model)\.(path|revision)"
 )
 

@@ -156,17 +156,6 @@ def test_a_loaded_model_is_compared_by_what_it_is(
     directory.open(job_of("nursery", elder, change))
 
 
-def test_a_dataset_is_compared_by_what_it_is(job_of: JobOf, directory: RunDirectory) -> None:
-    """So the commit that a run began with can be named when its branch has moved."""
-    tales = "{kind: hub, path: someone/tales, split: {kind: tail}}"
-    mix = f"{{kind: mix, sources: [{{name: a, words: 9, corpus: {tales}}}]}}"
-    for corpus, key in ((tales, "corpus"), (mix, "corpus.sources.0.corpus")):
-        run = RunDirectory(directory.path / key)
-        run.open(job_of("nursery", f"corpus={corpus}"))
-        (run.path / "student").mkdir()
-        run.open(job_of("nursery", f"corpus={corpus}", f"{key}.revision=v1"))
-
-
 PHASES = "windows.offsets={phases: 2}"
 
 
