@@ -542,6 +542,18 @@ def test_a_run_that_began_meanwhile_keeps_what_it_claimed(store: Store, runs: Pa
     assert all(entry.exists() for entry in entries)
 
 
+def test_what_is_held_meanwhile_stays(store: Store, runs: Path) -> None:
+    entries = [put(store, "teachers", word) for word in "ab"]
+    items = find_items(store)
+    with (
+        store.lock("teachers", key_of("b")),
+        pytest.raises(RunError, match=r"got in use by pid \d+ .*, expected one that no process"),
+    ):
+        list(removing.remove(store, runs, items))
+    assert all(entry.exists() for entry in entries)
+    assert len(list(removing.remove(store, runs, items))) == 2
+
+
 def test_more_than_are_locked_at_once(
     store: Store, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
