@@ -108,10 +108,7 @@ def read_hub(
     `check` is called between batches of rows and may raise to stop. Raises `DataError`: no such
     dataset, configuration, revision, split or column; no access; no network; no text.
     """
-    with _told(spec, key):
-        from datasets import load_dataset_builder
-
-        builder = load_dataset_builder(spec.path, name=spec.name, revision=spec.revision)
+    builder = _builder(spec, key)
     held_out = [spec.split.dev] if isinstance(spec.split, HeldOutSplit) else []
     names = {f"{key}.train": spec.train} | {f"{key}.split.dev": name for name in held_out}
     files = builder.config.data_files or {}
@@ -123,7 +120,7 @@ def read_hub(
                 expected="the name of a split",
                 hint=did_you_mean(name, map(str, files)),
             )
-    commit = None if Path(spec.path).is_dir() else str(builder.hash)
+    commit = None if _is_folder(spec) else str(builder.hash)
     sources = HubSources(
         spec=spec,
         key=key,
@@ -136,6 +133,31 @@ def read_hub(
             got = f"no text in column {spec.column!r} of split {name!r} of {spec.path}"
             raise DataError.of(where, got=got, expected="some text")
     return sources
+
+
+def commit_of_dataset(spec: HubCorpus, *, key: str) -> str | None:
+    """The commit at which the dataset is read as things are now; none of a local folder.
+
+    Raises `DataError` as `read_hub`: no such dataset, configuration or revision; no access or
+    network.
+    """
+    if _is_folder(spec):
+        return None
+    if _is_commit(spec.revision):
+        return spec.revision
+    commit = str(_builder(spec, key).hash)
+    return commit if _is_commit(commit) else None
+
+
+def _builder(spec: HubCorpus, key: str) -> Any:
+    with _told(spec, key):
+        from datasets import load_dataset_builder
+
+        return load_dataset_builder(spec.path, name=spec.name, revision=spec.revision)
+
+
+def _is_folder(spec: HubCorpus) -> bool:
+    return Path(spec.path).is_dir()
 
 
 def _identity(spec: HubCorpus, commit: str | None, split: str, files: Any) -> str:

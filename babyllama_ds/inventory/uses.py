@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,24 +65,26 @@ class Uses:
 def read_uses(runs: Path) -> Uses:
     """The users of `runs/store`. Raises `RunError` where a run's files cannot be read."""
     root = (runs / "store").resolve()
+    # The store's own folder is another one where `runs/store` is a link to it.
+    folders = sorted({runs.resolve(), root.parent})
     users: dict[Place, dict[str, str]] = defaultdict(dict)
     possible: dict[str, list[str]] = defaultdict(list)
-    for run in _runs(runs, root):
+    for run in _runs(folders):
         name = run.path.name if run.path.parent == runs.resolve() else str(run.path)
         job = run.written_job()
         for place, stage in (*_claimed(run), *_linked(run, root), *_measured(run, job)):
             users[place].setdefault(name, stage)
         for kind in _possible(run, job):
             possible[kind].append(name)
-    if any(is_held(held) for held in runs.glob(".trial-*/.held")):
+    if any(is_held(held) for folder in folders for held in folder.glob(".trial-*/.held")):
         for kind in PREPARED:
             possible[kind].append("plan --measure")
     return Uses(users, possible)
 
 
-def _runs(runs: Path, root: Path) -> Iterator[RunDirectory]:
-    """The runs of this folder; of the store's own too, where `runs/store` is a link to another."""
-    for folder in sorted({runs.resolve(), root.parent}):
+def _runs(folders: Sequence[Path]) -> Iterator[RunDirectory]:
+    """The runs of these folders."""
+    for folder in folders:
         try:
             named = (one for one in folder.iterdir() if re.fullmatch(NAME_PATTERN, one.name))
             found = sorted(one for one in named if (one / JOB_NAME).is_file())

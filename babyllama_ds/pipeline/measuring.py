@@ -118,7 +118,8 @@ class Measurer:
                 frozen.destroy()
         if evaluation.suites_of(teacher=teacher is not None):
             result["fine_tuning"] = self._fine_tune(name, path, corpus, teacher, on_step)
-        return {**result, "seconds": time.monotonic() - started}
+        # By the name that the store's key has, whatever the model's configuration calls it.
+        return {**result, "attention": attention, "seconds": time.monotonic() - started}
 
     def _fine_tune(
         self,

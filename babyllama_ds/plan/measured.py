@@ -96,7 +96,7 @@ def check_within(time: MeasuredTime, minutes: float, *, name: str) -> None:
     """
     if time.seconds <= 60 * minutes:
         return
-    takes = {stage.name: stage.seconds for stage in time.stages}
+    takes = {**time.before, **{stage.name: stage.seconds for stage in time.stages}}
     takes["the evaluations"] = sum(time.evaluations.values())
     longest = sorted(takes, key=lambda key: -takes[key])[:2]
     told = ", ".join(f"{key} {takes[key] / 60:.1f}" for key in longest)

@@ -147,6 +147,19 @@ def test_the_fingerprint_follows_content(dataset: Path, tmp_path: Path) -> None:
     assert len(different | {original}) == 7
 
 
+def test_every_file_of_a_split_is_part_of_the_fingerprint(tmp_path: Path) -> None:
+    fingerprints = []
+    for rows in (ROWS, [*ROWS[:-1], ROWS[0]], [ROWS[1], *ROWS[1:]]):
+        folder = tmp_path / str(len(fingerprints)) / "set"
+        write(folder / "train-00000-of-00002.parquet", rows[:4])
+        write(folder / "train-00001-of-00002.parquet", rows[4:])
+        write(folder / "validation.parquet", DEV)
+        sources = read_sources(corpus(folder))
+        assert list(next(iter_text(sources, "train"))[1]) == lines(rows)
+        fingerprints.append(sources.fingerprint())
+    assert len(set(fingerprints)) == 3
+
+
 def test_a_folder_that_changed_is_read_anew(dataset: Path) -> None:
     """The library's cache, which knows a dataset by its name, would give the old rows."""
     before = read_sources(corpus(dataset)).fingerprint()

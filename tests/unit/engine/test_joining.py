@@ -93,6 +93,20 @@ def test_all_know_all_and_share_a_store(port: int) -> None:
     close(found)
 
 
+def test_nodes_of_the_same_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As containers often have: with one node less, none would be watched."""
+    for name in ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID"):
+        monkeypatch.delenv(name, raising=False)
+    assert joining._node() == socket.gethostname()
+    for name in ("SLURM_NODEID", "GROUP_RANK", "CROSS_RANK"):
+        monkeypatch.setenv(name, f"number by {name}")
+        assert joining._node() == f"number by {name}"
+    members = tuple(Member(rank=rank, host="box", node=str(rank // 2), pid=1) for rank in range(4))
+    world = World(rank=0, size=4, address="127.0.0.1", port=1)
+    store: Any = None
+    assert Joined(world=world, members=members, store=store, links={}).num_nodes == 2
+
+
 def test_names_of_ranks_by_host() -> None:
     those = [member(0, "a"), member(1, "a"), member(2, "b")]
     assert named(those) == "host a (ranks 0, 1), host b (rank 2)"

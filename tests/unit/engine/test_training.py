@@ -190,7 +190,8 @@ CASES: dict[str, dict[str, Any]] = {
     "llama, tied": {"kind": "llama", "tie_word_embeddings": True, "clip_norm": 100.0},
     "gpt2, tied, windows one by one": {"kind": "gpt2", "clip_norm": 0.5, "micro_batch": 1},
     "gpt2, untied": {"kind": "gpt2", "tie_word_embeddings": False, "micro_batch": 4},
-    "llama, averaged": {"kind": "llama", "micro_batch": 2, "ema": MovingAverage(decay=0.9)},
+    # From the third step on the ramp is above it.
+    "llama, averaged": {"kind": "llama", "micro_batch": 2, "ema": MovingAverage(decay=0.3)},
     "gpt2, averaged without a ramp": {"kind": "gpt2", "ema": MovingAverage(decay=0.7, ramp=False)},
     "llama, muon": {"kind": "llama", "micro_batch": 2, "clip_norm": 0.5, "muon": MUON},
     "gpt2, muon, averaged": {"kind": "gpt2", "muon": MUON, "ema": MovingAverage(decay=0.9)},

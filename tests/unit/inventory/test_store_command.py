@@ -10,17 +10,25 @@ import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from babyllama_ds import cli
 from babyllama_ds.errors import RunError
 from babyllama_ds.evaluation import stored
+from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.inventory import removing
 from babyllama_ds.inventory.entries import KINDS, find_items
 from babyllama_ds.inventory.uses import read_uses
+from babyllama_ds.pipeline.measuring import Measurer
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.shipped import find_job
+from babyllama_ds.stopping import StopRequest
 from babyllama_ds.store import Store, link_entry
 from babyllama_ds.teachers.cache import opening
 
@@ -244,6 +252,35 @@ def test_a_runs_own_measurement_keeps_that_of_the_store(store: Store, runs: Path
         assert len(unused(runs)) == left
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_run_uses_what_it_measured_with_any_kernel(
+    kernel: str, store: Store, runs: Path, tiny_model: Callable[..., Any]
+) -> None:
+    """Plain attention has another name where it was made faster (`models.fused`)."""
+    dev = DevWindows(windows_of=lambda ids: tokens[list(ids)], num_windows=4, batch_windows=2)
+    tokens = np.random.default_rng(1).integers(0, 61, (4, 9))
+    parts: Any = SimpleNamespace(
+        job=load_job(find_job("nursery"), ["evaluation.samples=0"]),
+        device=torch.device("cpu"),
+        device_kind="cpu",
+        attention=lambda *_, **__: kernel,
+        dev_windows=lambda *_: dev,
+        benchmarks=lambda _: {},
+    )
+    run_dir = put_run(runs, "one")
+    tiny_model("llama").save_pretrained(run_dir / "student")
+    corpus: Any = SimpleNamespace(tokenizer=range(61))
+    measured = Measurer(parts, store, StopRequest()).measure(
+        "student", run_dir / "student", corpus, "f"
+    )
+    assert unused(runs) == ["evaluations"]
+    (run_dir / "evaluation").mkdir()
+    (run_dir / "evaluation" / "student.json").write_text(
+        json.dumps(measured | {"fingerprint": "f"})
+    )
+    assert unused(runs) == []
+
+
 CACHE = {"distillation": {"cache": "hidden"}}
 SUITES = {"evaluation": {"fine_tuning": [{"name": "glue"}]}}
 TOKENS = {"tokens": key_of("t")}
@@ -284,14 +321,19 @@ def out_of(ask: Callable[..., tuple[int, str, str]]) -> str:
     return ask()[1]
 
 
-def test_a_trial_may_come_for_what_is_prepared(store: Store, runs: Path) -> None:
+def test_a_trial_may_come_for_what_is_prepared(store: Store, runs: Path, tmp_path: Path) -> None:
+    """Of this folder, or of the one where the store lies."""
     from babyllama_ds.locks import scratch_folder
 
     for kind in ("text", "tokenizers", "tokens", "teachers"):
         put(store, kind, kind)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "store").symlink_to(store.root)
     with scratch_folder(runs, ".trial-"):
-        assert unused(runs) == ["teachers"]
-    assert len(unused(runs)) == 4
+        assert unused(runs) == unused(tmp_path / "more") == ["teachers"]
+    with scratch_folder(tmp_path / "more", ".trial-"):
+        assert unused(tmp_path / "more") == ["teachers"]
+    assert len(unused(runs)) == len(unused(tmp_path / "more")) == 4
 
 
 def test_a_store_that_several_runs_folders_link_to(
@@ -498,6 +540,18 @@ def test_a_run_that_began_meanwhile_keeps_what_it_claimed(store: Store, runs: Pa
     with pytest.raises(RunError, match="used by late"):
         list(removing.remove(store, runs, items))
     assert all(entry.exists() for entry in entries)
+
+
+def test_what_is_held_meanwhile_stays(store: Store, runs: Path) -> None:
+    entries = [put(store, "teachers", word) for word in "ab"]
+    items = find_items(store)
+    with (
+        store.lock("teachers", key_of("b")),
+        pytest.raises(RunError, match=r"got in use by pid \d+ .*, expected one that no process"),
+    ):
+        list(removing.remove(store, runs, items))
+    assert all(entry.exists() for entry in entries)
+    assert len(list(removing.remove(store, runs, items))) == 2
 
 
 def test_more_than_are_locked_at_once(

@@ -225,6 +225,12 @@ def test_too_long_is_an_error_that_names_what_takes_longest(plan: Callable[..., 
     )
 
 
+def test_preparation_may_be_what_takes_longest(plan: Callable[..., Any]) -> None:
+    time = plan(pace=replace(PACE, preparation_s=6_000)).measured
+    with pytest.raises(MachineError, match=r"what takes longest: preparation 100\.0, "):
+        check_within(time, 1, name="nursery-1")
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
