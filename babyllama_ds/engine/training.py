@@ -152,7 +152,7 @@ class TrainingEngine:
         """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained():
             yield f"master/{name}", safe_get_full_fp32_param(parameter).cpu()
             for key in self._states_of[parameter]:
                 yield f"{key}/{name}", safe_get_full_optimizer_state(parameter, key).cpu()
@@ -167,7 +167,7 @@ class TrainingEngine:
         for state in self._engine.optimizer.optimizer.state.values():
             if "step" in state:  # Muon counts none
                 state["step"].fill_(step)
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._trained():
             shape, device = parameter.shape, parameter.device
             safe_set_full_fp32_param(parameter, read(f"master/{name}", shape).to(device))
             for key in self._states_of[parameter]:
@@ -177,6 +177,12 @@ class TrainingEngine:
         self._engine.optimizer.update_lp_params()
         if self._average is not None:
             self._average.updates = step
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that the optimizer has; a loaded model may keep others as they are."""
+        for name, parameter in self.module.named_parameters():
+            if parameter in self._states_of:
+                yield name, parameter
 
     def _make_states(self) -> None:
         """Make the optimizer's state now, all of it, and the moving average as one state more.

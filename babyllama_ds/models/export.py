@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
@@ -53,11 +55,8 @@ def write_model(
         RunError: the disk refuses.
     """
     model.config.dtype = next(model.parameters()).dtype
-    generation: Any = model.generation_config
-    if generation.max_length is None:
-        generation.max_length = positions_of(model.config)
     try:
-        model.save_pretrained(directory)  # type: ignore[operator]
+        _save(model, directory)
         _let_others_read(directory)
         for path in tokenizer_dir.glob("*.json"):
             if path.name != files.MANIFEST_NAME:
@@ -71,6 +70,24 @@ def write_model(
         ) from error
     params = count_parameters(model)
     files.write_json(directory / "training.json", {**summary, "params": params})
+
+
+def _save(model: Any, directory: Path) -> None:
+    """As transformers does, but for how texts are written, which is saved as the model has it.
+
+    transformers loads settings that do not go together with no more than a warning (a temperature,
+    and no word of sampling), and refuses to save them once `max_length` stands beside them: a
+    training that started from such a model would end without one.
+    """
+    generation = model.generation_config
+    if generation.max_length is None:
+        generation.max_length = positions_of(model.config)
+    model.generation_config = GenerationConfig()
+    try:
+        model.save_pretrained(directory)
+    finally:
+        model.generation_config = generation
+    generation.to_json_file(directory / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
 
 
 def _let_others_read(directory: Path) -> None:

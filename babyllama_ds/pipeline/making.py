@@ -81,10 +81,9 @@ class Maker:
             UserError: it cannot be built, settled or trained.
             Stopped: the run was asked to stop; a checkpoint was written.
         """
+        model = self._build(stage, spec, corpus, to_train=training is not None)
         if training is None:
-            model = self._build(stage, spec, corpus, everywhere=False)
             return model, {"params": None, "steps": 0, "train_tokens": 0, "seconds": 0.0}
-        model = self._build(stage, spec, corpus)
         with memory_needed(f"{self.parts.job.training_key(stage)}.micro_batch", hint=LESS_MEMORY):
             return model, self._trained(stage, model, training, corpus, checkpoints, teachers)
 
@@ -114,16 +113,14 @@ class Maker:
             ensemble.destroy()
         return summary
 
-    def _build(
-        self, stage: str, spec: ModelSpec, corpus: Corpus, *, everywhere: bool = True
-    ) -> nn.Module:
-        """The stage's model before training. Not `everywhere`: on rank 0; on the others, whose host
-        may have no room for more copies of it, an empty module."""
+    def _build(self, stage: str, spec: ModelSpec, corpus: Corpus, *, to_train: bool) -> nn.Module:
+        """The stage's model before training. One that is not trained is on rank 0; on the others,
+        whose host may have no room for more copies of it, an empty module."""
         seed = self.parts.job.stage_seed(stage)
-        attention = self.parts.attention(stage, spec, training=True)
+        attention = self.parts.attention(stage, spec, training=to_train)
 
         def build() -> nn.Module:
-            if not everywhere and ranks.rank() != 0:
+            if not to_train and ranks.rank() != 0:
                 return nn.Module()
             return build_model(spec, corpus.tokenizer, seed=seed, attention=attention, where=stage)
 

@@ -419,6 +419,29 @@ def test_a_new_engine_goes_on_bit_for_bit(
         assert torch.equal(ours, theirs)
 
 
+def test_what_a_model_keeps_frozen_is_in_no_state(
+    tiny_model: Callable[..., Any],
+    training_spec: Callable[..., TrainingSpec],
+    make_engine: Callable[..., TrainingEngine],
+) -> None:
+    """As some families' routers have it: the optimizer never heard of it."""
+    frozen = "model.model.norm.weight"
+
+    def new_engine() -> TrainingEngine:
+        module = NextTokenLoss(tiny_model("llama"))
+        module.get_parameter(frozen).requires_grad_(False)
+        return make_engine(module, training_spec(batch_windows=BATCH))
+
+    engine, other = new_engine(), new_engine()
+    train(engine, batches_of(3)[:1], RATES[:1])
+    saved = {key: tensor.clone() for key, tensor in engine.named_state()}
+    others = {name for name, _ in engine.module.named_parameters()} - {frozen}
+    assert {key.partition("/")[2] for key in saved} == others
+    other.load_named_state(lambda key, _: saved[key], step=1)
+    assert_equal_states(dict(other.named_state()), saved)
+    assert torch.equal(other.module.get_parameter(frozen), torch.ones(24))
+
+
 def assert_equal_states(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert list(ours) == list(theirs)
     for key in ours:

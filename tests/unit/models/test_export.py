@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from babyllama_ds.errors import RunError
 from babyllama_ds.files import write_manifest
+from babyllama_ds.models.build import load_model
 from babyllama_ds.models.export import export_model, write_model
 
 SUMMARY = {"params": None, "steps": 3, "seconds": 1.5}
@@ -159,3 +160,30 @@ def test_generation_ends_at_the_models_positions(
     told.generation_config.max_length = 50
     export_model(told, tokenizer_dir, tmp_path / "told", SUMMARY, dtype=torch.bfloat16)
     assert GenerationConfig.from_pretrained(tmp_path / "told").max_length == 50
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"temperature": 0.9, "top_p": 0.6},  # and no word of sampling
+        {"early_stopping": True, "length_penalty": 0.5},
+        {"pad_token_id": -1},
+        {"do_sample": True, "temperature": 0.7, "max_length": 40},
+    ],
+)
+def test_what_a_loaded_model_says_of_generation_is_written_as_it_says_it(
+    said: dict[str, Any], tmp_path: Path, tiny_model: Callable[..., Any], tokenizer_dir: Path
+) -> None:
+    """transformers loads settings that it would not save: training would end without a model."""
+    tiny_model("gpt2").save_pretrained(tmp_path / "elder")
+    path = tmp_path / "elder" / "generation_config.json"
+    before = json.loads(path.read_text()) | said
+    path.write_text(json.dumps(before))
+    model = load_model(str(tmp_path / "elder"), attention=None, where="student.model")
+    export_model(model, tokenizer_dir, tmp_path / "out", SUMMARY, dtype=torch.bfloat16)
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written == {"max_length": 128} | before
+    assert model.generation_config.to_dict().items() >= said.items()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    text = loaded.generate(torch.tensor([[7, 8]]), max_new_tokens=3, min_new_tokens=3)
+    assert text.shape == (1, 5)
