@@ -7,7 +7,8 @@ exit with `EXIT_CODE`; nothing else in the package catches it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -73,6 +74,16 @@ class UserError(Exception):
     def all_of(cls, problems: Sequence[Problem]) -> Self:
         """The error with several problems, reported together."""
         return cls(*problems)
+
+
+@contextmanager
+def told_by_each_node() -> Iterator[None]:
+    """Within, ranks have not met: an error may be one node's alone, whose first rank tells it."""
+    try:
+        yield
+    except UserError as error:
+        error.told_by = "each node"
+        raise
 
 
 class JobError(UserError):

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -121,24 +121,20 @@ class Store:
 
         `to_remove`: another holder is a `RunError`, and nothing is written: the disk may be full.
         """
-        entry = self._path(kind, key)
-        lock_path, holder_path = self._lock_paths(kind, key)
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(lock_path)
-            if not to_remove:
-                self._acquire(lock, holder_path, f"{kind}/{key}")
-            elif not try_lock(lock):
-                raise in_use(entry, holder_text(holder_path))
-        except OSError as error:
-            raise cannot_write(entry.parent, error) from error
-        try:
-            if not to_remove:
-                write_json(holder_path, asdict(Holder.here()))
-            remove_temporaries(entry.parent, f"{key}@")
+        lock = FileLock(self._lock_paths(kind, key)[0])
+        for _ in self._taken(lock, kind, key, waits=not to_remove):
+            pass
+        with self._held(lock, kind, key, to_remove=to_remove):
             yield
-        finally:
-            release(lock, holder_path)
+
+    def lock_in_steps(
+        self, kind: str, key: str
+    ) -> Generator[None, None, contextlib.AbstractContextManager[None]]:
+        """As `lock`, for work whose steps other ranks wait for: one for each look whether it is
+        free. What is returned holds it, to be entered at once."""
+        lock = FileLock(self._lock_paths(kind, key)[0])
+        yield from self._taken(lock, kind, key)
+        return self._held(lock, kind, key)
 
     def holder(self, kind: str, key: str) -> str | None:
         """The process that holds the entry's lock, for people; none: nobody does."""
@@ -221,14 +217,38 @@ class Store:
         found = (_OF_AN_ENTRY.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
         return sorted({match[1] for match in found if match})
 
-    def _acquire(self, lock: FileLock, holder_path: Path, what: str) -> None:
+    def _taken(self, lock: FileLock, kind: str, key: str, *, waits: bool = True) -> Generator[None]:
+        """Take the lock; a step for each look at which another process had it."""
+        folder, (_, holder_path) = self._path(kind, key).parent, self._lock_paths(kind, key)
         waiting = False
-        while not try_lock(lock):
-            if not waiting:
-                _log.info("waiting for %s: it is being made by %s", what, holder_text(holder_path))
-                waiting = True
-            self.while_waiting()
-            time.sleep(POLL_S)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            while not try_lock(lock):
+                holder = holder_text(holder_path)
+                if not waits:
+                    raise in_use(folder / key, holder)
+                if not waiting:
+                    _log.info("waiting for %s/%s: it is being made by %s", kind, key, holder)
+                    waiting = True
+                self.while_waiting()
+                time.sleep(POLL_S)
+                yield
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+
+    @contextlib.contextmanager
+    def _held(
+        self, lock: FileLock, kind: str, key: str, *, to_remove: bool = False
+    ) -> Iterator[None]:
+        """A lock that is taken, until the end."""
+        _, holder_path = self._lock_paths(kind, key)
+        try:
+            if not to_remove:
+                write_json(holder_path, asdict(Holder.here()))
+            remove_temporaries(holder_path.parent, f"{key}@")
+            yield
+        finally:
+            release(lock, holder_path)
 
     def _lock_paths(self, kind: str, key: str) -> tuple[Path, Path]:
         """The lock, and what its holder says of itself."""

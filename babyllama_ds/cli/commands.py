@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from babyllama_ds.errors import DataError, JobError, MachineError, Problem
+from babyllama_ds.errors import DataError, JobError, MachineError, Problem, told_by_each_node
 from babyllama_ds.slurm import describe_task
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.resolved import dump_job
@@ -43,7 +43,8 @@ def check(job: str, overrides: Sequence[str]) -> None:
 def run(job: str, overrides: Sequence[str], *, runs: Path) -> None:
     """Run a job on the ranks that the launcher or srun started (one, without them)."""
     describe_task()
-    resolved = load_job(find_job(job), overrides)
+    with told_by_each_node():
+        resolved = load_job(find_job(job), overrides)
     from babyllama_ds.console import configure_logging
     from babyllama_ds.pipeline import run_job
 

@@ -59,7 +59,8 @@ def resolve_device(requested: Literal["auto", "cpu", "cuda"]) -> Device:
     if cards < ranks.local_world_size():
         raise MachineError.of(
             "deepspeed.device",
-            got=f"{cards} CUDA devices for {ranks.local_world_size()} ranks on this machine",
+            got=f"{cards} CUDA devices for {ranks.local_world_size()} ranks on host "
+            f"{socket.gethostname()}",
             expected="a CUDA device for every rank",
             hint="start fewer ranks (NPROC, --num_gpus) or set deepspeed.device=cpu",
         )

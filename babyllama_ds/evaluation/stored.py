@@ -67,12 +67,15 @@ def remembering(
     So a run that is ended within a suite's hours goes on with the training that it was at.
     `weights` are the model's hashes, `tokenizer` is its fingerprint. What it gives may raise
     `RunError` (the disk refuses), and whatever the work raises.
+
+    A wait for another run is made of steps, too, between which the ranks meet: of two runs, each
+    may have what the other waits for, and would never let go of it while its ranks wait.
     """
 
     def remember(training: str, learn: Callable[[], Steps]) -> Steps:
         fingerprint = classifier_fingerprint(weights, training, tokenizer)
         key = store_key(fingerprint, device=device, attention=attention)
-        with store.lock(CLASSIFIERS, key):
+        with (yield from store.lock_in_steps(CLASSIFIERS, key)):
             found = _read(store, CLASSIFIERS, key)
             if found is None:
                 found = yield from learn()

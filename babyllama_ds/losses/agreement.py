@@ -29,7 +29,7 @@ from torch._compile import _disable_dynamo
 from babyllama_ds.losses.distillation import IGNORED_LABEL, TeacherStates
 from babyllama_ds.losses.heads import Head, logits
 from babyllama_ds.losses.mixture import MeanOf, Mixture, mix
-from babyllama_ds.losses.topk import mixture_of
+from babyllama_ds.losses.voters import mixture_of
 
 _CPU_CHUNK_BYTES = 2 * 2**20
 _ACCELERATOR_CHUNK_BYTES = 64 * 2**20

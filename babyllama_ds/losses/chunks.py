@@ -1,24 +1,23 @@
 """Logits of one chunk of positions after another, so that no [N, V] ever exists.
 
-Final hidden states and heads enter; slices of positions, each with room for its logits, and the
-logits written into that room leave, for the losses.
+The models' hidden states enter, for how many and of what type they are; slices of positions leave,
+each with room for its logits and for the work on them.
 
 Shapes: N positions (batch and time, flattened), C positions of a chunk, R of a tile (R ≤ C),
-D hidden size (each model its own), V vocabulary, P rows of a head (P ≥ V, padded).
+D hidden size (each model its own), V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from babyllama_ds.losses.heads import Head
 from babyllama_ds.memory import available_host_bytes
 
 log = logging.getLogger(__name__)
@@ -31,72 +30,6 @@ follow the machine's caches, for the head's gradient is rounded chunk by chunk: 
 
 _MEMORY_SHARE = 0.5
 """The part of the free memory that a chunk may take."""
-
-
-@dataclass(frozen=True)
-class TeacherStates:
-    """A teacher's final hidden states on the student's positions, and the weight of its vote."""
-
-    hidden_ND: Tensor
-    head: Head
-    weight: float = 1.0
-    layers_ND: Mapping[int, Tensor] = field(default_factory=dict)
-    """States of other layers, by number (`models.layers`), for their own term of the loss."""
-
-
-@dataclass(frozen=True)
-class Voter:
-    """Teachers whose logits are only ever wanted summed, as one: one product makes the sum.
-
-    Their states side by side, times their heads side by side. Of one teacher: the teacher.
-    """
-
-    teachers: tuple[TeacherStates, ...]
-    head: Head
-
-    @classmethod
-    def of(cls, teachers: Sequence[TeacherStates], vocab_size: int) -> Voter:
-        """The sum of these teachers; their heads are copied, in the vocabulary's rows."""
-        if len(teachers) == 1:
-            return cls(tuple(teachers), teachers[0].head)
-        rows = [teacher.head.rows(vocab_size) for teacher in teachers]
-        biases_V = [bias_V for _, bias_V in rows if bias_V is not None]
-        return cls(
-            tuple(teachers),
-            Head(
-                torch.cat([weight_VD for weight_VD, _ in rows], dim=1),
-                torch.stack(biases_V).sum(0) if biases_V else None,
-            ),
-        )
-
-    @property
-    def hidden_ND(self) -> Tensor:  # noqa: N802 - named by its shape
-        """The first teacher's states: the dtype and the device of all."""
-        return self.teachers[0].hidden_ND
-
-    def logits_into(
-        self, buffer_CV: Tensor, rows: slice, unused_C1: Tensor | None = None
-    ) -> Tensor:
-        """Logits of these positions, written into the buffer; unused ones as of states of 0."""
-        states_CD = torch.cat([teacher.hidden_ND[rows] for teacher in self.teachers], dim=1)
-        if unused_C1 is not None:
-            states_CD.masked_fill_(unused_C1, 0)
-        return logits_into(buffer_CV, states_CD, self.head)
-
-
-def votes_are_summed(mean_of: str, weights: Sequence[float]) -> bool:
-    """Whether teachers of such votes are taken as one `Voter`, if their heads are plain.
-
-    Equal votes only: others would have to be rounded into the states.
-    """
-    return mean_of == "logits" and len(weights) > 1 and len(set(weights)) == 1
-
-
-def can_be_summed(teachers: Sequence[TeacherStates]) -> bool:
-    """Whether one product makes the sum of their logits."""
-    return len({teacher.hidden_ND.dtype for teacher in teachers}) == 1 and not any(
-        teacher.head.states_are_logits for teacher in teachers
-    )
 
 
 @dataclass(frozen=True)
@@ -206,14 +139,3 @@ def _second_level_cache_bytes() -> int:
         return int(size.removesuffix("K")) * 1024
     except (OSError, ValueError):
         return 2**20
-
-
-def logits_into(buffer_CV: Tensor, hidden_CD: Tensor, head: Head) -> Tensor:
-    """Logits of the vocabulary's rows of the head, written into the buffer."""
-    vocab_size = buffer_CV.shape[1]
-    weight_VD, bias_V = head.rows(vocab_size)
-    if head.states_are_logits:
-        return buffer_CV.copy_(hidden_CD[:, :vocab_size])
-    if bias_V is None:
-        return torch.mm(hidden_CD, weight_VD.T, out=buffer_CV)
-    return torch.addmm(bias_V, hidden_CD, weight_VD.T, out=buffer_CV)

@@ -37,12 +37,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
-from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.divergences import FORWARD_KL, Divergence
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.mixture import MeanOf, Mixture
 from babyllama_ds.losses.sums import IGNORED_LABEL, Terms, Wanted, states_of, sum_over_chunks
-from babyllama_ds.losses.topk import TopKTargets, mixture_of
+from babyllama_ds.losses.topk import TopKTargets
+from babyllama_ds.losses.voters import TeacherStates, mixture_of
 
 __all__ = [
     "IGNORED_LABEL",

@@ -8,7 +8,7 @@ Embeddings are often padded to a round number of rows. A padding row is no token
 Some models do more than that to their logits (they cap, scale or add to them). Of these, the final
 hidden states are taken to be the logits that the model itself made, and the head is the identity.
 
-Shapes: N positions, D hidden size, V vocabulary, P rows of the embedding (P ≥ V).
+Shapes: N positions, C of a chunk, D hidden size, V vocabulary, P rows of the embedding (P ≥ V).
 """
 
 from __future__ import annotations
@@ -61,3 +61,14 @@ def logits(hidden_ND: Tensor, head: Head, vocab_size: int) -> Tensor:
     if head.states_are_logits:
         return hidden_ND[:, :vocab_size]
     return torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
+
+
+def logits_into(buffer_CV: Tensor, hidden_CD: Tensor, head: Head) -> Tensor:
+    """Logits of the vocabulary's rows of the head, written into the buffer."""
+    vocab_size = buffer_CV.shape[1]
+    weight_VD, bias_V = head.rows(vocab_size)
+    if head.states_are_logits:
+        return buffer_CV.copy_(hidden_CD[:, :vocab_size])
+    if bias_V is None:
+        return torch.mm(hidden_CD, weight_VD.T, out=buffer_CV)
+    return torch.addmm(bias_V, hidden_CD, weight_VD.T, out=buffer_CV)

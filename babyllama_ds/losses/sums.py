@@ -7,7 +7,7 @@ of the terms of the loss (`distillation.py`), chunk by chunk over positions, so 
 tensor of any model exists. Matrix products run in the model's dtype, everything between them
 (`rows.py`) in fp32, or fp64 for fp64 models. The gradient of the head is summed over chunks in
 fp32. Where raw logits of equal votes are averaged, no teacher's own are formed: their sum is one
-product of the teachers' states side by side with their heads side by side (`chunks.Voter`).
+product of the teachers' states side by side with their heads side by side (`voters.py`).
 
 Hidden states, a head and the terms enter; CE, KL and log Z of each position, and the gradients of
 their weighted sum, leave, for the graph.
@@ -26,13 +26,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from babyllama_ds.losses.chunks import TeacherStates, chunks, logits_into
+from babyllama_ds.losses.chunks import chunks
 from babyllama_ds.losses.divergences import FORWARD_KL, Divergence
 from babyllama_ds.losses.factors import Factors
-from babyllama_ds.losses.heads import Head
+from babyllama_ds.losses.heads import Head, logits_into
 from babyllama_ds.losses.mixture import Mixture
 from babyllama_ds.losses.rows import num_work, row_losses
-from babyllama_ds.losses.topk import TOP_K_WORK, TopKTargets, top_k_row_losses, voters_of
+from babyllama_ds.losses.topk import TOP_K_WORK, TopKTargets, top_k_row_losses
+from babyllama_ds.losses.voters import TeacherStates, voters_of
 
 IGNORED_LABEL = -100
 """The label of a position without one."""

@@ -20,21 +20,16 @@ Shapes: N positions, C positions of a chunk, V vocabulary, K tokens kept, 1 kept
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from babyllama_ds.losses.chunks import (
-    TeacherStates,
-    Voter,
-    can_be_summed,
-    chunks,
-    votes_are_summed,
-)
+from babyllama_ds.losses.chunks import chunks
 from babyllama_ds.losses.factors import Factors
 from babyllama_ds.losses.mixture import MeanOf, Mixture, mix
 from babyllama_ds.losses.rows import joined, tiles
+from babyllama_ds.losses.voters import TeacherStates, mixture_of, voters_of
 
 TOP_K_WORK = 2
 """How many work spaces `top_k_row_losses` and the making of targets ask for."""
@@ -108,29 +103,6 @@ def _top_k(
     sum_C1 = mix(voters_CV, mixture, out=p_CV, log_out=log_p_CV)
     log_p_CK, ids_CK = log_p_CV.topk(k, dim=-1)
     return log_p_CK - sum_C1.log(), ids_CK
-
-
-def mixture_of(
-    teachers: Sequence[TeacherStates], *, temperature: float, mean_of: MeanOf
-) -> Mixture:
-    """The mean that these teachers' weights make."""
-    total_weight = sum(teacher.weight for teacher in teachers)
-    return Mixture(
-        shares=tuple(teacher.weight / total_weight for teacher in teachers),
-        temperature=temperature,
-        mean_of=mean_of,
-    )
-
-
-def voters_of(
-    teachers: Sequence[TeacherStates], mixture: Mixture, vocab_size: int
-) -> tuple[list[Voter], Mixture]:
-    """Whose logits are formed, and how p is made of them: one for all teachers where that does."""
-    weights = [teacher.weight for teacher in teachers]
-    if votes_are_summed(mixture.mean_of, weights) and can_be_summed(teachers):
-        summed = replace(mixture, shares=mixture.shares[:1])
-        return [Voter.of(teachers, vocab_size)], summed
-    return [Voter.of([teacher], vocab_size) for teacher in teachers], mixture
 
 
 def top_k_row_losses(

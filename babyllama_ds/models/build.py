@@ -69,7 +69,7 @@ def model_config(
     special = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        "pad_token_id": _only_padding(tokenizer),
     }
     if isinstance(spec, Gpt2Model):
         return GPT2Config(
@@ -104,6 +104,15 @@ def model_config(
         tie_word_embeddings=spec.tied_embeddings,
         **special,
     )
+
+
+def _only_padding(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that pads; none where it also stands in the text, as where a tokenizer pads with
+    the end of texts. LLaMA's embedding of the one that its configuration names is never learnt: it
+    begins as zeros, and gets no gradient."""
+    in_text = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+    padding: int | None = tokenizer.pad_token_id
+    return None if padding in in_text else padding
 
 
 class Dropouts(NamedTuple):

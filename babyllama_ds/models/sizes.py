@@ -236,6 +236,7 @@ class _Vocabulary:
     """What `model_config` asks of a tokenizer, where there is none yet: its size, special ids."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+    unk_token_id = None
 
     def __init__(self, size: int) -> None:
         self.size = size

@@ -140,17 +140,15 @@ def frozen_teacher(
     compiled: bool = False,
     layers: Sequence[int] = (),
 ) -> FrozenModel:
-    """A teacher's model directory, loaded; a collective where it is split over ranks."""
+    """A teacher's model directory, loaded. A collective: where one rank cannot, all say so."""
     where = f"teachers/{spec.name}"
     attention = parts.attention(where, spec.model, training=False)
 
     def load() -> nn.Module:
         return load_model(str(path.resolve()), attention=attention, where=where, dtype=parts.dtype)
 
-    # Split, it meets other ranks on its way to the device: an error of one must come before.
-    model = load() if spec.tensor_parallel == 1 else ranks.on_every_rank(load)
     return FrozenModel(
-        model,
+        ranks.on_every_rank(load),
         device=parts.device,
         dtype=parts.dtype,
         with_compiler=compiled,

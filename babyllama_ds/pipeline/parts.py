@@ -169,7 +169,7 @@ class Parts:
         )
 
     def dev_windows(self, corpus: Corpus, limit: int | None) -> DevWindows:
-        """The first `limit` windows of the development text; none: all."""
+        """So many windows of the development text, evenly spaced; none: all."""
         text = DevText(
             corpus.shards,
             length=self.job.windows.length,

@@ -16,11 +16,12 @@ from typing import Any
 from babyllama_ds import ranks
 from babyllama_ds.engine import distributed
 from babyllama_ds.engine.shared_memory import check_shared_memory
-from babyllama_ds.errors import Stopped, UserError
+from babyllama_ds.errors import Stopped, UserError, told_by_each_node
 from babyllama_ds.locks import RunLock
 from babyllama_ds.pipeline.pinning import pin_to_commits
 from babyllama_ds.pipeline.stages import Pipeline
 from babyllama_ds.rundir import RunDirectory, flat_job
+from babyllama_ds.spec.deepspeed_file import read_config
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.stopping import StopRequest, started_by_launcher
 from babyllama_ds.storages import Storages, find_storages
@@ -42,10 +43,13 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
     stop.install()
     directory = RunDirectory(runs / job.run_name)
     try:
-        kind = distributed.resolve_device(job.deepspeed.device)
+        with told_by_each_node():
+            kind = distributed.resolve_device(job.deepspeed.device)
+            machinery = read_config(job.deepspeed, kind)
         device = distributed.start(
             kind,
-            same={f"the job's {key}": value for key, value in flat_job(job).items()},
+            same={f"the job's {key}": value for key, value in flat_job(job).items()}
+            | {f"{key} of deepspeed.config": value for key, value in machinery.items()},
             join_timeout_s=60 * job.deepspeed.join_timeout_minutes,
             node_timeout_s=60 * job.deepspeed.node_timeout_minutes,
             while_waiting=stop.check,

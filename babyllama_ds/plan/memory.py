@@ -119,7 +119,7 @@ class StageShape:
     """Positions whose logits exist at one time; none: the loss chooses."""
     teachers: Sequence[HeldTeacher]
     summed: bool
-    """Whether the teachers' logits are made as one sum, not apart (`losses.chunks.Voter`)."""
+    """Whether the teachers' logits are made as one sum, not apart (`losses.voters`)."""
     work_spaces: int
     """fp32 [C, V] that the loss works in: 3 with teachers' states (5 for another divergence than
     the forward KL), 2 with their most likely tokens, 1 without teachers (`losses.distillation`); 0

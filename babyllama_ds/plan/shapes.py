@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from babyllama_ds.losses.chunks import votes_are_summed
 from babyllama_ds.losses.rows import is_kernels_work, work_of_divergence
+from babyllama_ds.losses.voters import votes_are_summed
 from babyllama_ds.models.attention import resolve_attention
 from babyllama_ds.models.sizes import absent_kernels
 from babyllama_ds.plan.activations import MicroBatchShape

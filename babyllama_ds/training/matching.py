@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from babyllama_ds.errors import JobError, Problem
-from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.matching import hidden_distance_sum
+from babyllama_ds.losses.voters import TeacherStates
 from babyllama_ds.models.layers import LayerTap, hidden_width
 from babyllama_ds.spec.distillation import HiddenMatching, unknown_layers
 from babyllama_ds.spec.job import derive_seed

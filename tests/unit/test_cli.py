@@ -325,6 +325,38 @@ def test_a_wrong_job_starts_nothing(started: list[tuple[Any, Path]]) -> None:
     assert started == []
 
 
+@pytest.mark.parametrize(
+    ("words", "lacking"),
+    [
+        (["job.yaml"], "job.yaml"),
+        (["nursery", "deepspeed.device=cuda"], "0 CUDA devices for 2 ranks on host"),
+        (["nursery", "deepspeed.device=cpu", "deepspeed.config=own.json"], "own.json"),
+    ],
+)
+@pytest.mark.parametrize(("local_rank", "told"), [("0", True), ("1", False)])
+def test_what_one_node_lacks_before_ranks_have_met_is_told_there(
+    words: list[str],
+    lacking: str,
+    local_rank: str,
+    told: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Rank 0, on another node, has what these lack, and would wait for them without a word."""
+    import torch
+
+    from babyllama_ds import console
+
+    monkeypatch.setattr(console, "configure_logging", lambda **_: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", local_rank), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", *words, "--runs", "runs"]) == 2
+    assert (lacking in capsys.readouterr().err) == told
+
+
 # -- plan ------------------------------------------------------------------------------------------
 
 LARGE = (

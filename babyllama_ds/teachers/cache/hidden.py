@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from babyllama_ds import ranks
-from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.losses.voters import TeacherStates
 from babyllama_ds.models.parts import HeadKind
 from babyllama_ds.teachers.cache.build import Compute
 from babyllama_ds.teachers.cache.check import check_head

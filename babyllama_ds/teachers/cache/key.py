@@ -24,7 +24,7 @@ FORMAT = 3
 """Raised when records or shards are laid out in another way, or teachers computed in another.
 
 2: the modules of `models.fused` round otherwise than those of transformers.
-3: the logits of teachers with equal votes are rounded summed, not apart (`losses.chunks.Voter`).
+3: the logits of teachers with equal votes are rounded summed, not apart (`losses.voters`).
 """
 
 

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from babyllama_ds import ranks
-from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.distillation import IGNORED_LABEL, distillation_loss
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
+from babyllama_ds.losses.voters import TeacherStates
 from babyllama_ds.models.parts import split_causal_lm
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache.build import Compute

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -112,7 +113,10 @@ def test_too_few_cards_are_refused(
         distributed.resolve_device(requested)
     (problem,) = caught.value.problems
     assert problem.where == "deepspeed.device"
-    assert problem.got == f"{cards} CUDA devices for {local_ranks} ranks on this machine"
+    assert (
+        problem.got
+        == f"{cards} CUDA devices for {local_ranks} ranks on host {socket.gethostname()}"
+    )
     assert "deepspeed.device=cpu" in (problem.hint or "")
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from babyllama_ds import store as store_module
 from babyllama_ds.errors import Stopped
-from babyllama_ds.evaluation.stored import store_key, stored_evaluation
+from babyllama_ds.evaluation.stored import Steps, remembering, store_key, stored_evaluation
 from babyllama_ds.store import Store
 
 MEASURED = {"params": 7, "dev": {"ce": 1.5}, "minimal_pairs": {}, "seconds": 2.0}
@@ -135,3 +136,44 @@ def test_who_comes_while_it_is_measured_waits_for_it(tmp_path: Path) -> None:
     assert results == [{"model": "first", **MEASURED}]
     assert result == {"model": "second", **MEASURED}
     assert second.times == 0
+
+
+def test_two_runs_that_wait_for_each_others_trainings_both_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both fine-tune the same model, on two ranks that meet after every step. What the one's first
+    rank waits for the other's second one has, whose own first rank waits too."""
+    monkeypatch.setattr(store_module, "POLL_S", 0.0)
+    looks: list[str] = []
+    learnt: list[str] = []
+
+    def look() -> None:
+        looks.append("it is not free")
+        assert len(looks) < 100, "a rank waits, and all others for it"
+
+    def rank(task: str) -> Steps:
+        def learn() -> Steps:
+            for _ in range(3):
+                yield
+            learnt.append(task)
+            return {"score": len(task)}
+
+        weights = {"model.safetensors": "f"}
+        remember = remembering(
+            Store(tmp_path, while_waiting=look), weights, "t", device="cpu", attention="sdpa"
+        )
+        return remember(task, learn)
+
+    # The second ranks come first: they have their locks when the first ones ask for the other's.
+    steps = {"A1": rank("long"), "B1": rank("short"), "A0": rank("short"), "B0": rank("long")}
+    ended: dict[str, dict[str, Any]] = {}
+    while steps:
+        for name in list(steps):
+            try:
+                next(steps[name])
+            except StopIteration as end:
+                ended[name] = end.value
+                del steps[name]
+    assert sorted(learnt) == ["long", "short"]
+    assert ended == {name: {"score": 4 if name in ("A1", "B0") else 5} for name in ended}
+    assert len(ended) == 4

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from babyllama_ds.losses import chunks as module
-from babyllama_ds.losses.chunks import chunks, logits_into
-from babyllama_ds.losses.heads import Head
+from babyllama_ds.losses.chunks import chunks
 
 CPU = torch.device("cpu")
 
@@ -80,10 +79,3 @@ def test_a_tile_fits_the_second_level_cache(monkeypatch: pytest.MonkeyPatch) -> 
     assert module._tile_rows(300, CPU) == 6
     assert module._tile_rows(5000, CPU) == 2  # a row for each thread
     assert module._tile_rows(300, torch.device("cuda")) is None
-
-
-def test_identity_heads_hand_their_states_on_without_the_padding() -> None:
-    states = torch.arange(12.0).view(3, 4)
-    head = Head.identity(4, states.dtype, CPU)
-    got = logits_into(torch.empty(3, 2), states, head)
-    assert torch.equal(got, states[:, :2])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from babyllama_ds.losses.heads import Head, logits
+from babyllama_ds.losses.heads import Head, logits, logits_into
 
 
 def test_logits_are_hidden_times_weight_plus_bias_without_the_padding_rows() -> None:
@@ -56,3 +56,10 @@ def test_detached_is_the_same_head_outside_autograd(bias: torch.Tensor | None) -
     assert (head.bias_P is None) == (bias is None)
     assert bias is None or not head.bias_P.requires_grad
     assert head.states_are_logits
+
+
+def test_identity_heads_hand_their_states_on_without_the_padding() -> None:
+    states = torch.arange(12.0).view(3, 4)
+    head = Head.identity(4, states.dtype, torch.device("cpu"))
+    got = logits_into(torch.empty(3, 2), states, head)
+    assert torch.equal(got, states[:, :2])

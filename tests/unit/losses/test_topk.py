@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.factors import Factors
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.topk import TopKTargets, top_k_row_losses, top_k_targets
+from babyllama_ds.losses.voters import TeacherStates
 
 # The student gives four tokens 1/2, 1/4, 1/8 and 1/8.
 STUDENT = torch.tensor([[4.0, 2.0, 1.0, 1.0]], dtype=torch.float64).log()

@@ -138,6 +138,26 @@ def test_a_spec_becomes_the_configuration(word_tokenizer: MakeTokenizer) -> None
     assert model_config(gpt2(), tokenizer).resid_pdrop == 0.1
 
 
+@pytest.mark.parametrize("role", ["bos_token", "eos_token", "unk_token"])
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_token_of_the_text_is_learnt_though_the_tokenizer_pads_with_it(
+    make: Callable[..., Any], role: str, word_tokenizer: MakeTokenizer
+) -> None:
+    """LLaMA's embedding of its padding is zeros, without a gradient."""
+    tokenizer = word_tokenizer(61)
+    expected = build(make(), tokenizer)
+    setattr(tokenizer, role, "w9")
+    tokenizer.pad_token = "w9"
+    model = build(make(), tokenizer)
+    # Drawn as ever: of the others all are the same, and this is as any of them.
+    drawn, as_ever = (one.get_input_embeddings().weight for one in (model, expected))
+    assert torch.equal(drawn[1:], as_ever[1:])
+    assert 0.01 < drawn[9].std() < 0.04
+    model(input_ids=torch.tensor([[7, 9, 8, 7]])).logits[0, 1:, :5].logsumexp(-1).sum().backward()
+    learnt = model.get_input_embeddings().weight.grad.abs().sum(1)
+    assert learnt[9] > 0.1 * learnt[8] > 0
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_tied_embeddings_are_one_tensor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from babyllama_ds.errors import MachineError
+from babyllama_ds import ranks
+from babyllama_ds.errors import MachineError, ModelError
 from babyllama_ds.losses.distillation import TopKTargets
-from babyllama_ds.pipeline.ensembles import cache_to_come
+from babyllama_ds.pipeline import ensembles
+from babyllama_ds.pipeline.ensembles import cache_to_come, frozen_teacher
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
 from babyllama_ds.teachers.cache.tiers import Room
@@ -95,3 +98,30 @@ def test_the_second_teachers_has_the_room_that_the_firsts_left() -> None:
 def test_a_tier_that_was_asked_for_by_name_must_fit() -> None:
     with pytest.raises(MachineError, match=r"distillation\.cache_tier"):
         to_come(room(host=100), "cache=hidden", "cache_tier=host")
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_teacher_that_one_rank_cannot_load_is_an_error_of_all(
+    own: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One whose host has no memory left, say: by itself it would end without a word, as errors of
+    this kind are told by rank 0, and the others with one of the network."""
+    error = ModelError.of("teachers/llama", got="no memory", expected="room for it")
+
+    def load(*_: Any, **__: Any) -> nn.Module:
+        if own == 1:
+            raise error
+        return nn.Module()
+
+    of_ranks = [None, ranks._Failure(1, error, "ModelError", str(error))]
+    monkeypatch.setattr(ensembles, "load_model", load)
+    monkeypatch.setattr(ensembles, "FrozenModel", lambda *_, **__: "a model")
+    monkeypatch.setattr(ranks, "world_size", lambda: 2)
+    monkeypatch.setattr(ranks, "max_int", lambda _: 1)
+    monkeypatch.setattr(ranks, "gather_objects", lambda _: of_ranks)
+    parts: Any = SimpleNamespace(
+        attention=lambda *_, **__: "sdpa", device="cpu", dtype=torch.float32, group=lambda _: None
+    )
+    spec = load_job(find_job("nursery")).teachers[0]
+    with pytest.raises(ModelError, match="no memory"):
+        frozen_teacher(parts, spec, tmp_path)

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from babyllama_ds.errors import RunError, Stopped, TrainingError
-from babyllama_ds.pipeline.running import _state_kept
+from babyllama_ds.engine import distributed
+from babyllama_ds.errors import MeetingError, RunError, Stopped, TrainingError
+from babyllama_ds.pipeline.running import _state_kept, run_job
 from babyllama_ds.rundir import RunDirectory
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.shipped import find_job
 from babyllama_ds.storages import Storages
+
+ROOT = Path(__file__).parents[3]
 
 
 def status(run_dir: Path) -> str:
@@ -22,6 +29,31 @@ def in_the_way(path: Path) -> None:
     """What no file can take the place of."""
     path.unlink(missing_ok=True)
     path.mkdir()
+
+
+def test_nodes_compare_what_their_own_deepspeed_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path means another file on each node's own disk: what it says has to be the same."""
+    own = tmp_path / "own.json"
+    shutil.copy(ROOT / "ds_configs" / "zero2_cpu.json", own)
+    compared: list[Any] = []
+
+    def start(_: Any, *, same: Any, **__: Any) -> None:
+        compared.append(same)
+        raise MeetingError.of("the ranks", got="others", expected="these")
+
+    monkeypatch.setattr(distributed, "start", start)
+    words = ["deepspeed.device=cpu", f"deepspeed.config={own}"]
+    job = load_job(find_job("nursery"), words)
+    for bucket in ("20000000", "30000000"):
+        own.write_text(own.read_text().replace('t_size": 20000000', f't_size": {bucket}'))
+        with pytest.raises(MeetingError):
+            run_job(job, runs=tmp_path / "runs")
+    first, second = compared
+    assert {key for key in first if first[key] != second[key]} == {
+        "zero_optimization of deepspeed.config"
+    }
 
 
 def test_the_state_follows_the_run(tmp_path: Path) -> None:

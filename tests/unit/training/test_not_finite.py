@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from babyllama_ds.errors import TrainingError
-from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.heads import Head
+from babyllama_ds.losses.voters import TeacherStates
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.ensemble import Ensemble
 from trainings import VOCAB, WINDOWS, RandomWindows, Run, ensemble_of, windows_of_step

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.errors import ModelError
-from babyllama_ds.losses.chunks import TeacherStates
 from babyllama_ds.losses.heads import Head
 from babyllama_ds.losses.topk import TopKTargets, top_k_targets
+from babyllama_ds.losses.voters import TeacherStates
 from babyllama_ds.models.build import load_model
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.teachers.cache import topk
