@@ -193,6 +193,7 @@ class _Vocabulary:
     """As much of a tokenizer as building a model takes."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+    unk_token_id = None
 
     def __init__(self, size: int) -> None:
         self._size = size

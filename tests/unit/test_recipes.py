@@ -115,6 +115,7 @@ class Tokens:
     """What a model's configuration asks of its tokenizer."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
+    unk_token_id = None
 
     def __len__(self) -> int:
         return VOCAB
