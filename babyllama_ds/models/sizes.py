@@ -228,11 +228,11 @@ def _first(config: PretrainedConfig, names: Sequence[str]) -> float:
 @cache
 def _sizes_of_built(spec: LlamaModel | Gpt2Model, vocab_size: int) -> ModelSizes:
     """Kept: a plan asks again and again while it looks for what fits."""
-    tokenizer = cast(PreTrainedTokenizerBase, _Vocabulary(vocab_size))
+    tokenizer = cast(PreTrainedTokenizerBase, Vocabulary(vocab_size))
     return sizes_of(model_config(spec, tokenizer))
 
 
-class _Vocabulary:
+class Vocabulary:
     """What `model_config` asks of a tokenizer, where there is none yet: its size, special ids."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
@@ -256,4 +256,4 @@ def _config(spec: ModelSpec, vocab_size: int, *, where: str) -> PretrainedConfig
         config = read_config(spec.path, revision=spec.revision, where=where)
         set_dropouts(config, Dropouts(spec.dropout, spec.attention_dropout), where=where)
         return config
-    return model_config(spec, cast(PreTrainedTokenizerBase, _Vocabulary(vocab_size)))
+    return model_config(spec, cast(PreTrainedTokenizerBase, Vocabulary(vocab_size)))

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from babyllama_ds.corpus.windows import TrainWindows
 from babyllama_ds.engine.distributed import Device
 from babyllama_ds.models.build import build_model
+from babyllama_ds.models.sizes import Vocabulary
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.training.meter import work_of
@@ -156,7 +157,7 @@ def build(spec: ModelSpec, sizes: Shape, *, stage: str, attention: str) -> nn.Mo
     seed = 1 + sum(map(ord, stage))
     return build_model(
         spec,
-        cast(PreTrainedTokenizerBase, _Vocabulary(sizes.vocab_size)),
+        cast(PreTrainedTokenizerBase, Vocabulary(sizes.vocab_size)),
         seed=seed,
         attention=attention,
         where=stage,
@@ -187,19 +188,6 @@ def machine() -> tuple[Device, int]:
     if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available():
         return "cuda", torch.cuda.device_count()
     return "cpu", len(os.sched_getaffinity(0))
-
-
-class _Vocabulary:
-    """As much of a tokenizer as building a model takes."""
-
-    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
-    unk_token_id = None
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
 
 
 class _RandomTokens:

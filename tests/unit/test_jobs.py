@@ -77,19 +77,6 @@ def test_every_stage_has_a_deepspeed_configuration(name: str, ranks: int, device
             assert micro * steps * ranks == training.batch_windows
 
 
-class Tokens:
-    """What a model's configuration asks of its tokenizer."""
-
-    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
-    unk_token_id = None
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_builds(name: str) -> None:
     """On the meta device: shapes without memory."""
@@ -97,13 +84,14 @@ def test_every_model_builds(name: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from babyllama_ds.models.build import check_positions, model_config
+    from babyllama_ds.models.sizes import Vocabulary
 
     job = load(name)
     size = getattr(job.tokenizer, "vocab_size", 1000)
     for where, spec, _ in stages(job):
         if not isinstance(spec, PretrainedModel):
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(model_config(spec, Tokens(size)))
+                model = AutoModelForCausalLM.from_config(model_config(spec, Vocabulary(size)))
             check_positions(model, job.windows.length, where=where)
             assert model.get_output_embeddings().weight.shape == (size, spec.hidden_size)
 

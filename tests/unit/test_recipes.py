@@ -38,6 +38,7 @@ from babyllama_ds.engine.training import adamw
 from babyllama_ds.errors import DataError, JobError
 from babyllama_ds.losses.weights import effective_token_weights
 from babyllama_ds.models.build import count_parameters, model_config
+from babyllama_ds.models.sizes import Vocabulary
 from babyllama_ds.spec.corpus import HeldOutFiles, TailOfEachFile, TrainedTokenizer
 from babyllama_ds.spec.deepspeed import accumulation_steps, micro_batch
 from babyllama_ds.spec.job import JobSpec
@@ -111,16 +112,6 @@ PARAMETERS = {
 }
 
 
-class Tokens:
-    """What a model's configuration asks of its tokenizer."""
-
-    pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
-    unk_token_id = None
-
-    def __len__(self) -> int:
-        return VOCAB
-
-
 def part(name: str, model: str) -> Any:
     """The student's or a teacher's part of a recipe."""
     job = recipe(name)
@@ -130,7 +121,9 @@ def part(name: str, model: str) -> Any:
 def built(name: str, model: str) -> Any:
     """On the meta device: shapes without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config(part(name, model).model, Tokens()))
+        return AutoModelForCausalLM.from_config(
+            model_config(part(name, model).model, Vocabulary(VOCAB))
+        )
 
 
 def test_the_recipes_have_the_published_models() -> None:
@@ -187,7 +180,7 @@ def test_the_first_scripts_gpt2_is_an_override_away() -> None:
         "babyllama", *(f"teachers.gpt2.{word}" for word in (*words, "model.max_positions=128"))
     )
     with torch.device("meta"):
-        config = model_config(job.teachers[0].model, Tokens())
+        config = model_config(job.teachers[0].model, Vocabulary(VOCAB))
         assert count_parameters(AutoModelForCausalLM.from_config(config)) == 704_732_160
 
 
