@@ -9,6 +9,8 @@ import importlib.util
 import os
 import shlex
 import shutil
+import sysconfig
+from pathlib import Path
 from typing import Literal
 
 from babyllama_ds.engine.distributed import Device
@@ -37,7 +39,7 @@ def choose_compiled(
 
     Raises:
         JobError: compiling is asked for by name and shapes vary.
-        MachineError: compiling is asked for by name and no compiler is there.
+        MachineError: compiling is asked for by name and what it takes is not there.
     """
     if asked == "none":
         return "none", "the job says so"
@@ -58,8 +60,8 @@ def choose_compiled(
                 "deepspeed.compile",
                 got=f"{lacking} on this machine, for {asked!r}",
                 expected="what torch.compile builds its code with",
-                hint="install it (Debian, Ubuntu: apt install g++; pip install triton), "
-                "or set deepspeed.compile=none",
+                hint="install it (Debian, Ubuntu: apt install g++ python3-dev; "
+                "pip install triton), or set deepspeed.compile=none",
             )
         return asked, "the job says so"
     if lacking is not None:
@@ -73,9 +75,12 @@ def choose_compiled(
 
 
 def what_compiling_lacks(device: Device) -> str | None:
-    """What torch.compile would miss; none if nothing. Triton builds its launchers in C."""
+    """What torch.compile would miss; none if nothing. What it builds is loaded by Python, against
+    whose headers it is compiled; Triton builds its launchers in C."""
     if not _is_there("CXX", ["g++", "clang++"]):
         return "no C++ compiler"
+    if not Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists():
+        return "no headers of Python (Python.h)"
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "no Triton"
     if device == "cuda" and not _is_there("CC", ["gcc", "clang"]):

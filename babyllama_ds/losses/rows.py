@@ -124,8 +124,10 @@ def is_kernels_work(kind: DivergenceKind, num_teachers: int) -> bool:
 def _kernels() -> ModuleType | None:
     try:  # where they are asked for: Triton is not everywhere, and takes its time to load
         from babyllama_ds.losses import triton_rows
-    except ImportError as error:
-        _say_without_kernel(str(error))
+
+        triton_rows.check_driver()
+    except Exception as error:  # no Triton, no compiler of C, no headers of Python, an old driver
+        _say_without_kernel((str(error).strip() or type(error).__name__).splitlines()[0])
         return None
     return triton_rows
 

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from babyllama_ds.losses.factors import MAX_TEACHERS, Factors
 from babyllama_ds.losses.mixture import Mixture
@@ -29,6 +30,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _MAX_BLOCK = 4096
 _NUM_WARPS = 8
+
+
+def check_driver() -> None:
+    """Raise whatever Triton raises where it cannot start a kernel.
+
+    At its first use it builds, with a C compiler and Python's headers, what talks to the card.
+    """
+    driver.active.get_current_device()
 
 
 def row_losses(

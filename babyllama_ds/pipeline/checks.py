@@ -1,4 +1,4 @@
-"""The checks before training: a job's parts and its corpus enter, nothing or an error leaves."""
+"""The checks before training: a job's setup and its corpus enter, nothing or an error leaves."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from babyllama_ds.models.recomputing import check_recomputable
 from babyllama_ds.models.sizes import model_sizes
 from babyllama_ds.models.splitting import check_groups, check_split
 from babyllama_ds.pipeline.ensembles import matched_layers
-from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.models import ModelSpec, PretrainedModel
 from babyllama_ds.spec.training import TrainingSpec
@@ -50,72 +50,72 @@ log = logging.getLogger(__name__)
 _COMPARED_TOKENS = 20_000
 
 
-def check_job(parts: Parts, corpus: Corpus) -> None:
+def check_job(setup: JobSetup, corpus: Corpus) -> None:
     """Everything that can be known to fail, before hours of training.
 
     Raises:
         UserError: the first that fails.
     """
-    job = parts.job
-    check_precision(parts.device_kind, parts.precision)
+    job = setup.job
+    check_precision(setup.device_kind, setup.precision)
     choose_compiled(
         job.deepspeed.compile,
-        device=parts.device_kind,
+        device=setup.device_kind,
         products_s=0,
-        shapes_vary=parts.shapes_vary(),
+        shapes_vary=setup.shapes_vary(),
     )
-    _check_trainings(parts, corpus)
-    _tell_of_a_cache_too_large(parts, corpus)
-    parts.dev_windows(corpus, job.evaluation.dev_windows)
-    benchmarks = _with_most_pairs(parts).benchmarks(corpus)
+    _check_trainings(setup, corpus)
+    _tell_of_a_cache_too_large(setup, corpus)
+    setup.dev_windows(corpus, job.evaluation.dev_windows)
+    benchmarks = _with_most_pairs(setup).benchmarks(corpus)
     prefix_ids(corpus.tokenizer, job.evaluation.prefix)
     if ranks.rank() == 0:  # the same on all, and long benchmarks take seconds
         for name, tasks in benchmarks.items():
-            _check_sentences(parts, name, tasks, corpus)
-        _check_fine_tuning(parts, corpus)
+            _check_sentences(setup, name, tasks, corpus)
+        _check_fine_tuning(setup, corpus)
     for spec in job.teachers:
-        _check_split(parts, spec, corpus)
+        _check_split(setup, spec, corpus)
     for spec in job.teachers:
         # What is split has no room whole for every rank: one of them reads it for all.
         reads = spec.tensor_parallel == 1 or ranks.rank() == 0
         if isinstance(spec.model, PretrainedModel) and reads:
             where, trainings = f"teachers.{spec.name}", [spec.training]
             layers = matched_layers(job.distillation, spec.name)
-            head = _check_loaded(parts, where, spec.model, trainings, layers, corpus)
+            head = _check_loaded(setup, where, spec.model, trainings, layers, corpus)
             if job.distillation.cache == "hidden":
                 check_head(head, teacher=spec.name)
     check_top_k(job.distillation, len(corpus.tokenizer))
-    _check_matched_layers(parts, corpus)
+    _check_matched_layers(setup, corpus)
     if isinstance(job.student.model, PretrainedModel):
         trainings = [job.student.training, job.control.training if job.control else None]
         pairs = job.distillation.hidden_matching.layers if job.distillation.hidden_matching else ()
         layers = [pair.student_layer for pair in pairs]
-        _check_loaded(parts, "student", job.student.model, trainings, layers, corpus)
+        _check_loaded(setup, "student", job.student.model, trainings, layers, corpus)
 
 
-def _with_most_pairs(parts: Parts) -> Parts:
+def _with_most_pairs(setup: JobSetup) -> JobSetup:
     """With the limit that reads more pairs of each task: finished models', or milestones' own."""
-    of_milestones = parts.of_milestones()
-    both = [parts] if of_milestones is None else [parts, of_milestones]
+    of_milestones = setup.of_milestones()
+    both = [setup] if of_milestones is None else [setup, of_milestones]
     return max(both, key=lambda one: one.job.evaluation.max_pairs_per_task or math.inf)
 
 
-def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Corpus) -> None:
+def _check_sentences(setup: JobSetup, name: str, tasks: Sequence[Task], corpus: Corpus) -> None:
     """Each sentence of a benchmark fits into every model, all of which will be asked for it.
 
     Those that fit, but are longer than any window, are told of: no model that is trained here has
     seen their last positions (GPT-2's would still be as they were drawn).
     """
-    spec = parts.job.evaluation
+    spec = setup.job.evaluation
     parts_of_tasks, sources = encode_items(
         corpus.tokenizer, tasks, leading_space=spec.leading_space, prefix=spec.prefix
     )
     token_ids = [part.ids for part in parts_of_tasks]
-    for stage, model, _ in parts.models():
-        positions, remedy = _positions(parts, stage, model)
+    for stage, model, _ in setup.models():
+        positions, remedy = _positions(setup, stage, model)
         whose = f"the positions of {stage}"
         check_fit(token_ids, positions, sources, whose=whose, remedy=remedy)
-    lengths, window = [len(ids) for ids in token_ids], parts.job.windows.length
+    lengths, window = [len(ids) for ids in token_ids], setup.job.windows.length
     if beyond := sum(length > window for length in lengths):
         log.warning(
             "%s: %d of %d sentences are longer than windows.length (%d tokens), up to %d: a "
@@ -128,25 +128,25 @@ def _check_sentences(parts: Parts, name: str, tasks: Sequence[Task], corpus: Cor
         )
 
 
-def _positions(parts: Parts, stage: str, model: ModelSpec) -> tuple[int | None, str]:
+def _positions(setup: JobSetup, stage: str, model: ModelSpec) -> tuple[int | None, str]:
     """How many a model has (none: no limit), and how it may have more."""
-    key = parts.job.model_key(stage)
+    key = setup.job.model_key(stage)
     if isinstance(model, PretrainedModel):
         config = read_config(model.path, revision=model.revision, where=key)
         return positions_of(config), f"take another model ({key}.path)"
     return model.max_positions, f"raise {key}.max_positions"
 
 
-def _check_fine_tuning(parts: Parts, corpus: Corpus) -> None:
+def _check_fine_tuning(setup: JobSetup, corpus: Corpus) -> None:
     """The suites' files can be read, and their examples given to every model that learns them."""
-    for suite in parts.job.evaluation.fine_tuning:
+    for suite in setup.job.evaluation.fine_tuning:
         where = f"evaluation.fine_tuning.{suite.name}"
         load_suite(suite)
         ends_of_texts(corpus.tokenizer, where=where)
-        for stage, model, _ in parts.models():
+        for stage, model, _ in setup.models():
             if stage.startswith("teachers/") and not suite.teachers:
                 continue
-            positions, remedy = _positions(parts, stage, model)
+            positions, remedy = _positions(setup, stage, model)
             if positions is not None and suite.max_tokens > positions:
                 raise JobError.of(
                     f"{where}.max_tokens",
@@ -156,7 +156,7 @@ def _check_fine_tuning(parts: Parts, corpus: Corpus) -> None:
                 )
 
 
-def _check_split(parts: Parts, spec: TeacherSpec, corpus: Corpus) -> None:
+def _check_split(setup: JobSetup, spec: TeacherSpec, corpus: Corpus) -> None:
     """Ranks can be grouped, and this model dealt out to a group."""
     if spec.tensor_parallel == 1:
         return
@@ -164,8 +164,8 @@ def _check_split(parts: Parts, spec: TeacherSpec, corpus: Corpus) -> None:
     check_groups(spec.tensor_parallel, ranks.world_size(), where=where)
     sizes = model_sizes(spec.model, len(corpus.tokenizer), where=f"teachers.{spec.name}.model")
     check_split(sizes, spec.tensor_parallel, where=where)
-    kernel = parts.attention(f"teachers.{spec.name}", spec.model, training=False)
-    if parts.within_documents and varies_in_shape(kernel):
+    kernel = setup.attention(f"teachers.{spec.name}", spec.model, training=False)
+    if setup.within_documents and varies_in_shape(kernel):
         raise JobError.of(
             where,
             got=f"{spec.tensor_parallel} with windows.attention=document on {kernel}",
@@ -174,9 +174,9 @@ def _check_split(parts: Parts, spec: TeacherSpec, corpus: Corpus) -> None:
         )
 
 
-def _check_matched_layers(parts: Parts, corpus: Corpus) -> None:
+def _check_matched_layers(setup: JobSetup, corpus: Corpus) -> None:
     """Those of loaded models too, of which the job alone does not know how deep they are."""
-    job = parts.job
+    job = setup.job
     if job.distillation.hidden_matching is None:
         return
 
@@ -190,25 +190,25 @@ def _check_matched_layers(parts: Parts, corpus: Corpus) -> None:
     )
 
 
-def _check_trainings(parts: Parts, corpus: Corpus) -> None:
-    for where, model, training in parts.models():
-        parts.attention(where, model, training=training is not None)
+def _check_trainings(setup: JobSetup, corpus: Corpus) -> None:
+    for where, model, training in setup.models():
+        setup.attention(where, model, training=training is not None)
         if training is not None:
-            parts.deepspeed_config(where, training)
-            parts.has_label(where, training, corpus)
-            windows = parts.windows(corpus, seed=0)
+            setup.deepspeed_config(where, training)
+            setup.has_label(where, training, corpus)
+            windows = setup.windows(corpus, seed=0)
             check_warmup(
-                training, windows.num_windows, windows.length, where=parts.job.training_key(where)
+                training, windows.num_windows, windows.length, where=setup.job.training_key(where)
             )
-    job = parts.job
-    parts.milestones("student", job.student.training, corpus)
+    job = setup.job
+    setup.milestones("student", job.student.training, corpus)
     if job.control is not None:
-        parts.milestones("control", job.control.training or job.student.training, corpus)
+        setup.milestones("control", job.control.training or job.student.training, corpus)
 
 
-def _tell_of_a_cache_too_large(parts: Parts, corpus: Corpus) -> None:
+def _tell_of_a_cache_too_large(setup: JobSetup, corpus: Corpus) -> None:
     """That teachers compute windows which the student never sees, where its training is short."""
-    job, windows = parts.job, parts.windows(corpus, seed=0)
+    job, windows = setup.job, setup.windows(corpus, seed=0)
     if job.distillation.cache == "none" or windows.num_distinct is None:
         return
     training = job.student.training
@@ -226,7 +226,7 @@ def _tell_of_a_cache_too_large(parts: Parts, corpus: Corpus) -> None:
 
 
 def _check_loaded(
-    parts: Parts,
+    setup: JobSetup,
     stage: str,
     spec: PretrainedModel,
     trainings: Sequence[TrainingSpec | None],
@@ -240,27 +240,27 @@ def _check_loaded(
     """
     where = f"{stage}.model"
     _check_vocabulary(spec, corpus, where=where)
-    kernel = parts.attention(stage, spec, training=False)
+    kernel = setup.attention(stage, spec, training=False)
     # FlashAttention is for cards, and for bf16: here, the plain products compute the same.
     tried = "eager" if varies_in_shape(kernel) else kernel
     model = build_model(spec, corpus.tokenizer, seed=0, attention=tried, where=where)
     model_sizes(spec, len(corpus.tokenizer), where=where)
-    check_positions(model, parts.job.windows.length, where=where)
+    check_positions(model, setup.job.windows.length, where=where)
     check_causal(model, where=where)
     if any(training is not None for training in trainings):
         check_trainable(model.config, where=where)
     if any(training and training.gradient_checkpointing for training in trainings):
-        check_recomputable(model, where=f"{parts.job.training_key(stage)}.gradient_checkpointing")
+        check_recomputable(model, where=f"{setup.job.training_key(stage)}.gradient_checkpointing")
     kind = check_plain_head(model, where=where)
-    if parts.job.evaluation.suites_of(teacher=stage != "student"):
+    if setup.job.evaluation.suites_of(teacher=stage != "student"):
         check_backbone(model, where=where)
     if layers:
         check_layers(model, split_causal_lm(model)[0], layers, where=where)
     if varies_in_shape(kernel):
-        model.to(parts.device, parts.dtype).set_attn_implementation(kernel)  # type: ignore[operator]
-    if parts.within_documents:
+        model.to(setup.device, setup.dtype).set_attn_implementation(kernel)  # type: ignore[operator]
+    if setup.within_documents:
         check_documents(model, split_causal_lm(model)[0], where=where)
-    check_runs(model.to(parts.dtype), where=where)
+    check_runs(model.to(setup.dtype), where=where)
     return kind
 
 

@@ -1,4 +1,4 @@
-"""Where a run is made: its parts, corpus and speed enter; `environment.json` and a log line leave.
+"""Where a run is made: its setup, corpus and speed enter; `environment.json` and a log line leave.
 
 The report reads the file.
 """
@@ -15,7 +15,7 @@ from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.corpus.tokenizer import vocabulary_hash
 from babyllama_ds.environment import describe_environment
-from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.storages import Storages
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def describe_run(
-    parts: Parts, directory: RunDirectory, storages: Storages, speed: Speed, corpus: Corpus
+    setup: JobSetup, directory: RunDirectory, storages: Storages, speed: Speed, corpus: Corpus
 ) -> None:
     """Say what runs where, and keep it for the report. A collective.
 
@@ -32,7 +32,7 @@ def describe_run(
     """
     made = any(storages.on_each(lambda: _made_before(directory.path)))
     facts = _facts(
-        parts,
+        setup,
         corpus,
         matmul_rate=None if made else speed.facts(corpus),
         settled=ranks.on_rank_zero(directory.settled),
@@ -42,12 +42,12 @@ def describe_run(
         storages.on_each(lambda: files.write_json(directory.path / "environment.json", facts))
     log.info(
         "%s: ranks %d, on %s, threads per rank %d, ZeRO-%d, %s, attention %s, in %s",
-        parts.job.run_name,
+        setup.job.run_name,
         facts["ranks"],
         facts["hardware"]["cuda_device"] or facts["hardware"]["host_cpu"] or "cpu",
         facts["threads_per_rank"],
         facts["zero_stage"],
-        parts.precision,
+        setup.precision,
         ", ".join(sorted(set(facts["attention"].values()))),
         directory.path,
     )
@@ -60,26 +60,26 @@ def _made_before(run_dir: Path) -> bool:
 
 
 def _facts(
-    parts: Parts,
+    setup: JobSetup,
     corpus: Corpus,
     *,
     matmul_rate: dict[str, float] | None,
     settled: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    job = parts.job
+    job = setup.job
     attention = {
-        where: parts.attention(where, model, training=training is not None)
-        for where, model, training in parts.models()
+        where: setup.attention(where, model, training=training is not None)
+        for where, model, training in setup.models()
     }
-    config = parts.deepspeed_config("student", job.student.training)
+    config = setup.deepspeed_config("student", job.student.training)
     return {
-        **describe_environment(parts.device),
+        **describe_environment(setup.device),
         "ranks": ranks.world_size(),
         "threads_per_rank": torch.get_num_threads(),
         "zero_stage": config["zero_optimization"]["stage"],
-        "device": parts.device.type,
+        "device": setup.device.type,
         "attention": attention,
-        "precision": parts.precision,
+        "precision": setup.precision,
         "matmul_rate": matmul_rate,
         "seeds": {where: job.stage_seed(where) for where in attention},
         "settled": settled,

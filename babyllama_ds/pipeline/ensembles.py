@@ -12,7 +12,7 @@ from babyllama_ds import ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.inference import FrozenModel
 from babyllama_ds.models.build import count_parameters, load_model
-from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.spec.distillation import DistillationSpec
 from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.training import TrainingSpec
@@ -32,7 +32,7 @@ from babyllama_ds.teachers.cache.topk import record_bytes
 from babyllama_ds.teachers.ensemble import Ensemble, Member
 
 
-def live_ensemble(parts: Parts, teachers: dict[str, Path], *, compiled: bool) -> Ensemble:
+def live_ensemble(setup: JobSetup, teachers: dict[str, Path], *, compiled: bool) -> Ensemble:
     """The ensemble computed in every step; `compiled`: by torch's compiler, but for teachers that
     are split over ranks, whose layers wait for each other.
     """
@@ -41,21 +41,21 @@ def live_ensemble(parts: Parts, teachers: dict[str, Path], *, compiled: bool) ->
             Member(
                 spec.name,
                 frozen_teacher(
-                    parts,
+                    setup,
                     spec,
                     teachers[spec.name],
                     compiled=compiled and spec.tensor_parallel == 1,
-                    layers=matched_layers(parts.job.distillation, spec.name),
+                    layers=matched_layers(setup.job.distillation, spec.name),
                 ),
                 spec.weight,
             )
-            for spec in parts.job.teachers
+            for spec in setup.job.teachers
         ]
     )
 
 
 def cached_ensemble(
-    parts: Parts,
+    setup: JobSetup,
     student: nn.Module,
     training: TrainingSpec,
     corpus: Corpus,
@@ -67,39 +67,39 @@ def cached_ensemble(
 ) -> Ensemble:
     """The ensemble computed once for each distinct window, or found in the store. A collective."""
     return remembered_ensemble(
-        parts.job.distillation,
+        setup.job.distillation,
         [
             Teacher(
                 name=spec.name,
                 weight=spec.weight,
                 model_dir=teachers[spec.name].resolve(),
-                attention=parts.attention(f"teachers/{spec.name}", spec.model, training=False),
-                load=partial(frozen_teacher, parts, spec, teachers[spec.name]),
+                attention=setup.attention(f"teachers/{spec.name}", spec.model, training=False),
+                load=partial(frozen_teacher, setup, spec, teachers[spec.name]),
                 tensor_parallel=spec.tensor_parallel,
             )
-            for spec in parts.job.teachers
+            for spec in setup.job.teachers
         ],
         TeacherInput(
-            windows=parts.windows(corpus, seed=0),  # what is distinct depends on no seed
+            windows=setup.windows(corpus, seed=0),  # what is distinct depends on no seed
             tokens_dir=corpus.entries.tokens_dir,
             vocab_size=len(corpus.tokenizer),
-            dtype=parts.dtype,
-            forward_windows=parts.micro_batch("student", training),
+            dtype=setup.dtype,
+            forward_windows=setup.micro_batch("student", training),
         ),
         CacheContext(
             store=store,
             storages=storages,
             stop=stop,
-            device=parts.device,
-            tier=parts.job.distillation.cache_tier,
-            kept=parts.job.distillation.cache_kept,
+            device=setup.device,
+            tier=setup.job.distillation.cache_tier,
+            kept=setup.job.distillation.cache_kept,
             student_bytes=TRAINED_BYTES_A_PARAMETER * count_parameters(student),
         ),
     )
 
 
 def cache_to_come(
-    parts: Parts, student: nn.Module, corpus: Corpus, live: Ensemble, room: Room
+    setup: JobSetup, student: nn.Module, corpus: Corpus, live: Ensemble, room: Room
 ) -> int:
     """Bytes that the cache will take where the student is trained, beyond these live teachers',
     which are gone by then; 0 without a cache. `room`: before they were loaded.
@@ -107,16 +107,16 @@ def cache_to_come(
     Raises:
         MachineError: a tier that was asked for by name does not fit.
     """
-    loss, length = parts.job.distillation, parts.job.windows.length
+    loss, length = setup.job.distillation, setup.job.windows.length
     if loss.cache == "none":
         return 0
-    windows = parts.windows(corpus, seed=0).num_distinct
+    windows = setup.windows(corpus, seed=0).num_distinct
     assert windows is not None, "the spec refuses a cache of random windows"
     if loss.cache == "topk":
         records = [record_bytes(loss.cache_top_k, length, len(corpus.tokenizer))]
     else:
         widths = [member.head.weight_PD.shape[1] for member in live.members]
-        records = [padded_bytes(length * width * parts.dtype.itemsize) for width in widths]
+        records = [padded_bytes(length * width * setup.dtype.itemsize) for width in widths]
     cached = held_where_computed(
         loss.cache_tier,
         [windows * each for each in records],
@@ -133,7 +133,7 @@ def matched_layers(loss: DistillationSpec, teacher: str) -> list[int]:
 
 
 def frozen_teacher(
-    parts: Parts,
+    setup: JobSetup,
     spec: TeacherSpec,
     path: Path,
     *,
@@ -142,17 +142,17 @@ def frozen_teacher(
 ) -> FrozenModel:
     """A teacher's model directory, loaded. A collective: where one rank cannot, all say so."""
     where = f"teachers/{spec.name}"
-    attention = parts.attention(where, spec.model, training=False)
+    attention = setup.attention(where, spec.model, training=False)
 
     def load() -> nn.Module:
-        return load_model(str(path.resolve()), attention=attention, where=where, dtype=parts.dtype)
+        return load_model(str(path.resolve()), attention=attention, where=where, dtype=setup.dtype)
 
     return FrozenModel(
         ranks.on_every_rank(load),
-        device=parts.device,
-        dtype=parts.dtype,
+        device=setup.device,
+        dtype=setup.dtype,
         with_compiler=compiled,
         layers=layers,
         where=where,
-        group=parts.group(spec),
+        group=setup.group(spec),
     )

@@ -19,8 +19,8 @@ from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.fingerprints import evaluation_fingerprint
 from babyllama_ds.pipeline.equal import check_same_benchmarks
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.measuring import Measurer
-from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.rundir import MILESTONES_NAME
 from babyllama_ds.stopping import StopRequest
 from babyllama_ds.storages import Storages
@@ -38,7 +38,7 @@ class _Wanted:
     name: str
     """Of a model; of a milestone with its folders, `milestones/student/chck_1M`."""
     path: Path
-    parts: Parts
+    setup: JobSetup
     """With the evaluation that is its own."""
     fingerprint: str
 
@@ -47,9 +47,9 @@ class Evaluations:
     """Those of one run."""
 
     def __init__(
-        self, parts: Parts, run_dir: Path, store: Store, storages: Storages, stop: StopRequest
+        self, setup: JobSetup, run_dir: Path, store: Store, storages: Storages, stop: StopRequest
     ) -> None:
-        self.parts = parts
+        self.setup = setup
         self.run_dir = run_dir
         self.store = store
         self.storages = storages
@@ -65,17 +65,17 @@ class Evaluations:
 
     def _of_models(self, models: Mapping[str, Path], corpus: Corpus) -> Iterator[_Wanted]:
         for name, path in models.items():
-            yield self._wanted(self.parts, name, path, corpus)
+            yield self._wanted(self.setup, name, path, corpus)
 
     def _of_milestones(self, corpus: Corpus) -> Iterator[_Wanted]:
-        parts = self.parts.of_milestones()
-        if parts is None:
+        setup = self.setup.of_milestones()
+        if setup is None:
             return
         for stage in ("student", "control"):
             # Those of the first node; whole on each, whose ranks measure what lies there.
             kept, *_ = self.storages.on_each(partial(self._kept, stage))
             for name, path in kept.items():
-                yield self._wanted(parts, f"{MILESTONES_NAME}/{stage}/{name}", path, corpus)
+                yield self._wanted(setup, f"{MILESTONES_NAME}/{stage}/{name}", path, corpus)
 
     def _kept(self, stage: str) -> dict[str, Path]:
         """The milestones of a stage that are there, and whole."""
@@ -85,18 +85,18 @@ class Evaluations:
             files.verify_manifest(path, hint=hint)
         return kept
 
-    def _wanted(self, parts: Parts, name: str, path: Path, corpus: Corpus) -> _Wanted:
+    def _wanted(self, setup: JobSetup, name: str, path: Path, corpus: Corpus) -> _Wanted:
         of_each = self.storages.on_each(
             lambda: evaluation_fingerprint(
                 path,
-                parts.job,
+                setup.job,
                 corpus.entries.tokens_key,
                 corpus.entries.pairs_dir,
-                teacher=name in {spec.name for spec in parts.job.teachers},
+                teacher=name in {spec.name for spec in setup.job.teachers},
             )
         )
         check_same_benchmarks(self.storages, of_each)
-        return _Wanted(name=name, path=path, parts=parts, fingerprint=of_each[0])
+        return _Wanted(name=name, path=path, setup=setup, fingerprint=of_each[0])
 
     def _forget_others(self, wanted: Sequence[_Wanted]) -> None:
         for one in wanted:
@@ -114,7 +114,7 @@ class Evaluations:
         if ranks.on_rank_zero(lambda: _stands(result_path, wanted.fingerprint)):
             log.info("evaluation of %s: done before", wanted.name)
             return
-        measurer = Measurer(wanted.parts, self.store, self.stop)
+        measurer = Measurer(wanted.setup, self.store, self.stop)
         with memory_needed("evaluation.batch_tokens", hint="fewer tokens in a pass"):
             result = measurer.measure(wanted.name, wanted.path, corpus, wanted.fingerprint)
         result |= {"fingerprint": wanted.fingerprint}

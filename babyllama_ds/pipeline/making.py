@@ -20,7 +20,7 @@ from babyllama_ds.engine.compiling import Compiled
 from babyllama_ds.models.build import build_model
 from babyllama_ds.models.export import write_model
 from babyllama_ds.pipeline.ensembles import cached_ensemble, live_ensemble
-from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.settling import Settling
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import MILESTONES_NAME, RunDirectory
@@ -48,17 +48,17 @@ class Maker:
 
     def __init__(
         self,
-        parts: Parts,
+        setup: JobSetup,
         directory: RunDirectory,
         speed: Speed,
         store: Store,
         storages: Storages,
         stop: StopRequest,
     ) -> None:
-        self.parts = parts
+        self.setup = setup
         self.run_dir = directory.path
         self.speed = speed
-        self.settling = Settling(parts, directory, storages, speed)
+        self.settling = Settling(setup, directory, storages, speed)
         self.store = store
         self.storages = storages
         self.stop = stop
@@ -84,7 +84,7 @@ class Maker:
         model = self._build(stage, spec, corpus, to_train=training is not None)
         if training is None:
             return model, {"params": None, "steps": 0, "train_tokens": 0, "seconds": 0.0}
-        with memory_needed(f"{self.parts.job.training_key(stage)}.micro_batch", hint=LESS_MEMORY):
+        with memory_needed(f"{self.setup.job.training_key(stage)}.micro_batch", hint=LESS_MEMORY):
             return model, self._trained(stage, model, training, corpus, checkpoints, teachers)
 
     def _trained(
@@ -98,13 +98,13 @@ class Maker:
     ) -> dict[str, Any]:
         training, compiled = self.settling.settle(stage, model, training, corpus, teachers)
         ensemble = self._ensemble(model, training, compiled, corpus, teachers) if teachers else None
-        seed = self.parts.job.stage_seed(stage)
+        seed = self.setup.job.stage_seed(stage)
         log.info("%s: training", stage)
         summary = self._train(
             self._stage(stage, model, training, compiled, corpus, distilled=ensemble is not None),
             self._context(stage, training, corpus, checkpoints),
-            windows=self.parts.windows(corpus, seed=seed),
-            dev=self.parts.dev_windows(corpus, training.evaluate_windows),
+            windows=self.setup.windows(corpus, seed=seed),
+            dev=self.setup.dev_windows(corpus, training.evaluate_windows),
             ensemble=ensemble,
         )
         summary["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
@@ -116,8 +116,8 @@ class Maker:
     def _build(self, stage: str, spec: ModelSpec, corpus: Corpus, *, to_train: bool) -> nn.Module:
         """The stage's model before training. One that is not trained is on rank 0; on the others,
         whose host may have no room for more copies of it, an empty module."""
-        seed = self.parts.job.stage_seed(stage)
-        attention = self.parts.attention(stage, spec, training=to_train)
+        seed = self.setup.job.stage_seed(stage)
+        attention = self.setup.attention(stage, spec, training=to_train)
 
         def build() -> nn.Module:
             if not to_train and ranks.rank() != 0:
@@ -134,10 +134,10 @@ class Maker:
         corpus: Corpus,
         teachers: dict[str, Path],
     ) -> Ensemble:
-        if self.parts.job.distillation.cache == "none":
-            return live_ensemble(self.parts, teachers, compiled=compiled == "all")
+        if self.setup.job.distillation.cache == "none":
+            return live_ensemble(self.setup, teachers, compiled=compiled == "all")
         return cached_ensemble(
-            self.parts,
+            self.setup,
             student,
             training,
             corpus,
@@ -161,19 +161,19 @@ class Maker:
         *,
         distilled: bool,
     ) -> Stage:
-        parts = self.parts
+        setup = self.setup
         return Stage(
             name=stage,
             model=model,
             training=training,
-            distillation=parts.job.distillation if distilled else None,
+            distillation=setup.job.distillation if distilled else None,
             vocab_size=len(corpus.tokenizer),
-            seed=parts.job.stage_seed(stage),
-            micro_batch=parts.micro_batch(stage, training),
-            deepspeed=parts.deepspeed_config(stage, training),
+            seed=setup.job.stage_seed(stage),
+            micro_batch=setup.micro_batch(stage, training),
+            deepspeed=setup.deepspeed_config(stage, training),
             compiled=compiled != "none",
             meter=self.speed.meter(stage, corpus),
-            has_label=parts.has_label(stage, training, corpus),
+            has_label=setup.has_label(stage, training, corpus),
         )
 
     def _context(
@@ -181,7 +181,7 @@ class Maker:
     ) -> RunContext:
         return RunContext(
             run_dir=self.run_dir,
-            device=self.parts.device,
+            device=self.setup.device,
             stop=self.stop,
             checkpoints=checkpoints,
             milestones=self._milestones(stage, training, corpus, checkpoints),
@@ -190,7 +190,7 @@ class Maker:
     def _milestones(
         self, stage: str, training: TrainingSpec, corpus: Corpus, checkpoints: CheckpointFolder
     ) -> MilestoneFolder | None:
-        milestones = self.parts.milestones(stage, training, corpus)
+        milestones = self.setup.milestones(stage, training, corpus)
         if not milestones:
             return None
 

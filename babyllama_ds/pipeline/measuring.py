@@ -21,7 +21,7 @@ from babyllama_ds.fingerprints import model_hashes
 from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.models.sizes import absent_kernels
 from babyllama_ds.pipeline.ensembles import frozen_teacher
-from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.stopping import StopRequest
@@ -31,8 +31,8 @@ from babyllama_ds.store import Store
 class Measurer:
     """Measures the models of one run; `measure` is a collective."""
 
-    def __init__(self, parts: Parts, store: Store, stop: StopRequest) -> None:
-        self.parts = parts
+    def __init__(self, setup: JobSetup, store: Store, stop: StopRequest) -> None:
+        self.setup = setup
         self.store = store
         self.stop = stop
 
@@ -43,13 +43,13 @@ class Measurer:
             UserError: it cannot be read or measured.
             Stopped: the run was asked to stop.
         """
-        job = self.parts.job
+        job = self.setup.job
         teacher = next((spec for spec in job.teachers if spec.name == name), None)
         stage, model = self._stage_of(teacher)
-        attention = self.parts.attention(stage, model, training=False)
+        attention = self.setup.attention(stage, model, training=False)
         key = store_key(
             fingerprint,
-            device=self.parts.device_kind,
+            device=self.setup.device_kind,
             attention=attention,
             tensor_parallel=1 if teacher is None else teacher.tensor_parallel,
         )
@@ -63,7 +63,7 @@ class Measurer:
     def _stage_of(self, teacher: TeacherSpec | None) -> tuple[str, ModelSpec]:
         """What a model is in the job: all that are no teachers are what the student is."""
         if teacher is None:
-            return "student", self.parts.job.student.model
+            return "student", self.setup.job.student.model
         return f"teachers/{teacher.name}", teacher.model
 
     def _measure_now(
@@ -86,26 +86,26 @@ class Measurer:
             heartbeat.beat(f"step {done} of {steps} of fine-tuning")
             self.stop.check()
 
-        evaluation = self.parts.job.evaluation
+        evaluation = self.setup.job.evaluation
         measure = partial(
             evaluate_model,
             tokenizer=corpus.tokenizer,
             name=name,
-            dev=self.parts.dev_windows(corpus, evaluation.dev_windows),
-            benchmarks=self.parts.benchmarks(corpus),
+            dev=self.setup.dev_windows(corpus, evaluation.dev_windows),
+            benchmarks=self.setup.benchmarks(corpus),
             leading_space=evaluation.leading_space,
             prefix=evaluation.prefix,
             batch_tokens=evaluation.batch_tokens,
-            device=self.parts.device,
+            device=self.setup.device,
             attention=attention,
             samples=evaluation.samples,
             on_batch=on_batch,
         )
-        group = None if teacher is None else self.parts.group(teacher)
+        group = None if teacher is None else self.setup.group(teacher)
         if teacher is None or group is None:
             result = measure(path.resolve())
         else:
-            frozen = frozen_teacher(self.parts, teacher, path)
+            frozen = frozen_teacher(self.setup, teacher, path)
             try:
                 result = measure(
                     SplitModel(
@@ -130,13 +130,13 @@ class Measurer:
         on_step: OnBatch,
     ) -> dict[str, Any]:
         """Every suite's scores; each training is in the store as soon as it has ended."""
-        evaluation = self.parts.job.evaluation
+        evaluation = self.setup.job.evaluation
         stage, model = self._stage_of(teacher)
-        key = self.parts.job.model_key(stage)
+        key = self.setup.job.model_key(stage)
         attention = kernel_to_learn(
             model.attention,
-            device=self.parts.device_kind,
-            precision=self.parts.precision,
+            device=self.setup.device_kind,
+            precision=self.setup.precision,
             where=f"{key}.attention",
             missing=absent_kernels(model, where=key),
         )
@@ -144,7 +144,7 @@ class Measurer:
             model=str(path.resolve()),
             tokenizer=corpus.tokenizer,
             attention=attention,
-            device=self.parts.device,
+            device=self.setup.device,
             batch_tokens=evaluation.batch_tokens,
             leading_space=evaluation.leading_space,
             prefix=evaluation.prefix,
@@ -154,10 +154,10 @@ class Measurer:
             self.store,
             ranks.on_every_rank(lambda: model_hashes(path)),
             tokenizer_fingerprint(corpus.tokenizer),
-            device=self.parts.device_kind,
+            device=self.setup.device_kind,
             attention=attention,
         )
         return {
             suite_name: fine_tune_suite(learner, suite, tasks, remember=remember, on_step=on_step)
-            for suite_name, (suite, tasks) in self.parts.suites(teacher=teacher is not None).items()
+            for suite_name, (suite, tasks) in self.setup.suites(teacher=teacher is not None).items()
         }

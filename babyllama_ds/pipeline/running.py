@@ -46,6 +46,9 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
         with told_by_each_node():
             kind = distributed.resolve_device(job.deepspeed.device)
             machinery = read_config(job.deepspeed, kind)
+            # NCCL's communicator is made when the ranks meet; it would end them without a word of
+            # what is missing.
+            check_shared_memory(kind, ranks.local_world_size())
         device = distributed.start(
             kind,
             same={f"the job's {key}": value for key, value in flat_job(job).items()}
@@ -54,8 +57,6 @@ def run_job(job: JobSpec, *, runs: Path) -> Path:
             node_timeout_s=60 * job.deepspeed.node_timeout_minutes,
             while_waiting=stop.check,
         )
-        # Before NCCL's first collective: it would end the ranks without a word of what is missing.
-        ranks.on_every_rank(lambda: check_shared_memory(kind, ranks.local_world_size()))
         storages = find_storages(job.deepspeed.storage, runs)
         lock = RunLock(directory.path, launcher_pid=stop.launcher_pid)
         with distributed.failures_told(), storages.held(lock):

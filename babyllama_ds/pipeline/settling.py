@@ -16,7 +16,7 @@ from babyllama_ds import files, ranks
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.compiling import Compiled, choose_compiled
 from babyllama_ds.pipeline.ensembles import cache_to_come, live_ensemble
-from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.training import TrainingSpec
@@ -32,9 +32,9 @@ class Settling:
     """Settles what one run's job leaves open; the run's directory remembers what was found."""
 
     def __init__(
-        self, parts: Parts, directory: RunDirectory, storages: Storages, speed: Speed
+        self, setup: JobSetup, directory: RunDirectory, storages: Storages, speed: Speed
     ) -> None:
-        self.parts = parts
+        self.setup = setup
         self.directory = directory
         self.storages = storages
         self.speed = speed
@@ -53,7 +53,7 @@ class Settling:
             MachineError: not even one window fits, or a compiler is missing that was asked for by
                 name or used at the first start.
         """
-        where = f"{stage} on {ranks.world_size()} {self.parts.device.type} ranks"
+        where = f"{stage} on {ranks.world_size()} {self.setup.device.type} ranks"
         known = ranks.on_rank_zero(self.directory.settled).get(where, {})
         if training.micro_batch == "auto":
             windows = known.get("micro_batch") or self._find_micro_batch(
@@ -62,13 +62,13 @@ class Settling:
             log.info("%s: micro_batch auto: %d windows", stage, windows)
             known = {**known, "micro_batch": windows}
             training = training.model_copy(update={"micro_batch": windows})
-        asked = self.parts.job.deepspeed.compile
+        asked = self.setup.job.deepspeed.compile
         products_s = self.speed.products_s(stage, training, corpus)
-        shapes_vary = ranks.on_every_rank(self.parts.shapes_vary)
+        shapes_vary = ranks.on_every_rank(self.setup.shapes_vary)
         chosen = ranks.on_every_rank(
             lambda: choose_compiled(
                 asked if asked != "auto" else known.get("compile", asked),
-                device=self.parts.device_kind,
+                device=self.setup.device_kind,
                 products_s=products_s,
                 shapes_vary=shapes_vary,
             )
@@ -97,33 +97,33 @@ class Settling:
 
         What the cache will take beside the student is not there yet, and spared.
         """
-        parts = self.parts
-        distillation = parts.job.distillation if teachers else None
+        setup = self.setup
+        distillation = setup.job.distillation if teachers else None
         cached = distillation is not None and distillation.cache != "none"
-        room = measure_room(self.directory.path, parts.device, self.storages) if cached else None
-        ensemble = live_ensemble(parts, teachers, compiled=False) if teachers else None
+        room = measure_room(self.directory.path, setup.device, self.storages) if cached else None
+        ensemble = live_ensemble(setup, teachers, compiled=False) if teachers else None
         objective = objective_of(
             model,
             ensemble,
             vocab_size=len(corpus.tokenizer),
             training=training,
             distillation=distillation,
-            seed=parts.job.stage_seed(stage),
+            seed=setup.job.stage_seed(stage),
         )
         try:
             to_come = 0
             if ensemble is not None and room is not None:
-                to_come = cache_to_come(parts, model, corpus, ensemble, room)
+                to_come = cache_to_come(setup, model, corpus, ensemble, room)
             return find_micro_batch(
                 objective,
                 ensemble,
                 training=training,
-                deepspeed=parts.deepspeed_config(stage, training),
-                share=parts.micro_batch(stage, training),
-                length=parts.job.windows.length,
-                device=parts.device,
-                where=parts.job.training_key(stage),
-                within_documents=parts.within_documents,
+                deepspeed=setup.deepspeed_config(stage, training),
+                share=setup.micro_batch(stage, training),
+                length=setup.job.windows.length,
+                device=setup.device,
+                where=setup.job.training_key(stage),
+                within_documents=setup.within_documents,
                 cache_bytes=to_come,
             )
         finally:

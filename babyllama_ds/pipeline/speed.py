@@ -1,4 +1,4 @@
-"""How fast this machine is at a job's products: parts and corpus enter; meters and seconds leave.
+"""How fast this machine is at a job's products: setup and corpus enter; meters and seconds leave.
 
 The rates are measured once for all stages, when first asked for: to ask is a collective.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from babyllama_ds.corpus.prepare import Corpus
 from babyllama_ds.engine.matmul_rate import MatmulRates, measure_matmul_rates
-from babyllama_ds.pipeline.parts import Parts
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.batches import total_steps
 from babyllama_ds.training.meter import Meter, Work, work_of
@@ -22,8 +22,8 @@ _WHO_HOLDS_IT = (
 class Speed:
     """The speed of one machine at one job."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, setup: JobSetup) -> None:
+        self.setup = setup
         self._rates: MatmulRates | None = None
 
     def facts(self, corpus: Corpus) -> dict[str, float]:
@@ -44,7 +44,7 @@ class Speed:
 
     def products_s(self, stage: str, training: TrainingSpec, corpus: Corpus) -> float:
         """Seconds of the training's matrix products at the rate measured here."""
-        windows = self.parts.windows(corpus, seed=0)
+        windows = self.setup.windows(corpus, seed=0)
         steps = total_steps(training, windows.num_windows, windows.length)
         meter, tokens = self.meter(stage, corpus), training.batch_windows * windows.length
         return steps * tokens * meter.flops_per_token / meter.matmul_flops_per_s
@@ -52,16 +52,16 @@ class Speed:
     def _measured_rates(self, corpus: Corpus) -> MatmulRates:
         """The rates of all stages' products, measured at the first call."""
         if self._rates is None:
-            models = self.parts.models()
+            models = self.setup.models()
             stages = [where for where, _, training in models if training is not None]
             works = [self._work(stage, corpus) for stage in (*stages, "control")]
             products = dict.fromkeys(product for work in works for product in work.products)
             with memory_needed("deepspeed.device", hint=_WHO_HOLDS_IT):
-                self._rates = measure_matmul_rates(products, self.parts.device)
+                self._rates = measure_matmul_rates(products, self.setup.device)
         return self._rates
 
     def _work(self, stage: str, corpus: Corpus) -> Work:
-        job = self.parts.job
+        job = self.setup.job
         trained = {f"teachers/{teacher.name}": teacher for teacher in job.teachers}
         spec = trained.get(stage, job.student)
         training = spec.training
@@ -72,7 +72,7 @@ class Speed:
             spec.model,
             [teacher.model for teacher in job.teachers] if stage == "student" else [],
             length=job.windows.length,
-            micro_batch=self.parts.micro_batch(stage, training),
+            micro_batch=self.setup.micro_batch(stage, training),
             vocab_size=len(corpus.tokenizer),
             cache=job.distillation.cache,
             where=stage,

@@ -25,8 +25,8 @@ from babyllama_ds.pipeline.checks import check_job
 from babyllama_ds.pipeline.describing import describe_run
 from babyllama_ds.pipeline.equal import check_same_corpus
 from babyllama_ds.pipeline.evaluations import Evaluations
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.making import Maker
-from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.report.board import write_boards
 from babyllama_ds.report.card import render_model_card
@@ -62,16 +62,16 @@ class Pipeline:
         self.store = store
         self.storages = storages
         self.stop = stop
-        self.parts = Parts(job, device)
-        self.speed = Speed(self.parts)
-        self.maker = Maker(self.parts, directory, self.speed, store, storages, stop)
-        self.evaluations = Evaluations(self.parts, self.run_dir, store, storages, stop)
+        self.setup = JobSetup(job, device)
+        self.speed = Speed(self.setup)
+        self.maker = Maker(self.setup, directory, self.speed, store, storages, stop)
+        self.evaluations = Evaluations(self.setup, self.run_dir, store, storages, stop)
 
     def run(self) -> None:
         """Every stage, in order."""
         corpus = self.prepare()
-        ranks.on_every_rank(lambda: check_job(self.parts, corpus))
-        describe_run(self.parts, self.directory, self.storages, self.speed, corpus)
+        ranks.on_every_rank(lambda: check_job(self.setup, corpus))
+        describe_run(self.setup, self.directory, self.storages, self.speed, corpus)
         teachers = {spec.name: self.teacher(spec, corpus) for spec in self.job.teachers}
         student = self.student(corpus, teachers)
         models = {**teachers, "student": student}
@@ -136,7 +136,7 @@ class Pipeline:
     def _teacher_key(self, spec: TeacherSpec, corpus: Corpus) -> str:
         if spec.training is None:
             return loaded_teacher_fingerprint(
-                spec, corpus.entries.tokenizer_key, precision=self.parts.precision
+                spec, corpus.entries.tokenizer_key, precision=self.setup.precision
             )
         return self._trained_key(f"teachers/{spec.name}", spec.model, spec.training, corpus)
 
@@ -160,7 +160,7 @@ class Pipeline:
             directory = self.store.new_directory("teachers", key)
             try:
                 tokenizer_dir = corpus.entries.tokenizer_dir
-                export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+                export_model(model, tokenizer_dir, directory, summary, dtype=self.setup.dtype)
                 if spec.training is not None:  # for the curves of other runs, which find it done
                     files.write_atomic(directory / METRICS_NAME, logged_of(self.run_dir, stage))
                 self.store.publish("teachers", key, directory, {"stage": stage})
@@ -236,7 +236,7 @@ class Pipeline:
             with files.appearing(target) as directory:
                 directory.mkdir(parents=True)
                 tokenizer_dir = corpus.entries.tokenizer_dir
-                export_model(model, tokenizer_dir, directory, summary, dtype=self.parts.dtype)
+                export_model(model, tokenizer_dir, directory, summary, dtype=self.setup.dtype)
                 files.write_manifest(directory, fingerprint=key)
 
         ranks.on_rank_zero(publish)
@@ -264,7 +264,7 @@ class Pipeline:
             tokens_key=corpus.entries.tokens_key,
             windows=self.job.windows,
             seed=self.job.stage_seed(stage),
-            precision=self.parts.precision,
+            precision=self.setup.precision,
         )
 
     # -- after training ---------------------------------------------------------------------------

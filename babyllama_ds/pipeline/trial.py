@@ -34,8 +34,8 @@ from babyllama_ds.models.build import load_model
 from babyllama_ds.models.export import export_model
 from babyllama_ds.pipeline.checks import check_job
 from babyllama_ds.pipeline.ensembles import live_ensemble
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.making import Maker
-from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.speed import Speed
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.job import JobSpec
@@ -71,14 +71,14 @@ def try_job(job: JobSpec, *, runs: Path, seconds: float, began_s: float = 0.0) -
     try:
         assert ranks.world_size() == 1, "a trial is of one rank"
         with scratch_folder(runs, ".trial-") as scratch:
-            parts, store = Parts(job, device), Store(runs / "store", while_waiting=stop.check)
+            setup, store = JobSetup(job, device), Store(runs / "store", while_waiting=stop.check)
             with _timed() as prepared:
                 corpus, before = _prepare(job, store, stop)
-            speed = Speed(parts)
-            check_job(parts, corpus)
+            speed = Speed(setup)
+            check_job(setup, corpus)
             speed.facts(corpus)
             so_far_s = began_s + time.perf_counter() - entered - prepared.seconds
-            trial = _Trial(parts, corpus, speed, scratch, stop, seconds / _num_trained(job))
+            trial = _Trial(setup, corpus, speed, scratch, stop, seconds / _num_trained(job))
             return replace(
                 trial.run(),
                 start_s=so_far_s,
@@ -108,23 +108,23 @@ class _Trial:
 
     def __init__(
         self,
-        parts: Parts,
+        setup: JobSetup,
         corpus: Corpus,
         speed: Speed,
         scratch: Path,
         stop: StopRequest,
         seconds: float,
     ) -> None:
-        self.parts, self.corpus, self.scratch = parts, corpus, scratch
+        self.setup, self.corpus, self.scratch = setup, corpus, scratch
         directory = RunDirectory(scratch)
         files.write_json(scratch / "environment.json", {})  # to which is added what is settled
         store, storages = Store(scratch / "store"), Storages()
-        self.maker = _TryingMaker(parts, directory, speed, store, storages, stop)
+        self.maker = _TryingMaker(setup, directory, speed, store, storages, stop)
         self.maker.seconds = seconds
 
     def run(self) -> JobPace:
         """Every stage of a run, in its order."""
-        job, paces = self.parts.job, dict[str, StagePace]()
+        job, paces = self.setup.job, dict[str, StagePace]()
         models: dict[str, tuple[ModelSpec, Path]] = {}
         teachers = {}
         for teacher in job.teachers:
@@ -140,8 +140,8 @@ class _Trial:
             paces["control"], path = self._stage("control", job.student.model, training, None)
             models["control"] = job.student.model, path
         with _timed() as read:
-            benchmarks = self.parts.benchmarks(self.corpus)
-        of_milestones = self.parts.of_milestones()
+            benchmarks = self.setup.benchmarks(self.corpus)
+        of_milestones = self.setup.of_milestones()
         return JobPace(
             start_s=0,
             preparation_s=0,
@@ -177,7 +177,7 @@ class _Trial:
         path = self.scratch / stage
         with _timed() as exported:
             tokenizer_dir = self.corpus.entries.tokenizer_dir
-            export_model(model, tokenizer_dir, path, {}, dtype=self.parts.dtype)
+            export_model(model, tokenizer_dir, path, {}, dtype=self.setup.dtype)
         pace = StagePace(
             build_s=made.seconds - self.maker.tried_s,
             training=self.maker.pace,
@@ -190,12 +190,12 @@ class _Trial:
     def _evaluation(
         self, stage: str, spec: ModelSpec, path: Path, benchmarks: Mapping[str, Sequence[Task]]
     ) -> EvaluationPace:
-        evaluation = self.parts.job.evaluation
-        attention = self.parts.attention(stage, spec, training=False)
+        evaluation = self.setup.job.evaluation
+        attention = self.setup.attention(stage, spec, training=False)
         with _timed() as loaded:
             model = load_model(str(path), attention=attention, where=stage, dtype="auto")
-            model = model.to(self.parts.device)
-        dev = self.parts.dev_windows(self.corpus, evaluation.dev_windows)
+            model = model.to(self.setup.device)
+        dev = self.setup.dev_windows(self.corpus, evaluation.dev_windows)
         one = replace(dev, num_windows=min(dev.num_windows, dev.batch_windows))
         some = replace(dev, num_windows=min(dev.num_windows, TIMED_BATCHES * dev.batch_windows))
         few = _thinned(benchmarks, TIMED_PAIRS)
@@ -221,7 +221,7 @@ class _Trial:
         samples: int = 0,
     ) -> float:
         """The seconds that it takes to measure a model."""
-        evaluation = self.parts.job.evaluation
+        evaluation = self.setup.job.evaluation
         with _timed() as measured:
             evaluate_model(
                 model,
@@ -232,7 +232,7 @@ class _Trial:
                 leading_space=evaluation.leading_space,
                 prefix=evaluation.prefix,
                 batch_tokens=evaluation.batch_tokens,
-                device=self.parts.device,
+                device=self.setup.device,
                 samples=samples,
             )
         return measured.seconds
@@ -259,8 +259,8 @@ class _TryingMaker(Maker):
         teachers: dict[str, Path],
     ) -> Ensemble:
         """Live in any case: those that fill a cache are not compiled."""
-        live = self.parts.job.distillation.cache == "none"
-        return live_ensemble(self.parts, teachers, compiled=live and compiled == "all")
+        live = self.setup.job.distillation.cache == "none"
+        return live_ensemble(self.setup, teachers, compiled=live and compiled == "all")
 
     def _train(self, stage: Stage, context: RunContext, **given: Any) -> dict[str, Any]:
         with _timed() as tried:

@@ -15,8 +15,11 @@ _NO_MEMORY = re.compile(
     "CUBLAS_STATUS_ALLOC_FAILED"
     "|CUDNN_STATUS_ALLOC_FAILED|CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"
     "|DefaultCPUAllocator: can't allocate memory"
+    # Torch's allocator keeps what it freed, so that a card is full to whoever does not ask it: the
+    # driver that loads a kernel or pins memory, Triton, NCCL.
+    r"|CUDA error: out of memory|\[CUDA\]: out of memory|Cuda failure (2 )?'out of memory'"
 )
-"""How libraries that allocate past torch, and torch on a CPU, say it in a plain `RuntimeError`."""
+"""How all say it that allocate past torch, and torch on a CPU: in a plain `RuntimeError`."""
 
 
 def ran_out(error: BaseException) -> bool:

@@ -37,8 +37,8 @@ from babyllama_ds import files
 from babyllama_ds.corpus.prepare import Corpus, open_corpus, prepare_corpus
 from babyllama_ds.fingerprints import evaluation_fingerprint
 from babyllama_ds.models.build import build_model
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.measuring import Measurer
-from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.report.formatting import MISSING, number, table
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.loading import load_job
@@ -74,7 +74,7 @@ class _Run:
         self.folder = folder
         self.num_ranks = num_ranks
         self.job = load_job(run_dir / "job.yaml")
-        self.parts = Parts(self.job, CPU)
+        self.setup = JobSetup(self.job, CPU)
         self.store = Store(run_dir.parent / "store")
         self.trainings = {"student": self.job.student.training}
         if self.job.control is not None:
@@ -110,7 +110,7 @@ class _Run:
         theirs: Any = AutoModelForCausalLM.from_config(ours.config)
         theirs.load_state_dict(ours.state_dict())
         theirs.save_pretrained(folder / "start")
-        windows = self.parts.windows(corpus, seed=seed)
+        windows = self.setup.windows(corpus, seed=seed)
         plan = BatchPlan(
             windows,
             training,
@@ -168,7 +168,7 @@ class _Run:
         fingerprint = evaluation_fingerprint(
             path, self.job, entries.tokens_key, entries.pairs_dir, teacher=False
         )
-        measurer = Measurer(self.parts, self.store, StopRequest())
+        measurer = Measurer(self.setup, self.store, StopRequest())
         found = measurer.measure(model, path, corpus, fingerprint)
         pairs = {name: scores["accuracy"] for name, scores in found["minimal_pairs"].items()}
         seconds = files.read_json(path / "training.json")["seconds"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,21 @@ def test_auto_does_without_what_is_not_there(
 ) -> None:
     pretend(compiler=compiler, triton=triton, c_compiler=c_compiler)
     assert choose_compiled("auto", device="cuda", products_s=1e6) == ("none", f"{lacking} here")
+
+
+@pytest.mark.usefixtures("pretend")
+def test_python_without_headers_compiles_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system's own Python, whose headers are another package (python3-dev)."""
+    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    lacking = "no headers of Python (Python.h)"
+    for device in ("cpu", "cuda"):
+        assert choose_compiled("auto", device=device, products_s=1e6) == ("none", f"{lacking} here")
+    with pytest.raises(MachineError, match="python3-dev"):
+        choose_compiled("student", device="cpu", products_s=10)
+    (tmp_path / "Python.h").touch()
+    assert what_compiling_lacks("cuda") is None
 
 
 def test_by_name_without_a_compiler_is_an_error(pretend: Pretend) -> None:

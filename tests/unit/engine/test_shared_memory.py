@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from babyllama_ds import ranks
 from babyllama_ds.engine import distributed, shared_memory
 from babyllama_ds.errors import MachineError
 from babyllama_ds.pipeline import running
@@ -77,18 +76,18 @@ def test_nccl_told_to_spare_it_needs_none(monkeypatch: pytest.MonkeyPatch) -> No
     shared_memory.check_shared_memory("cuda", 8)
 
 
-def test_a_run_is_refused_before_it_writes_anything(
+def test_a_run_is_refused_before_nccl_starts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Ranks of cards that are not there: all but the check itself is stood in for."""
+    """Ranks of cards that are not there. They start NCCL as soon as they meet."""
     pretend_free(monkeypatch, OF_DOCKER)
     ended = []
     monkeypatch.setattr(distributed, "resolve_device", lambda _: "cuda")
-    monkeypatch.setattr(distributed, "start", lambda _, **__: None)
+    monkeypatch.setattr(distributed, "start", lambda *_, **__: pytest.fail("the ranks met"))
     monkeypatch.setattr(distributed, "stop", lambda: ended.append(True))
-    monkeypatch.setattr(ranks, "on_every_rank", lambda work: work())
     monkeypatch.setenv("LOCAL_SIZE", "4")
-    with pytest.raises(MachineError, match="expected 256 MiB"):
+    with pytest.raises(MachineError, match="expected 256 MiB") as caught:
         running.run_job(load_job(find_job("nursery"), []), runs=tmp_path / "runs")
+    assert caught.value.told_by == "each node"
     assert ended == [True]
     assert not (tmp_path / "runs").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -128,6 +129,37 @@ def test_cuda_without_triton_is_said_once(
         module._kernels.cache_clear()
     (message,) = caplog.messages
     assert message.startswith("the loss takes PyTorch's operators on CUDA")
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        subprocess.CalledProcessError(1, ["gcc", "driver.c"]),  # without Python.h
+    ],
+    ids=["no compiler", "no headers"],
+)
+def test_cuda_where_triton_can_start_nothing_goes_without_it(
+    refusal: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton imports all the same, and builds what talks to the card at its first kernel."""
+    pytest.importorskip("triton")
+    from babyllama_ds.losses import triton_rows
+
+    class Driver:
+        @property
+        def active(self) -> None:
+            raise refusal
+
+    monkeypatch.setattr(triton_rows, "driver", Driver())
+    module._kernels.cache_clear()
+    module._say_without_kernel.cache_clear()
+    try:
+        assert not takes_kernel(torch.bfloat16, torch.device("cuda"), 2)
+    finally:
+        module._kernels.cache_clear()
+    (message,) = caplog.messages
+    assert message.endswith(str(refusal).splitlines()[0])
 
 
 # -- other divergences and the z-loss, by hand -----------------------------------------------------

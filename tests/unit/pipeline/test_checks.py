@@ -45,7 +45,9 @@ def corpus(tokenizer_dir: Path) -> Any:
     return SimpleNamespace(tokenizer=tokenizer, shards=shards)
 
 
-def parts(*, kernel: str = "sdpa", documents: bool = False, suites: tuple[Any, ...] = ()) -> Any:
+def job_setup(
+    *, kernel: str = "sdpa", documents: bool = False, suites: tuple[Any, ...] = ()
+) -> Any:
     return SimpleNamespace(
         attention=lambda where, spec, training: kernel,
         device=torch.device("cpu"),
@@ -76,12 +78,12 @@ def saved(
 def check(
     spec: PretrainedModel,
     corpus: Any,
-    parts: Any,
+    setup: Any,
     *,
     training: TrainingSpec | None = None,
     layers: tuple[int, ...] = (),
 ) -> Any:
-    return checks._check_loaded(parts, "teachers.a", spec, [training], layers, corpus)
+    return checks._check_loaded(setup, "teachers.a", spec, [training], layers, corpus)
 
 
 def test_a_flash_kernel_is_tried_on_the_card_alone(
@@ -104,7 +106,7 @@ def test_a_flash_kernel_is_tried_on_the_card_alone(
     spec = saved()
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "set_attn_implementation", chosen)
-        assert check(spec, corpus, parts(kernel="flash_attention_2")) == "plain"
+        assert check(spec, corpus, job_setup(kernel="flash_attention_2")) == "plain"
     assert ("set to flash_attention_2", torch.bfloat16) in used
     before = used[: used.index(("set to flash_attention_2", torch.bfloat16))]
     assert {dtype for _, dtype in before} == {torch.float32}
@@ -122,16 +124,16 @@ def test_a_model_without_a_backbone_is_not_to_be_fine_tuned(
         num_local_experts=1, pad_token_id=None, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     spec = saved(hf.Llama4ForCausalLM(config))
-    assert check(spec, corpus, parts()) == "logits"
+    assert check(spec, corpus, job_setup()) == "logits"
     with pytest.raises(ModelError, match=r"teachers\.a\.model: got Llama4ForCausalLM, of which"):
-        check(spec, corpus, parts(suites=("glue",)))
+        check(spec, corpus, job_setup(suites=("glue",)))
 
 
 def test_what_looks_ahead_is_refused(saved: Callable[..., PretrainedModel], corpus: Any) -> None:
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.3}
     config = hf.BertConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, **sizes)
     with pytest.raises(ModelError, match=r"teachers\.a\.model: got BertLMHeadModel, whose pred"):
-        check(saved(hf.BertLMHeadModel(config)), corpus, parts())
+        check(saved(hf.BertLMHeadModel(config)), corpus, job_setup())
 
 
 def opt(**changes: Any) -> Any:
@@ -145,26 +147,26 @@ def test_layerdrop_is_refused_in_training_alone(
     saved: Callable[..., PretrainedModel], corpus: Any
 ) -> None:
     spec = saved(opt(layerdrop=0.1))
-    check(spec, corpus, parts())
+    check(spec, corpus, job_setup())
     with pytest.raises(ModelError, match=r"layerdrop 0\.1"):
-        check(spec, corpus, parts(), training=TRAINING)
+        check(spec, corpus, job_setup(), training=TRAINING)
 
 
 def test_layers_that_cannot_be_matched(saved: Callable[..., PretrainedModel], corpus: Any) -> None:
     spec = saved(opt(word_embed_proj_dim=8))
-    check(spec, corpus, parts(), layers=(0,))
+    check(spec, corpus, job_setup(), layers=(0,))
     with pytest.raises(ModelError, match="whose layer 1 gives states of shape"):
-        check(spec, corpus, parts(), layers=(0, 1))
+        check(spec, corpus, job_setup(), layers=(0, 1))
 
 
 def test_a_family_that_looks_across_documents(
     saved: Callable[..., PretrainedModel], corpus: Any
 ) -> None:
     spec = saved(opt())
-    check(spec, corpus, parts())
+    check(spec, corpus, job_setup())
     with pytest.raises(ModelError, match=r"windows\.attention=document"):
-        check(spec, corpus, parts(documents=True))
-    check(saved(), corpus, parts(documents=True))
+        check(spec, corpus, job_setup(documents=True))
+    check(saved(), corpus, job_setup(documents=True))
 
 
 def test_a_family_that_does_not_run_in_the_jobs_precision(
@@ -179,7 +181,7 @@ def test_a_family_that_does_not_run_in_the_jobs_precision(
 
     monkeypatch.setattr(hf.LlamaForCausalLM, "forward", only_fp32)
     with pytest.raises(ModelError, match=r"does not run in bfloat16 \(expected m1 and m2"):
-        check(saved(), corpus, parts())
+        check(saved(), corpus, job_setup())
 
 
 def test_other_splits_of_the_same_vocabulary_are_said(
@@ -187,14 +189,14 @@ def test_other_splits_of_the_same_vocabulary_are_said(
 ) -> None:
     spec = saved()
     with caplog.at_level("WARNING", "babyllama_ds"):
-        check(spec, corpus, parts())
+        check(spec, corpus, job_setup())
     assert not caplog.records
     path = Path(spec.path) / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
     start = text.index('"merges": [') + len('"merges": [')
     path.write_text(text[:start] + text[text.rindex("]") :], encoding="utf-8")  # none is left
     with caplog.at_level("WARNING", "babyllama_ds"):
-        check(spec, corpus, parts())
+        check(spec, corpus, job_setup())
     (record,) = caplog.records
     said = record.getMessage()
     assert said.startswith("teachers.a.model: its tokenizer has the job's vocabulary, but splits")
@@ -222,10 +224,10 @@ def test_a_cache_of_windows_that_are_never_seen_is_told_of(
     if max_tokens is not None:
         changes.append(f"student.training.max_tokens={max_tokens}")
     windows = SimpleNamespace(num_windows=100, num_distinct=100, length=64)
-    parts = SimpleNamespace(
+    setup = SimpleNamespace(
         job=load_job(find_job("nursery"), changes), windows=lambda _corpus, seed: windows
     )
     with caplog.at_level("WARNING", "babyllama_ds"):
-        checks._tell_of_a_cache_too_large(parts, corpus)
+        checks._tell_of_a_cache_too_large(setup, corpus)
     expected = "filled with all 100 windows, of which student.training shows 99"
     assert [expected in line for line in caplog.messages] == [True] * told

@@ -31,7 +31,7 @@ def to_come(room: Room, *overrides: str, live_bytes: int = 0) -> int:
         ["windows.offsets={phases: 2}", *(f"distillation.{one}" for one in overrides)],
     )
     job = job.model_copy(update={"windows": job.windows.model_copy(update={"length": LENGTH})})
-    parts: Any = SimpleNamespace(
+    setup: Any = SimpleNamespace(
         job=job,
         dtype=torch.bfloat16,
         windows=lambda _corpus, seed: SimpleNamespace(num_distinct=WINDOWS),
@@ -42,7 +42,7 @@ def to_come(room: Room, *overrides: str, live_bytes: int = 0) -> int:
     )
     student = nn.Linear(PARAMETERS, 1, bias=False)
     corpus: Any = SimpleNamespace(tokenizer=range(VOCAB))
-    return cache_to_come(parts, student, corpus, live, room)
+    return cache_to_come(setup, student, corpus, live, room)
 
 
 def room(**changes: Any) -> Room:
@@ -119,9 +119,9 @@ def test_a_teacher_that_one_rank_cannot_load_is_an_error_of_all(
     monkeypatch.setattr(ranks, "world_size", lambda: 2)
     monkeypatch.setattr(ranks, "max_int", lambda _: 1)
     monkeypatch.setattr(ranks, "gather_objects", lambda _: of_ranks)
-    parts: Any = SimpleNamespace(
+    setup: Any = SimpleNamespace(
         attention=lambda *_, **__: "sdpa", device="cpu", dtype=torch.float32, group=lambda _: None
     )
     spec = load_job(find_job("nursery")).teachers[0]
     with pytest.raises(ModelError, match="no memory"):
-        frozen_teacher(parts, spec, tmp_path)
+        frozen_teacher(setup, spec, tmp_path)

@@ -15,8 +15,8 @@ from babyllama_ds.engine.checkpoint import CheckpointFolder
 from babyllama_ds.errors import MachineError
 from babyllama_ds.models import attention
 from babyllama_ds.pipeline import making
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.making import Maker
-from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.rundir import RunDirectory
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.models import PretrainedModel
@@ -44,11 +44,11 @@ def test_a_loaded_teacher_is_taken_with_a_kernel_that_has_no_dropout(
     spec = PretrainedModel(
         kind="pretrained", path=str(tmp_path / "elder"), attention="flash_attention_3"
     )
-    parts = Parts(load_job(find_job("nursery")), torch.device("cuda"))
+    setup = JobSetup(load_job(find_job("nursery")), torch.device("cuda"))
     with pytest.raises(MachineError, match="it has no dropout"):
-        parts.attention("teachers/elder", spec, training=True)
+        setup.attention("teachers/elder", spec, training=True)
     maker = Maker(
-        parts,
+        setup,
         RunDirectory(tmp_path),
         cast(Any, None),
         Store(tmp_path / "store"),

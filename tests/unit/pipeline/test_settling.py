@@ -31,14 +31,14 @@ WITH = ("student", "90 s of matrix products, it pays from 60 s on")
 def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a rank settles, by its own choice and the other's; and what is kept."""
     (tmp_path / "environment.json").write_text("{}")
-    parts = SimpleNamespace(
+    setup = SimpleNamespace(
         job=SimpleNamespace(deepspeed=SimpleNamespace(compile="auto")),
         device=SimpleNamespace(type="cpu"),
         device_kind="cpu",
         shapes_vary=lambda: False,
     )
     speed = SimpleNamespace(products_s=lambda *_: 90.0)
-    one = Settling(cast(Any, parts), RunDirectory(tmp_path), Storages(), cast(Any, speed))
+    one = Settling(cast(Any, setup), RunDirectory(tmp_path), Storages(), cast(Any, speed))
 
     def settle(*of_ranks: tuple[str, str], own: int) -> tuple[str, Any]:
         monkeypatch.setattr(settling, "choose_compiled", lambda *_, **__: of_ranks[own])
@@ -82,7 +82,7 @@ def test_a_trial_spares_what_the_cache_will_take(
 ) -> None:
     """It is filled after the trial, from the same memory, in the shape that the trial finds."""
     loss = DistillationSpec(cache=cache)
-    parts = SimpleNamespace(
+    setup = SimpleNamespace(
         job=SimpleNamespace(
             distillation=loss,
             windows=SimpleNamespace(length=12),
@@ -121,7 +121,7 @@ def test_a_trial_spares_what_the_cache_will_take(
     monkeypatch.setattr(
         settling, "objective_of", lambda *_, **__: SimpleNamespace(release=lambda: None)
     )
-    one = Settling(cast(Any, parts), RunDirectory(tmp_path), Storages(), cast(Any, None))
+    one = Settling(cast(Any, setup), RunDirectory(tmp_path), Storages(), cast(Any, None))
     corpus = SimpleNamespace(tokenizer=range(61))
     teachers = {"a": tmp_path, "b": tmp_path}
     found = one._find_micro_batch("student", nn.Linear(1, 1), TRAINING, cast(Any, corpus), teachers)

@@ -21,12 +21,12 @@ def test_a_card_that_is_full_before_the_run_is_told(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(module, "measure_matmul_rates", full)
     job = load_job(find_job("nursery"), [])
-    parts: Any = SimpleNamespace(
+    setup: Any = SimpleNamespace(
         job=job, models=lambda: [], device=torch.device("cpu"), micro_batch=lambda *_: 4
     )
     corpus: Any = SimpleNamespace(tokenizer=range(300))
     with pytest.raises(NoRoomError) as caught:
-        Speed(parts).facts(corpus)
+        Speed(setup).facts(corpus)
     (problem,) = caught.value.problems
     assert problem.where == "deepspeed.device"
     assert problem.got.startswith("no memory left (CUDA out of memory.")

@@ -13,8 +13,8 @@ import torch
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.pair_files import Task
 from babyllama_ds.pipeline import trial as module
+from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.pipeline.making import Maker
-from babyllama_ds.pipeline.parts import Parts
 from babyllama_ds.pipeline.trial import TIMED_BATCHES, TIMED_PAIRS, _Trial, _TryingMaker
 from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
@@ -50,7 +50,7 @@ def test_each_stage_is_tried_as_a_run_makes_it(
         return name
 
     trial: Any = SimpleNamespace(
-        parts=Parts(job, torch.device("cpu")),
+        setup=JobSetup(job, torch.device("cpu")),
         corpus=SimpleNamespace(entries=SimpleNamespace(pairs_dir=None)),
         _stage=stage,
         _evaluation=evaluation,
@@ -89,7 +89,7 @@ def test_what_is_measured_of_a_little_is_told_for_one(
     job = load_job(find_job("nursery"), ["evaluation.samples=3"])
     dev = DevWindows(windows_of=windows_of, num_windows=windows, batch_windows=5)
     trial: Any = SimpleNamespace(
-        parts=SimpleNamespace(
+        setup=SimpleNamespace(
             job=job,
             device=torch.device("cpu"),
             attention=lambda *_, **__: "sdpa",
@@ -136,7 +136,7 @@ def test_what_is_loaded_after_a_training_has_no_part_of_its_time(
     trial: Any = SimpleNamespace(
         scratch=tmp_path,
         maker=_TryingMaker.__new__(_TryingMaker),
-        parts=SimpleNamespace(dtype=torch.float32),
+        setup=SimpleNamespace(dtype=torch.float32),
         corpus=SimpleNamespace(entries=SimpleNamespace(tokenizer_dir=tmp_path)),
     )
     given: Any = object()
@@ -165,7 +165,7 @@ def test_pairs_of_milestones_may_be_more_than_those_of_models(
         (tmp_path / f"{name}.jsonl").write_text(number * pair)
     overrides = ["student.milestones=[9]", *(f"evaluation.{one}" for one in asked)]
     trial: Any = SimpleNamespace(
-        parts=Parts(load_job(find_job("nursery"), overrides), torch.device("cpu")),
+        setup=JobSetup(load_job(find_job("nursery"), overrides), torch.device("cpu")),
         corpus=SimpleNamespace(entries=SimpleNamespace(pairs_dir=tmp_path)),
         _stage=lambda *_: (None, tmp_path),
         _evaluation=lambda *_: None,

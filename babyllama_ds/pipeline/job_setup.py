@@ -1,4 +1,5 @@
-"""What several stages need: a job and a device enter; settings, windows and texts leave.
+"""A job set up on a device: both enter; kernels, configurations, windows and texts leave, as every
+stage needs them.
 
 Nothing here trains or writes. `where` and `stage` name a stage as people see it: `student`,
 `control`, `teachers/<name>`.
@@ -35,20 +36,20 @@ from babyllama_ds.training.batches import LabelMask, label_mask
 from babyllama_ds.training.milestones import Milestone, TextSize, milestones_of
 
 
-class Parts:
-    """What several stages need of one job on one device."""
+class JobSetup:
+    """One job on one device: what of it depends on both, and what several stages read."""
 
     def __init__(self, job: JobSpec, device: torch.device) -> None:
         self.job = job
         self.device = device
         self.precision = deepspeed.precision(self.deepspeed_config("student", job.student.training))
 
-    def of_milestones(self) -> Parts | None:
+    def of_milestones(self) -> JobSetup | None:
         """With the evaluation that is milestones' own; none: they are not measured."""
         evaluation = self.job.evaluation.of_milestones()
         if evaluation is None:
             return None
-        return Parts(self.job.model_copy(update={"evaluation": evaluation}), self.device)
+        return JobSetup(self.job.model_copy(update={"evaluation": evaluation}), self.device)
 
     @property
     def device_kind(self) -> distributed.Device:
