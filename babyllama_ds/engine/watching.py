@@ -18,7 +18,6 @@ A host whose kernel answers but whose ranks do nothing is not noticed here (`hea
 from __future__ import annotations
 
 import json
-import logging
 import os
 import selectors
 import socket
@@ -32,8 +31,6 @@ from typing import Any, Literal
 
 from babyllama_ds.engine.joining import Joined, Member, named
 from babyllama_ds.errors import LOST_EXIT_CODE, Problem
-
-log = logging.getLogger(__name__)
 
 GATHER_S = 2.0
 """From the first loss to the verdict: what belongs to the same end is known by then."""
@@ -131,8 +128,8 @@ class NodeWatch:
         try:
             more = self._links[rank].recv(65536)
         except OSError as error:
-            silent = isinstance(error, TimeoutError) or not isinstance(error, ConnectionError)
-            ending, more = ("fell silent" if silent else "broke off", ""), b""
+            killed = isinstance(error, ConnectionError)
+            ending, more = ("broke off" if killed else "fell silent", ""), b""
         *lines, self._heard[rank] = (self._heard[rank] + more).split(b"\n")
         for line in lines:
             said = json.loads(line)
@@ -202,8 +199,6 @@ class NodeWatch:
         )
         if first_here == self._rank:
             print(f"error: {text}", file=sys.stderr, flush=True)  # noqa: T201 - the process ends
-        for handler in logging.getLogger("babyllama_ds").handlers:
-            handler.flush()
         self.end(int(verdict["code"]))
 
     def _say_all(self, value: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -384,3 +385,21 @@ def test_a_second_node_keeps_a_copy(
     folder = CheckpointFolder(nodes.directory, fingerprint="f", storages=nodes)
     folder._copy(nodes.directory / "step-00000004")
     assert nodes.sent == sent
+
+
+def test_every_node_forgets_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps checkpoints on a disk of its own, which a long training would fill."""
+    nodes: Any = Nodes(tmp_path / "checkpoints", [1, 2, 3], [2, 3], [])
+    folder = CheckpointFolder(nodes.directory, fingerprint="f", storages=nodes)
+    prune, left = folder._prune, []
+
+    def noted() -> None:
+        prune()
+        left.append(sorted(path.name for path in nodes.directory.glob("*")))
+
+    monkeypatch.setattr(folder, "_prune", noted)
+    monkeypatch.setattr(folder, "_write", lambda *_: None)
+    engine: Any = SimpleNamespace(named_state=lambda: iter(()))
+    folder.save(engine, Progress(step=3), BestWeights())
+    newest = ["step-00000002", "step-00000003"]
+    assert left == [newest, newest, []]

@@ -141,6 +141,27 @@ def test_asked_to_stop_they_do_not_wait_for_the_others(port: int, waiting: tuple
     assert time.monotonic() - began_s < 30
 
 
+def test_a_request_that_comes_while_an_answer_is_awaited_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 answers when all ranks have come, which may be never."""
+    monkeypatch.setattr(joining, "LOOK_EVERY_S", 0.05)
+    looked = 0
+
+    def look() -> None:
+        nonlocal looked
+        looked += 1
+        if looked == 3:
+            raise Stopped("SIGTERM")
+
+    here, there = socket.socketpair()
+    with here, there:
+        began_s = time.monotonic()
+        with pytest.raises(Stopped):
+            joining._hear(here, began_s + 60, look)
+        assert time.monotonic() - began_s < 30
+
+
 def test_those_who_came_are_told_who_is_missing(port: int) -> None:
     found = meet(port, (0, "a", Facts()), (2, "b", Facts()), size=4)
     for outcome in found:
@@ -194,10 +215,12 @@ def test_other_versions_are_refused_on_every_rank(port: int) -> None:
         )
 
 
-def test_what_one_side_lacks_differs(port: int) -> None:
-    ours, theirs = Facts(same={"the job's new_key": 1}), Facts()
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_what_one_side_lacks_differs(lacking: int, port: int) -> None:
+    new, old = Facts(same={"the job's new_key": 1}), Facts()
+    ours, theirs = (new, old) if lacking else (old, new)
     found = meet(port, (0, "a", ours), (1, "b", theirs), size=2, timeout_s=20)
-    assert "null on host b (rank 1)" in text(found[0])
+    assert f"null on host {'ab'[lacking]} (rank {lacking})" in text(found[0])
 
 
 def test_other_hardware_is_warned_of(port: int, caplog: pytest.LogCaptureFixture) -> None:
@@ -239,28 +262,54 @@ def test_another_number_of_ranks_is_refused(port: int) -> None:
     assert "another rank 1, of host c, was here before" in str(twice)
 
 
-def test_strangers_at_the_port_change_nothing(port: int) -> None:
+@pytest.mark.parametrize(
+    "says",
+    [b"GET / HTTP/1.1\r\n\r\n", b'{"jsonrpc": "2.0"}\n', b"[]\n", b"\xff\n", b""],
+    ids=["a browser", "another's JSON", "a list", "no text", "nothing"],
+)
+def test_strangers_at_the_port_change_nothing(
+    says: bytes, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that says nothing stays; the ranks behind it are let in all the same."""
+    monkeypatch.setattr(joining, "HELLO_S", 0.3)
+    held: list[socket.socket] = []
+
     def stranger() -> None:
-        for _ in range(100):
+        for _ in range(500):
             try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1) as link:
-                    link.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                held.append(socket.create_connection(("127.0.0.1", port), timeout=1))
+                held[0].sendall(says)
                 return
             except OSError:
-                threading.Event().wait(0.02)
+                time.sleep(0.02)
 
-    thread = threading.Thread(target=stranger)
-    found = meet(
-        port,
-        (0, "a", Facts()),
-        (1, "b", Facts()),
-        size=2,
-        timeout_s=20,
-        before=thread.start,
-    )
-    thread.join()
-    assert all(isinstance(outcome, Joined) for outcome in found)
-    close(found)
+    def first() -> None:
+        """The stranger waits for rank 0 to listen, and the other rank for the stranger."""
+        threading.Thread(target=stranger).start()
+        monkeypatch.setattr(joining, "_report", after_the_stranger)
+
+    def after_the_stranger(*args: Any, **named: Any) -> Joined:
+        while not held:
+            time.sleep(0.02)
+        return report(*args, **named)
+
+    report = joining._report
+    began_s = time.monotonic()
+    found = meet(port, (0, "a", Facts()), (1, "b", Facts()), size=2, timeout_s=60, before=first)
+    assert all(isinstance(outcome, Joined) for outcome in found), found
+    assert time.monotonic() - began_s < 30
+    close([*found])
+    held[0].close()
+
+
+def test_who_never_ends_a_line_is_not_listened_to_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "LARGEST_BYTES", 1000)
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b"x" * 2000)
+        began_s = time.monotonic()
+        assert joining._hear(here, began_s + 60) is None
+        assert time.monotonic() - began_s < 30
 
 
 def test_a_launcher_that_says_too_little(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ That a host which is silent is noticed needs a host: tests/nodes.
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 from collections.abc import Iterator
@@ -67,6 +68,23 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Watched]]:
         one.watch.leave()
 
 
+class Broken:
+    """A connection on which the kernel reports an error; nobody may say anything on it any more."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+        self.said = b""
+
+    def recv(self, _size: int) -> bytes:
+        raise self.error
+
+    def sendall(self, line: bytes) -> None:
+        self.said += line
+
+    def close(self) -> None:
+        pass
+
+
 def test_all_leave_in_any_order(ranks: list[Watched]) -> None:
     for rank in (2, 0, 1, 3):
         ranks[rank].watch.leave()
@@ -84,6 +102,27 @@ def test_a_host_whose_ranks_die_is_named_once_to_all(
     assert [lost["rank"] for lost in facts["lost"]] == [2, 3]
     # Rank 0 speaks for its host; rank 1 beside it is silent.
     assert capfd.readouterr().err.count("error: host b (ranks 2, 3)") == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "got"),
+    [
+        (errno.ETIMEDOUT, "no answer for 30 s: it is down, or cut off from host a"),
+        (errno.EHOSTUNREACH, "no answer for 30 s: it is down, or cut off from host a"),
+        (errno.ECONNRESET, "the connection broke off: its processes were killed"),
+    ],
+)
+def test_a_silent_host_is_told_from_processes_that_were_killed(
+    number: int, got: str, ranks: list[Watched]
+) -> None:
+    """And nothing is said to it: that would wait for a host that takes nothing."""
+    link: Any = Broken(OSError(number, "of the kernel"))
+    real, ranks[0].watch._links[3] = ranks[0].watch._links[3], link
+    ranks[3].die()
+    assert ranks[0].wait() == LOST_EXIT_CODE
+    assert ranks[0].told[0][0].startswith(f"host b (rank 3): got {got}")
+    assert link.said == b""
+    real.close()
 
 
 def test_one_rank_that_dies_ends_the_others_of_its_host(ranks: list[Watched]) -> None:

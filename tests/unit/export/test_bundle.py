@@ -268,6 +268,50 @@ def test_until_it_is_whole_it_has_another_name(
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+@TARGETS
+def test_it_outlives_a_power_cut(
+    run_dir: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is on the disk before it has its name, and then the name."""
+    synced: list[int] = []
+    with_its_name: list[int] = []
+    sync, rename = os.fsync, Path.rename
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        with_its_name.append(len(synced))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(Path, "rename", renamed)
+    target = make(run_dir, tmp_path / name)
+    written = [path for path in (target, *target.rglob("*")) if path.is_file()]
+    (before,) = with_its_name
+    assert {path.stat().st_ino for path in written} <= set(synced[:before])
+    assert tmp_path.stat().st_ino in synced[before:]
+
+
+def test_a_file_that_grows_meanwhile(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size is told in no manifest: it is of the run, not of one of its parts."""
+    copy = bundle._into_directory
+
+    def grown(place: Path, name: str, *file: Any) -> None:
+        if name == "job.yaml":
+            with (run_dir / name).open("a") as stream:
+                stream.write("# more\n")
+        copy(place, name, *file)
+
+    monkeypatch.setattr(bundle, "_into_directory", grown)
+    (problem,) = refused(run_dir, tmp_path / "b")
+    assert problem.got == "job.yaml changed while it was copied while writing it"
+    assert not (tmp_path / "b").exists()
+
+
 def test_the_command(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "n.tar"
     assert cli.main(["export", str(run_dir), "--bundle", str(target)]) == 0

@@ -103,6 +103,17 @@ def test_teachers_may_differ_in_dtype_from_the_student() -> None:
     )
 
 
+def test_teachers_may_differ_in_dtype_from_each_other() -> None:
+    """Side by side in one product, their states would have to be of one."""
+    hidden, head = student()
+    of_32, of_64 = make_teachers()
+    of_32 = replace(
+        of_32, hidden_ND=of_32.hidden_ND.float(), head=Head(of_32.head.weight_PD.float())
+    )
+    mixed, wide = compute(hidden, head, teachers=[of_32, of_64]), compute(hidden, head)
+    torch.testing.assert_close(mixed.kl_sum, wide.kl_sum, rtol=1e-6, atol=0)
+
+
 def test_backward_scales_with_what_comes_from_above() -> None:
     hidden, head = student()
     once = gradients(compute(hidden, head), hidden, head)
