@@ -67,8 +67,8 @@ def try_job(job: JobSpec, *, runs: Path, seconds: float, began_s: float = 0.0) -
     entered = time.perf_counter()
     stop = StopRequest()
     stop.install()
-    device = distributed.start(distributed.resolve_device(job.deepspeed.device))
     try:
+        device = distributed.start(distributed.resolve_device(job.deepspeed.device))
         assert ranks.world_size() == 1, "a trial is of one rank"
         with scratch_folder(runs, ".trial-") as scratch:
             setup, store = JobSetup(job, device), Store(runs / "store", while_waiting=stop.check)

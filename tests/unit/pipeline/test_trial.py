@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from babyllama_ds.errors import MachineError
 from babyllama_ds.evaluation.evaluate import DevWindows
 from babyllama_ds.evaluation.pair_files import Task
 from babyllama_ds.pipeline import trial as module
@@ -172,3 +174,13 @@ def test_pairs_of_milestones_may_be_more_than_those_of_models(
     )
     pace = _Trial.run(cast(_Trial, trial))
     assert (pace.num_pairs, pace.num_milestone_pairs) == (of_models, of_milestones)
+
+
+def test_a_machine_that_is_refused_has_its_signals_back(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    job = load_job(find_job("nursery"), ["deepspeed.device=cuda"])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch.cuda, "device_count", lambda: 0)
+        with pytest.raises(MachineError, match="0 CUDA devices"):
+            module.try_job(job, runs=tmp_path, seconds=1)
+    assert signal.getsignal(signal.SIGTERM) is before
