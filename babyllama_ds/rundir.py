@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from babyllama_ds import files
 from babyllama_ds.errors import Problem, RunError
+from babyllama_ds.spec.document import show
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.resolved import dump_job
 from babyllama_ds.storages import Storages
@@ -35,7 +36,7 @@ FREE_KEYS = re.compile(
     r"|distillation\.(chunk_tokens|cache_tier|cache_kept)"
     r"|.*\.(micro_batch|gradient_checkpointing|log_every_steps|profile_steps)"
     r"|.*\.(checkpoint_every_steps|model\.attention|tensor_parallel)"
-    r"|corpus\.(sources\.\d+\.corpus\.)?(train|split\.dev|path|column)(\..*)?"
+    r"|corpus\.(sources\[\d+\]\.corpus\.)?(train|split\.dev|path|column)(\[\d+\])?"
     r"|(tokenizer|.*\.model)\.(path|revision)"
 )
 
@@ -70,8 +71,8 @@ class RunDirectory:
             problems = [
                 Problem(
                     where=f"{self.path}: {key}",
-                    got=f"{theirs!r} in the run that is there",
-                    expected=f"{ours!r}, as this job says",
+                    got=f"{show(theirs)} in the run that is there",
+                    expected=f"{show(ours)}, as this job says",
                     hint="give the job another `name`, or remove the directory",
                 )
                 for key, theirs, ours in differing_keys(
@@ -249,7 +250,7 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(inner, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _flat(inner, f"{path}.{index}")
+            yield from _flat(inner, f"{path}[{index}]")
     else:
         yield path, value
 

@@ -10,6 +10,7 @@ cleaned lines of a split, text by text, in bounded memory. `tokenizer` and `writ
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -40,6 +41,8 @@ from babyllama_ds.corpus.streams import (
 from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.files import hash_json
 from babyllama_ds.spec.corpus import FilesCorpus, HeldOutFiles, HubCorpus, MixCorpus, TextSpec
+
+log = logging.getLogger(__name__)
 
 Check = Callable[[], None]
 
@@ -122,6 +125,8 @@ class FileSources:
 def read_files(spec: FilesCorpus, *, check: Check | None = None, key: str) -> FileSources:
     """Find the files of `spec` and read each once: its hash, its lines, whether it is text.
 
+    Warns of files without text among others.
+
     Raises `DataError` with all problems of a kind at once: a pattern that matches nothing or what
     is not a text file; a file that cannot be read or is not UTF-8; the same text in train and dev;
     a split without any text; a table that rules for whole files are to clean.
@@ -143,6 +148,9 @@ def read_files(spec: FilesCorpus, *, check: Check | None = None, key: str) -> Fi
     ]
     if problems:
         raise DataError.all_of(problems)
+    if blank := [file.path for file in files if not file.has_text]:
+        told = "%s: %d of %d files without text, the first %s"
+        log.warning(told, key, len(blank), len(files), blank[0])
     tail = None if isinstance(spec.split, HeldOutFiles) else spec.split.fraction
     return FileSources(
         files=tuple(files), cleaning=spec.cleaning, tail=tail, documents=spec.documents

@@ -60,8 +60,10 @@ def generate(
     torch.manual_seed(sampling.seed)
     for prompt in prompts:
         ids_1S = _encoded(prompt, tokenizer, model, sampling.tokens).to(device)
+        # A tokenizer that puts a space before the first word gives it back.
+        added = "" if prompt.startswith(" ") else " "
         yield from (
-            cast(str, tokenizer.decode(ids_S, skip_special_tokens=True))
+            cast(str, tokenizer.decode(ids_S, skip_special_tokens=True)).removeprefix(added)
             for ids_S in continued(model, ids_1S, sampling, pad_id=tokenizer.pad_token_id)
         )
 

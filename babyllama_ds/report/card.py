@@ -292,7 +292,7 @@ def _optimisation(report: Mapping[str, Any], model_name: str) -> list[str]:
         f"{matrices}AdamW, learning rate {training['learning_rate']:g} ({training['schedule']}, "
         f"{training['warmup_steps']} warm-up steps), weight decay {training['weight_decay']:g}, "
         f"{training['batch_windows']} windows a step, at most {training['epochs']:g} "
-        f"epochs{seen}."
+        f"epoch{'s' * (training['epochs'] != 1)}{seen}."
     ]
     if model["seconds"] and model["steps"]:
         where = [report["environment"].get(key) for key in ("ranks", "device")]

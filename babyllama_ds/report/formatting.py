@@ -48,10 +48,10 @@ def columns(
 
 
 def number(value: float | None, digits: int, *, sign: bool = False) -> str:
-    """A number with a fixed count of decimals; with `sign`, a plus where it is positive."""
+    """A number with a fixed count of decimals, no minus before zero; with `sign`, a plus."""
     if value is None:
         return MISSING
-    return f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
+    return f"{value:+z,.{digits}f}" if sign else f"{value:z,.{digits}f}"
 
 
 def percent(share: float | None) -> str:

@@ -77,7 +77,7 @@ def _benchmark(name: str, benchmark: Mapping[str, Any]) -> list[str]:
         for task, score in tasks.items()
     ]
     return [
-        f"{name}: {accuracy} % (mean over {len(tasks)} tasks; guessing gives "
+        f"{name}: {accuracy} % (mean over {_tasks(tasks)}; guessing gives "
         f"{guessing(benchmark):.4g} %; {space}; {scored}; ties: {ties}, which count as wrong)",
         *([table(["term", "tasks", "pairs", "accuracy (%)"], by_term)] if terms else []),
         table(["task", "term", "pairs", "accuracy (%)"], [*by_task, *whole], left=2),
@@ -103,8 +103,8 @@ def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
     mean = ["mean over tasks", *[""] * 4, percent(suite["score"]), *[""] * (1 + several)]
     counts = ["training examples", "validation examples"]
     return [
-        f"{name}: {estimate(suite['score'], fine_tuning_error(suite))} (mean over {len(tasks)} "
-        "tasks of their scores, times 100)",
+        f"{name}: {estimate(suite['score'], fine_tuning_error(suite))} (mean over "
+        f"{_tasks(tasks)} of their scores, times 100)",
         *notes(suite["settings"]),
         table(
             ["task", "metric", *counts, "majority", "score", *by_seed, "epoch"],
@@ -112,3 +112,7 @@ def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
             left=2,
         ),
     ]
+
+
+def _tasks(tasks: Mapping[str, Any]) -> str:
+    return f"{len(tasks)} task{'s' * (len(tasks) != 1)}"

@@ -7,6 +7,7 @@ the document, each at the key's own line, with what was got, what was expected, 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -224,6 +225,8 @@ def _wrong_value(document: Document, at: Located, details: ErrorDetails) -> None
     near = closest(value, words) if isinstance(value, str) else None
     hint = f"did you mean `{near}`?" if near else _hint(kind, value, context)
     hint = hint or _as_a_kind(value, _models_in(at.annotation))
+    if at.annotation == tuple[str, ...] and isinstance(value, str):
+        hint = f"write [{json.dumps(value, ensure_ascii=False)}]"
     hint = hint or (field.description if field else None)
     document.complain(at.path, got=got, expected=expected, hint=hint)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,14 +208,14 @@ MATTERS = {
         ("windows.length=32", ["windows.length"]),
         ("windows.offsets=fixed", ["windows.offsets"]),
         ("student.training.epochs=7", ["student.training.epochs"]),
-        ("student.training.betas=[0.8, 0.999]", ["student.training.betas.0"]),
+        ("student.training.betas=[0.8, 0.999]", ["student.training.betas[0]"]),
         ("student.training.clip_norm=null", ["student.training.clip_norm"]),
         ("student.training.keep=last", ["student.training.keep"]),
         ("student.training.evaluate_every_steps=3", ["student.training.evaluate_every_steps"]),
         ("student.model.hidden_size=64", ["student.model.hidden_size"]),
         ("student.seed=5", ["student.seed"]),
-        ("teachers.gpt2.weight=2", ["teachers.0.weight"]),
-        ("teachers.llama.name=other", ["teachers.1.name"]),
+        ("teachers.gpt2.weight=2", ["teachers[0].weight"]),
+        ("teachers.llama.name=other", ["teachers[1].name"]),
         ("distillation.alpha=0.4", ["distillation.alpha"]),
         ("distillation.soft_reduction=token", ["distillation.soft_reduction"]),
         ("control.training={batch_windows: 8, epochs: 1, learning_rate: 0.1}", None),
@@ -240,7 +241,7 @@ def test_another_experiment_is_refused_and_its_keys_named(
         directory.open(job_of(name, override))
     named = [problem.where.removeprefix(f"{directory.path}: ") for problem in caught.value.problems]
     if keys is None:  # a whole part: all that is in it
-        assert {key.partition(".")[0] for key in named} == {
+        assert {re.split(r"[.[]", key)[0] for key in named} == {
             override.partition("=")[0].split(".")[0]
         }
         assert len(named) > 3
@@ -258,6 +259,19 @@ def test_all_differences_are_told_with_both_values(job_of: JobOf, directory: Run
     assert alpha.expected == "0.25, as this job says"
     assert seed.got == "1 in the run that is there"
     assert "another `name`" in (seed.hint or "")
+
+
+def test_values_are_told_as_a_job_writes_them(job_of: JobOf, directory: RunDirectory) -> None:
+    directory.open(job_of("nursery"))
+    changed = ("student.training.max_steps=9", "student.model.tied_embeddings=true")
+    with pytest.raises(RunError) as caught:
+        directory.open(job_of("nursery", *changed))
+    tied, steps = caught.value.problems
+    assert (tied.got, tied.expected) == (
+        "false in the run that is there",
+        "true, as this job says",
+    )
+    assert steps.got == "null in the run that is there"
 
 
 def test_a_job_that_failed_before_it_trained_may_be_corrected(
@@ -286,7 +300,7 @@ def test_differing_keys_by_hand() -> None:
     ours = {"a": {"b": 2, "c": [1]}, "evaluation": {"x": 2}, "new": "n"}
     assert list(differing_keys(theirs, ours)) == [
         ("a.b", 1, 2),
-        ("a.c.1", 2, None),
+        ("a.c[1]", 2, None),
         ("gone", 3, None),
         ("new", None, "n"),
     ]

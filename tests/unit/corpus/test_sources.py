@@ -128,6 +128,16 @@ def test_a_link_to_nowhere_and_a_file_that_may_not_be_read(
     ]
 
 
+def test_files_without_text_among_others_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, empty = write(tmp_path / "full.txt"), write(tmp_path / "empty.txt", " \n")
+    read_sources(corpus(full))
+    assert caplog.messages == []
+    read_sources(corpus(full, empty))
+    assert caplog.messages == [f"corpus: 1 of 2 files without text, the first {empty}"]
+
+
 @pytest.mark.parametrize("blank", ["", "\n \t\n", "\ufeff", "\u00a0\u2003\n"])
 def test_a_split_without_text_is_refused(tmp_path: Path, blank: str) -> None:
     empty = write(tmp_path / "empty.txt", blank)

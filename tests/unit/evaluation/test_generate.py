@@ -54,8 +54,10 @@ def test_without_sampling_it_is_the_likeliest_token_each_time(model_dir: Path) -
         ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))  # no cache of keys
         if ids[-1] == 2:
             break
-    assert text == tokenizer.decode(ids, skip_special_tokens=True)
-    assert text.strip().startswith("the little")
+    assert f" {text}" == tokenizer.decode(ids, skip_special_tokens=True)
+    assert text.startswith("the little")  # without the space that the tokenizer puts before it
+    (spaced,) = generate(str(model_dir), [" the little"], GREEDY, device=CPU)
+    assert spaced.startswith(" the little")
 
 
 def test_a_seed_gives_the_same_texts_again(model_dir: Path) -> None:

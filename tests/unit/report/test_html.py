@@ -177,6 +177,14 @@ def test_the_line_of_guessing_is_where_guessing_is(
     assert drawn[0] == line
 
 
+def test_one_task_is_no_plural(make_run: Any) -> None:
+    run = make_run()
+    blimp = collect_report(run)["minimal_pairs"]["blimp"]
+    one = {**blimp, "tasks": {"task_0": blimp["tasks"]["task_0"]}}
+    summaries = page_of(run, minimal_pairs={"blimp": one}).of("summary")
+    assert "1 task of blimp" in summaries
+
+
 def test_samples_keep_their_lines_and_what_was_given(make_run: Any, script: str) -> None:
     page = page_of(make_run())
     assert "The dog" in page.of("span")

@@ -80,6 +80,12 @@ def test_what_was_not_measured_is_not_told() -> None:
     assert "%" not in text
 
 
+def test_one_task_is_no_plural() -> None:
+    blimp = RESULT["minimal_pairs"]["blimp"]
+    one = {**blimp, "tasks": {"odd": blimp["tasks"]["odd"]}}
+    assert "(mean over 1 task; " in render_measured({**RESULT, "minimal_pairs": {"blimp": one}})
+
+
 def test_a_benchmark_behind_a_prefix_token() -> None:
     blimp = {**RESULT["minimal_pairs"]["blimp"], "prefix": "<s>", "leading_space": False}
     text = render_measured({**RESULT, "minimal_pairs": {"blimp": {**blimp, "terms": {}}}})

@@ -914,6 +914,13 @@ def test_card_of_the_student(run_dir: Path) -> None:
     assert "learning rate 0.0007 (cosine, 20 warm-up steps), weight decay 0.1" in card
 
 
+@pytest.mark.parametrize(("epochs", "told"), [(6.0, "at most 6 epochs"), (1.0, "at most 1 epoch,")])
+def test_a_card_counts_epochs(run_dir: Path, epochs: float, told: str) -> None:
+    report = collect_report(run_dir)
+    report["job"]["student"]["training"]["epochs"] = epochs
+    assert told in render_model_card(report, "student")
+
+
 def test_cards_name_what_they_were_made_from(run_dir: Path) -> None:
     report = collect_report(run_dir)
     own_seeds = {"student": "5", "control": "5", "wide": "6", "deep": "–"}
@@ -1054,6 +1061,8 @@ def test_durations(seconds, text) -> None:
 def test_numbers() -> None:
     assert number(-1234.5678, 2) == "-1,234.57"
     assert number(0.25, 3, sign=True) == "+0.250"
+    assert number(-1e-9, 4) == "0.0000"
+    assert number(-1e-9, 2, sign=True) == "+0.00"
     assert percent(0.6666) == "66.66"
     assert percent(None) == "–"
 
