@@ -1,4 +1,5 @@
-"""What there is to compute with: cores, cards, their memory and what they share; is bf16 right?"""
+"""What there is to compute with: cores, cards, their memory and what they share; is bf16 right, and
+can the loss's kernel be started?"""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from babyllama_ds.engine.shared_memory import (
     free_shared_bytes,
     needed_shared_bytes,
 )
+from babyllama_ds.losses.rows import KERNEL_REMEDY, why_no_kernel
 from babyllama_ds.memory import available_host_bytes
 
 LOW_MEMORY_GIB = 2.0
@@ -55,6 +57,16 @@ def bf16(device: Device) -> list[Finding]:
     """One bf16 product on every device, against float64."""
     places = _places(device)
     return [_bf16_on(place, name) for place, name in places]
+
+
+def loss_kernel(device: Device) -> list[Finding]:
+    """Whether the loss's kernel can be started on the cards."""
+    if device == "cpu":
+        return []
+    if (why := why_no_kernel()) is not None:
+        found = f"the loss goes without its kernel, which is slower: {why}"
+        return [warning("loss kernel", found, remedy=KERNEL_REMEDY)]
+    return [ok("loss kernel", "Triton can start it")]
 
 
 def host() -> Finding:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from babyllama_ds.doctor.attention import attention
-from babyllama_ds.doctor.devices import bf16, devices, host, shared_memory
+from babyllama_ds.doctor.devices import bf16, devices, host, loss_kernel, shared_memory
 from babyllama_ds.doctor.disk import disk
 from babyllama_ds.doctor.findings import Finding
 from babyllama_ds.doctor.hosts import hosts, read_hostfile
@@ -53,7 +53,7 @@ def examine(
         started = [
             stack.enter_context(Started(world, compiled=compiled)) for world in worlds(device)
         ]
-        found += [*bf16(device), *attention(device)]
+        found += [*bf16(device), *attention(device), *loss_kernel(device)]
         for each in started:
             found += zero2(each, compiled=compiled)
     return found if compiled else [*found, not_compiled(lacking)]

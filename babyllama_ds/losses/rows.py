@@ -38,6 +38,9 @@ from babyllama_ds.losses.mixture import Mixture, log_mix, mix
 
 log = logging.getLogger(__name__)
 
+KERNEL_REMEDY = "it takes a C compiler and Python's headers: apt install gcc python3-dev"
+"""Where Triton is there and cannot start a kernel."""
+
 
 def row_losses(
     student_CV: Tensor,
@@ -121,14 +124,27 @@ def is_kernels_work(kind: DivergenceKind, num_teachers: int) -> bool:
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
-    try:  # where they are asked for: Triton is not everywhere, and takes its time to load
+def why_no_kernel() -> str | None:
+    """Why Triton can start nothing on this machine's cards; none: it can.
+
+    At its first use Triton builds what talks to the card: a second.
+    """
+    try:  # where it is asked for: Triton is not everywhere, and takes its time to load
         from babyllama_ds.losses import triton_rows
 
         triton_rows.check_driver()
     except Exception as error:  # no Triton, no compiler of C, no headers of Python, an old driver
-        _say_without_kernel((str(error).strip() or type(error).__name__).splitlines()[0])
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    if (why := why_no_kernel()) is not None:
+        _say_without_kernel(f"{why} ({KERNEL_REMEDY})")
         return None
+    from babyllama_ds.losses import triton_rows
+
     return triton_rows
 
 

@@ -51,6 +51,30 @@ def pretend_cards(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free * GIB, 80 * GIB))
 
 
+# -- the loss's kernel ----------------------------------------------------------------------------
+
+
+def test_a_cpu_needs_no_loss_kernel() -> None:
+    assert module.loss_kernel("cpu") == []
+
+
+@pytest.mark.parametrize(
+    ("why", "status", "found"),
+    [
+        (None, "ok", "Triton can start it"),
+        ("Failed to find C compiler.", "warning", "slower: Failed to find C compiler."),
+    ],
+)
+def test_a_loss_kernel_that_cannot_be_started_is_a_warning(
+    why: str | None, status: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "why_no_kernel", lambda: why)
+    (finding,) = module.loss_kernel("cuda")
+    assert finding.status == status
+    assert finding.found.endswith(found)
+    assert why is None or "python3-dev" in finding.remedy
+
+
 # -- shared memory ---------------------------------------------------------------------------------
 
 
