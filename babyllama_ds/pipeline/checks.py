@@ -273,7 +273,7 @@ def _check_vocabulary(spec: PretrainedModel, corpus: Corpus, *, where: str) -> N
         raise ModelError.of(
             where,
             got=f"a vocabulary that differs in {len(different)} of "
-            f"{len(corpus.tokenizer)} ids ({'; '.join(shown + more)})",
+            f"{max(len(corpus.tokenizer), len(theirs))} ids ({'; '.join(shown + more)})",
             expected="the job's: the same bytes for every id",
             hint=f"use this model's tokenizer: tokenizer={{kind: pretrained, path: {spec.path}}}",
         )

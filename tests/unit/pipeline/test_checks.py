@@ -231,3 +231,13 @@ def test_a_cache_of_windows_that_are_never_seen_is_told_of(
         checks._tell_of_a_cache_too_large(setup, corpus)
     expected = "filled with all 100 windows, of which student.training shows 99"
     assert [expected in line for line in caplog.messages] == [True] * told
+
+
+def test_of_a_larger_vocabulary_no_more_ids_differ_than_there_are(tmp_path: Path) -> None:
+    for name, size in (("ours", 262), ("theirs", 268)):
+        spec = TrainedTokenizer(kind="bpe", vocab_size=size)
+        train_tokenizer(spec, iter(["the little dog sees the little ball"] * 9), tmp_path / name)
+    corpus: Any = SimpleNamespace(tokenizer=load_tokenizer(str(tmp_path / "ours")))
+    loaded = PretrainedModel(kind="pretrained", path=str(tmp_path / "theirs"))
+    with pytest.raises(ModelError, match="a vocabulary that differs in 6 of 268 ids"):
+        checks._check_vocabulary(loaded, corpus, where="student.model")
