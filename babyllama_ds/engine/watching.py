@@ -41,7 +41,10 @@ Ending = Literal["left", "failed", "broke off", "fell silent"]
 
 
 def keep_alive(link: socket.socket, timeout_s: float) -> None:
-    """Let the kernel find out within `timeout_s` that the other side's host does not answer."""
+    """Let the kernel find out after `timeout_s` that the other side's host does not answer.
+
+    It looks at the time when it asks anew: up to a sixth of it later, or a second.
+    """
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(timeout_s / 3)))
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(timeout_s / 6)))

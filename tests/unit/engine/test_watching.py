@@ -6,6 +6,7 @@ That a host which is silent is noticed needs a host: tests/nodes.
 from __future__ import annotations
 
 import errno
+import math
 import socket
 import time
 from collections.abc import Iterator
@@ -175,7 +176,7 @@ def test_the_end_comes_even_where_the_state_cannot_be_written(ranks: list[Watche
     assert ranks[0].wait() == LOST_EXIT_CODE
 
 
-@pytest.mark.parametrize("timeout_s", [0.5, 6, 300])
+@pytest.mark.parametrize("timeout_s", [0.5, 6, 100, 300])
 def test_the_kernel_finds_out_in_time(timeout_s: float) -> None:
     with socket.socket() as link:
         keep_alive(link, timeout_s)
@@ -183,4 +184,6 @@ def test_the_kernel_finds_out_in_time(timeout_s: float) -> None:
         idle, between = of(socket.TCP_KEEPIDLE), of(socket.TCP_KEEPINTVL)
         assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
         assert of(socket.TCP_USER_TIMEOUT) == timeout_s * 1000
-        assert idle + between <= max(2, timeout_s)
+        # It sees that the time is up when it asks anew, so it must ask about then.
+        asked_s = idle + math.ceil(max(0, timeout_s - idle) / between) * between
+        assert asked_s <= timeout_s + max(1, timeout_s / 6)

@@ -31,10 +31,11 @@ FIRST, SECOND = "a" * 40, "b" * 40
 
 
 class Hub:
-    """Its main branch, which moves, and what was asked of it."""
+    """Its main branch, which moves, a tag, and what was asked of it."""
 
     def __init__(self) -> None:
         self.main = FIRST
+        self.tags = {"v1": SECOND}
         self.asked: list[str | None] = []
 
 
@@ -56,7 +57,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         builder = real_find(folder(path), **given)
         if path == "nobody/tales":
             hub.asked.append(revision)
-            builder.hash = revision or hub.main
+            builder.hash = hub.main if revision is None else hub.tags.get(revision, revision)
         return builder
 
     def load(path: str, *, revision: str | None, **given: Any) -> Any:
@@ -71,13 +72,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def start(tmp_path: Path) -> Callable[..., JobSpec]:
     """A start of a run: the job with its commits."""
 
-    def pinned(corpus: str, *, run: str = "run") -> JobSpec:
+    def pinned(corpus: str, *, run: str = "run", storages: Storages | None = None) -> JobSpec:
         job = load_job(
             find_job("nursery"), [f"corpus={corpus}".replace("PATH", f"{tmp_path}/here")]
         )
         directory = RunDirectory(tmp_path / run)
         directory.open(job)
-        return pin_to_commits(job, directory, Storages())
+        return pin_to_commits(job, directory, storages or Storages())
 
     return pinned
 
@@ -119,3 +120,27 @@ def test_what_the_hub_does_not_give_is_told_at_its_key(
     monkeypatch.setattr(datasets, "load_dataset_builder", refuse)
     with pytest.raises(DataError, match=r"corpus\.sources\[0\]\.corpus\.path: got nobody/tales"):
         start(MIX)
+
+
+def test_two_revisions_of_one_dataset_stay_two(hub: Hub, start: Callable[..., JobSpec]) -> None:
+    tagged = MIX.replace("path: PATH", "path: nobody/tales, revision: v1")
+    for _ in range(2):
+        corpus: Any = start(tagged).corpus
+        assert [source.corpus.revision for source in corpus.sources] == [FIRST, SECOND]
+        hub.main = hub.tags["v1"] = "c" * 40
+
+
+def test_every_node_keeps_the_commits(hub: Hub, start: Callable[..., JobSpec]) -> None:
+    """The first node may be another one at the next start."""
+    kept: list[str] = []
+
+    class Nodes(Storages):
+        def on_each(self, work: Callable[[], Any]) -> list[Any]:
+            kept.append("on each")
+            return [work()]
+
+    nodes = Nodes(leads=(0, 1), hosts=("a", "b"))
+    start(TALES, storages=nodes)
+    assert kept == ["on each"]
+    start(TALES, storages=nodes)
+    assert kept == ["on each"], "nothing new"

@@ -64,6 +64,43 @@ def test_where_all_have_one_all_compile(settled: Any) -> None:
     assert settled(WITH, WITH, own=1)[0] == "student"
 
 
+def test_a_later_start_does_as_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where memory or rates are others by then; and every node remembers it."""
+    (tmp_path / "environment.json").write_text("{}")
+    parts = SimpleNamespace(
+        job=SimpleNamespace(deepspeed=SimpleNamespace(compile="auto")),
+        device=SimpleNamespace(type="cpu"),
+        device_kind="cpu",
+        shapes_vary=lambda: False,
+    )
+    speed = SimpleNamespace(products_s=lambda *_: 90.0)
+    asked, kept = [], []
+
+    class Nodes(Storages):
+        def on_each(self, work: Any) -> list[Any]:
+            kept.append("on each")
+            return [work()]
+
+    nodes = Nodes(leads=(0, 1), hosts=("a", "b"))
+    one = Settling(cast(Any, parts), RunDirectory(tmp_path), nodes, cast(Any, speed))
+
+    def choose(which: str, **_: Any) -> tuple[str, str]:
+        asked.append(which)
+        return ("student" if which == "auto" else which), "it pays"
+
+    monkeypatch.setattr(settling, "choose_compiled", choose)
+    auto = TRAINING.model_copy(update={"micro_batch": "auto"})
+    for found in (4, 2):
+        monkeypatch.setattr(one, "_find_micro_batch", lambda *_, found=found: found)
+        training, compiled = one.settle("student", nn.Module(), auto, cast(Any, None), None)
+        assert (training.micro_batch, compiled) == (4, "student")
+    assert asked == ["auto", "student"]
+    assert kept == ["on each"] * 2
+    known = {"student on 1 cpu ranks": {"micro_batch": 4, "compile": "student"}}
+    assert json.loads((tmp_path / "settled.json").read_text()) == known
+    assert json.loads((tmp_path / "environment.json").read_text()) == {"settled": known}
+
+
 GIB = 2**30
 
 
