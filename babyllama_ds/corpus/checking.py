@@ -213,7 +213,9 @@ def _count_rows(path: Path, column: str, check: Callable[[], None] | None) -> tu
 
 
 def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> DataError:
-    hint = "convert it, for instance: iconv -f LATIN1 -t UTF-8 OLD > NEW (or -f UTF-16)"
+    begins = error.object[error.start : error.start + 2] if not offset else b""
+    encoding = "UTF-16" if begins in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "LATIN1"
+    hint = f"convert it, for instance: iconv -f {encoding} -t UTF-8 OLD > NEW"
     if packing_of(path) is None and (packing := _begins_like(path)):
         hint = f"it begins like a compressed file: call it {path.name}.{packing}"
     inside = ", unpacked" if packing_of(path) else ""

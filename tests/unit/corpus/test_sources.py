@@ -158,7 +158,16 @@ def test_bytes_that_are_not_utf8_are_named_by_file_and_offset(tmp_path: Path) ->
     (problem,) = caught.value.problems
     assert problem.where == str(path)
     assert problem.got == f"byte 0xC3 at offset {len(good)} (invalid continuation byte)"
-    assert "iconv" in (problem.hint or "")
+    assert "iconv -f LATIN1 " in (problem.hint or "")
+
+
+def test_utf_16_is_known_by_its_mark(tmp_path: Path) -> None:
+    path = write(tmp_path / "windows.txt", "Once upon a time.\n".encode("utf-16"))
+    with pytest.raises(DataError) as caught:
+        read_sources(corpus(path))
+    (problem,) = caught.value.problems
+    assert problem.got == "byte 0xFF at offset 0 (invalid start byte)"
+    assert "iconv -f UTF-16 " in (problem.hint or "")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
