@@ -166,7 +166,7 @@ def test_a_teacher_with_a_token_more(job: Path, tmp_path: Path, copy: Path, toke
     tokenizer.save_pretrained(copy)
     said = refused(ModelError, job, tmp_path, elder(copy))
     stands_for = f"special {token}" if token.startswith("<") else repr(token.encode())
-    assert f"differs in 1 of 300 ids (300 is {stands_for}, not no token)" in said
+    assert f"differs in 1 of 301 ids (300 is {stands_for}, not no token)" in said
 
 
 # -- no meaning to compare ------------------------------------------------------------------------
