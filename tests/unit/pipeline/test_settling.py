@@ -25,20 +25,20 @@ from babyllama_ds.teachers.ensemble import Ensemble, Member
 TRAINING = TrainingSpec(batch_windows=8, micro_batch=2, epochs=1.0, learning_rate=1e-3)
 WITHOUT = ("none", "no C++ compiler here")
 WITH = ("student", "90 s of matrix products, it pays from 60 s on")
+SETUP: Any = SimpleNamespace(
+    job=SimpleNamespace(deepspeed=SimpleNamespace(compile="auto")),
+    device=SimpleNamespace(type="cpu"),
+    device_kind="cpu",
+    shapes_vary=lambda: False,
+)
+SPEED: Any = SimpleNamespace(products_s=lambda *_: 90.0)
 
 
 @pytest.fixture
 def settled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a rank settles, by its own choice and the other's; and what is kept."""
     (tmp_path / "environment.json").write_text("{}")
-    setup = SimpleNamespace(
-        job=SimpleNamespace(deepspeed=SimpleNamespace(compile="auto")),
-        device=SimpleNamespace(type="cpu"),
-        device_kind="cpu",
-        shapes_vary=lambda: False,
-    )
-    speed = SimpleNamespace(products_s=lambda *_: 90.0)
-    one = Settling(cast(Any, setup), RunDirectory(tmp_path), Storages(), cast(Any, speed))
+    one = Settling(SETUP, RunDirectory(tmp_path), Storages(), SPEED)
 
     def settle(*of_ranks: tuple[str, str], own: int) -> tuple[str, Any]:
         monkeypatch.setattr(settling, "choose_compiled", lambda *_, **__: of_ranks[own])
@@ -67,13 +67,6 @@ def test_where_all_have_one_all_compile(settled: Any) -> None:
 def test_a_later_start_does_as_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where memory or rates are others by then; and every node remembers it."""
     (tmp_path / "environment.json").write_text("{}")
-    parts = SimpleNamespace(
-        job=SimpleNamespace(deepspeed=SimpleNamespace(compile="auto")),
-        device=SimpleNamespace(type="cpu"),
-        device_kind="cpu",
-        shapes_vary=lambda: False,
-    )
-    speed = SimpleNamespace(products_s=lambda *_: 90.0)
     asked, kept = [], []
 
     class Nodes(Storages):
@@ -82,7 +75,7 @@ def test_a_later_start_does_as_the_first(tmp_path: Path, monkeypatch: pytest.Mon
             return [work()]
 
     nodes = Nodes(leads=(0, 1), hosts=("a", "b"))
-    one = Settling(cast(Any, parts), RunDirectory(tmp_path), nodes, cast(Any, speed))
+    one = Settling(SETUP, RunDirectory(tmp_path), nodes, SPEED)
 
     def choose(which: str, **_: Any) -> tuple[str, str]:
         asked.append(which)
