@@ -12,6 +12,8 @@ other parameters, the embedding and the head among them, are AdamW's.
 ZeRO gives each rank a slice of all matrices in a row, whose ends may lie inside a matrix. The U of
 such a matrix is put together by an all-reduce; each rank orthogonalises what it owns a part of, so
 the work is divided by ranks, and so is the momentum, which lies in slices as AdamW's moments do.
+Matrices of one shape are orthogonalised together: one by one, small ones would keep a card waiting
+for launches longer than for the rest of the step.
 
 DeepSpeed has a Muon of its own. It is not used: docs/training.md says what was measured.
 """
@@ -19,7 +21,8 @@ DeepSpeed has a Muon of its own. It is not used: docs/training.md says what was 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +39,8 @@ MOMENTUM = "momentum_buffer"
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _STEPS = 5
 _EPSILON = 1e-7
+TOGETHER = 2**24
+"""Numbers orthogonalised at once, if not more in one matrix."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Matrix:
     """Where that element lies in the rank's slice."""
     length: int
     """Owned elements; may be none of a shared matrix."""
+
+    def owned(self, flat: Tensor) -> Tensor:
+        """This rank's part of the matrix, in a rank's slice of all of them."""
+        return flat.narrow(0, self.at, self.length)
 
 
 class AdamWWithMuon(torch.optim.AdamW):
@@ -135,16 +144,16 @@ class AdamWWithMuon(torch.optim.AdamW):
         moving.lerp_(weights.grad, 1 - momentum)
         update = weights.grad.lerp(moving, momentum)
         weights.mul_(1 - rate * group["weight_decay"])
-        for matrix in self._matrices[weights]:
-            whole = _whole(update.narrow(0, matrix.at, matrix.length), matrix)
-            if matrix.length == 0:
-                continue
-            outputs, inputs = reversed(matrix.shape) if matrix.inputs_first else matrix.shape
-            orthogonal = orthogonalised(whole, self._dtype).reshape(-1)
-            weights.narrow(0, matrix.at, matrix.length).add_(
-                orthogonal.narrow(0, matrix.start, matrix.length),
-                alpha=-rate * math.sqrt(max(1, outputs / inputs)),
-            )
+        # Also of matrices that only others own a part of: they wait for this rank.
+        wholes = [(one, _whole(one.owned(update), one)) for one in self._matrices[weights]]
+        for alike in _batches([(one, whole) for one, whole in wholes if one.length]):
+            orthogonal = orthogonalised(torch.stack([whole for _, whole in alike]), self._dtype)
+            for (one, _), direction in zip(alike, orthogonal.flatten(1), strict=True):
+                outputs, inputs = reversed(one.shape) if one.inputs_first else one.shape
+                one.owned(weights).add_(
+                    direction.narrow(0, one.start, one.length),
+                    alpha=-rate * math.sqrt(max(1, outputs / inputs)),
+                )
 
 
 def _whole(own: Tensor, matrix: Matrix) -> Tensor:
@@ -157,16 +166,31 @@ def _whole(own: Tensor, matrix: Matrix) -> Tensor:
     return whole.view(matrix.shape)
 
 
-def orthogonalised(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix with singular values of about one, computed in `dtype`."""
+def _batches(
+    matrices: Sequence[tuple[Matrix, Tensor]],
+) -> Iterator[list[tuple[Matrix, Tensor]]]:
+    """Matrices of one shape, as many as shall be worked on together."""
+    by_shape: defaultdict[torch.Size, list[tuple[Matrix, Tensor]]] = defaultdict(list)
+    for one, whole in matrices:
+        by_shape[one.shape].append((one, whole))
+    for shape, alike in by_shape.items():
+        count = max(1, TOGETHER // shape.numel())
+        for first in range(0, len(alike), count):
+            yield alike[first : first + count]
+
+
+def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+    """[matrices, rows, columns] with singular values of about one, computed in `dtype`."""
     a, b, c = _COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    wide = (matrix.T if tall else matrix).to(dtype)
-    wide = wide / wide.norm().clamp(min=_EPSILON)  # no singular value is above one
+    tall = matrices.shape[1] > matrices.shape[2]
+    wide = (matrices.mT if tall else matrices).to(dtype)
+    # No singular value is above one.
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=_EPSILON)
     for _ in range(_STEPS):
-        gram = wide @ wide.T
-        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
-    return wide.T if tall else wide
+        gram = wide @ wide.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        wide = torch.baddbmm(wide, polynomial, wide, beta=a)
+    return wide.mT if tall else wide
 
 
 def layer_matrices(module: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:

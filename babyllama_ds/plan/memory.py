@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import torch
 
+from babyllama_ds.engine.muon import TOGETHER
 from babyllama_ds.losses.chunks import default_chunk_tokens
 from babyllama_ds.models.sizes import ModelSizes
 from babyllama_ds.plan.activations import (
@@ -58,6 +59,7 @@ Item = Literal[
     "offloading",
     "gradients, fp32",
     "gradient buckets",
+    "orthogonal updates",
     "best weights",
     "teachers",
     "teachers' hidden states",
@@ -348,9 +350,18 @@ def _update(stage: StageShape) -> dict[Item, int]:
     left = saved_bytes(stage.model, stage.micro) if stage.micro.device == "cpu" else 0
     return {
         "gradients, fp32": stage.gradients.updating,
+        "orthogonal updates": _orthogonal_updates(stage) if stage.muon else 0,
         "activations": left,
         "kept by the allocator": _kept(stage, left),
     }
+
+
+def _orthogonal_updates(stage: StageShape) -> int:
+    """Of all matrices in fp32; and of those worked on together once more, as two of the iteration's
+    and, at most as large, two Gram matrices."""
+    owned = stage.model.backbone_weights // stage.ranks
+    together = min(owned, TOGETHER)
+    return _FP32 * (owned + together) + 4 * stage.micro.element_bytes * together
 
 
 def _kept(stage: StageShape, saved: int) -> int:

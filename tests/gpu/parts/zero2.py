@@ -61,9 +61,9 @@ def _muon(device: torch.device, *, small: bool) -> Iterator[Measure]:
     matrix = torch.randn(size, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     spread = left @ torch.diag(torch.linspace(1, 0.2, min(size))) @ right
-    exact = orthogonalised(spread.double(), torch.float64)
+    exact = orthogonalised(spread.double()[None], torch.float64)[0]
     for dtype, allowed in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
-        got = orthogonalised(spread.to(device), dtype).cpu().double()
+        got = orthogonalised(spread.to(device)[None], dtype)[0].cpu().double()
         error = float((got - exact).norm() / exact.norm())
         yield at_most(f"Muon's iteration in {dtype}: relative error", error, allowed)
     singular = torch.linalg.svdvals(exact)

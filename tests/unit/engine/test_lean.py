@@ -232,14 +232,20 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "of_a_layer"), [({}, 0), ({"muon": {"learning_rate": 0.02}}, 7)]
+)
 def test_a_deeper_model_takes_no_more_operators(
-    tiny_model: Callable[..., Any], make_engine: Callable[..., TrainingEngine]
+    optimizer: dict[str, Any],
+    of_a_layer: int,
+    tiny_model: Callable[..., Any],
+    make_engine: Callable[..., TrainingEngine],
 ) -> None:
-    """Neither to reduce a bucket of gradients nor to update."""
+    """Neither to reduce a bucket of gradients nor to update; Muon adds to each of the matrices."""
     numbers = []
     for layers in (1, 4):
         model = tiny_model("llama", num_hidden_layers=layers)
-        engine = make_engine(Loss(model), {}, reduce_bucket_size=1_000_000)
+        engine = make_engine(Loss(model), optimizer, reduce_bucket_size=1_000_000)
         zero = engine._engine.optimizer
         for _ in range(2):  # the first makes what the others find
             loss = engine.forward(batches()[0])
@@ -250,7 +256,7 @@ def test_a_deeper_model_takes_no_more_operators(
                 engine._engine._backward_epilogue()
                 engine.step(1e-3)
         numbers.append(operators.number)
-    assert numbers[0] == numbers[1]
+    assert numbers[1] - numbers[0] == 3 * of_a_layer
 
 
 @contextmanager

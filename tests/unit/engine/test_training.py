@@ -308,9 +308,9 @@ def test_muon_computes_in_the_jobs_precision(
 ) -> None:
     real, found = muon.orthogonalised, []
 
-    def seen(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-        made = real(matrix, dtype)
-        found.append((matrix.dtype, made.dtype))
+    def seen(matrices: Tensor, dtype: torch.dtype) -> Tensor:
+        made = real(matrices, dtype)
+        found.extend([(matrices.dtype, made.dtype)] * len(matrices))
         return made
 
     monkeypatch.setattr(muon, "orthogonalised", seen)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from babyllama_ds.engine.muon import TOGETHER
 from babyllama_ds.losses.matching import hidden_distance_sum
 from babyllama_ds.models.sizes import ModelSizes
 from babyllama_ds.plan.activations import (
@@ -307,6 +308,15 @@ def test_muon_has_one_moment_for_the_matrices_of_the_layers() -> None:
     memory = rank_memory(replace(STAGE, muon=True))
     assert memory.moments["backward"]["moments, fp32"] == 20_000 - 7_000
     assert memory.host_bytes == 14 * 10_000 - 4 * 7_000
+
+
+def test_muons_updates_are_there_once_whole_and_some_of_them_worked_on() -> None:
+    items = rank_memory(replace(STAGE, muon=True)).moments["update"]
+    assert items["orthogonal updates"] == 4 * 1_750 + (4 + 4 * 2) * 1_750  # of four ranks
+    assert rank_memory(STAGE).moments["update"]["orthogonal updates"] == 0
+    large = replace(STAGE.model, backbone_weights=10 * TOGETHER)
+    items = rank_memory(replace(STAGE, model=large, ranks=2, muon=True)).moments["update"]
+    assert items["orthogonal updates"] == 4 * 5 * TOGETHER + 12 * TOGETHER
 
 
 def test_recomputed_layers_keep_their_inputs_and_come_back_one_by_one() -> None:
