@@ -193,6 +193,12 @@ def orthogonalised(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     return wide.mT if tall else wide
 
 
+def orthogonalising_flops(shape: Sequence[int]) -> int:
+    """FLOPs of `orthogonalised` for one matrix: three products in each step of the iteration."""
+    short, long = sorted(shape)
+    return _STEPS * (4 * short**2 * long + 2 * short**3)
+
+
 def layer_matrices(module: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
     """Weights of linear layers but the head's, each with whether its rows are inputs."""
     models = (part for part in module.modules() if isinstance(part, PreTrainedModel))

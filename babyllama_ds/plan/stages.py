@@ -2,7 +2,7 @@
 
 FLOPs are the matrix products of `models.sizes`. A stage's are those of training (forward and
 backward, head included), of the teachers' forward passes (heads included; with a cache, backbones
-once for each distinct window), and of the evaluations on development windows.
+once for each distinct window), of Muon's updates, and of the evaluations on development windows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from babyllama_ds.corpus.windows import TrainWindows
-from babyllama_ds.models.sizes import ModelSizes, model_sizes
+from babyllama_ds.engine.muon import layer_matrices, orthogonalising_flops
+from babyllama_ds.models.sizes import ModelSizes, meta_model, model_sizes
 from babyllama_ds.models.splitting import check_split
 from babyllama_ds.plan.corpus import PlannedCorpus, cut
 from babyllama_ds.spec.job import JobSpec
@@ -32,18 +33,20 @@ class StageFlops:
     """The teachers, forward."""
     cache: int
     """Those of the teachers' that fill a cache, before the first step."""
+    updates: int
+    """Muon's iteration; AdamW multiplies no matrices."""
     evaluation: int
     """The trained model on development windows, during training and after."""
 
     @property
     def steps(self) -> int:
         """What is computed in the steps: a run's tokens per second are of these."""
-        return self.training + self.teachers - self.cache
+        return self.training + self.teachers - self.cache + self.updates
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.training + self.teachers + self.evaluation
+        return self.training + self.teachers + self.updates + self.evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +156,7 @@ class _Planner:
             training=tokens * a_token,
             teachers=in_steps + cache,
             cache=cache,
+            updates=steps * self._update_flops(name, spec, training),
             evaluation=self._evaluation_flops(name, sizes, training, steps),
         )
         return PlannedStage(
@@ -166,6 +170,13 @@ class _Planner:
             flops=flops,
             distilled=distilled,
         )
+
+    def _update_flops(self, name: str, spec: ModelSpec, training: TrainingSpec) -> int:
+        """Of one step."""
+        if training.muon is None:
+            return 0
+        model = meta_model(spec, self.corpus.vocab_size, where=f"{name}.model")
+        return sum(orthogonalising_flops(matrix.shape) for matrix, _ in layer_matrices(model))
 
     def _teacher_flops(self, tokens: int) -> tuple[int, int]:
         """In the steps, on every token; to fill a cache, on distinct windows alone."""

@@ -77,6 +77,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
                 "flops": {
                     "training": stage.flops.training,
                     "teachers": stage.flops.teachers,
+                    "updates": stage.flops.updates,
                     "evaluation": stage.flops.evaluation,
                 },
             }
@@ -154,8 +155,15 @@ def _title(plan: Plan) -> str:
 
 
 def _stages(plan: Plan) -> str:
+    by_muon = any(stage.training.muon is not None for stage in plan.work.stages)
     flops = [
-        [s.flops.training, s.flops.teachers, s.flops.evaluation, s.flops.total]
+        [
+            s.flops.training,
+            s.flops.teachers,
+            *([s.flops.updates] if by_muon else []),
+            s.flops.evaluation,
+            s.flops.total,
+        ]
         for s in plan.work.stages
     ]
     total = sum(row[-1] for row in flops)
@@ -170,8 +178,9 @@ def _stages(plan: Plan) -> str:
         ]
         for stage, row in zip(plan.work.stages, flops, strict=True)
     ]
-    rows.append(["all", *[""] * 6, _three_digits(total / size)])
-    header = ["stage", "parameters", "steps", "tokens", "training", "teachers", "evaluation", "all"]
+    parts = ["training", "teachers", *(["Muon"] if by_muon else []), "evaluation", "all"]
+    header = ["stage", "parameters", "steps", "tokens", *parts]
+    rows.append(["all", *[""] * (len(header) - 2), _three_digits(total / size)])
     return f"work, matrix products in {unit}\n" + columns(header, rows)
 
 

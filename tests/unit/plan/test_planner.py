@@ -16,6 +16,7 @@ from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
 from babyllama_ds.corpus.prepare import open_corpus, prepare_corpus
 from babyllama_ds.corpus.windows import TrainWindows
+from babyllama_ds.engine.muon import layer_matrices, orthogonalised
 from babyllama_ds.errors import JobError, MachineError, ModelError
 from babyllama_ds.models.recomputing import recompute_layers
 from babyllama_ds.models.sizes import meta_model
@@ -123,6 +124,31 @@ def test_layers_that_are_computed_again_are_counted(nursery: Job, tmp_path: Path
         planned = student.flops.training / student.tokens * 64
         assert planned == pytest.approx(counts[again] + spared, rel=1e-3)
     assert counts[True] > 1.2 * counts[False]
+
+
+def test_muons_products_are_counted(nursery: Job, tmp_path: Path) -> None:
+    """Against PyTorch's own count of an update's, of GPT-2's and LLaMA's matrices."""
+    job = nursery(
+        ON_CPU,
+        "student.training.muon.learning_rate=0.02",
+        "teachers.0.training.muon.learning_rate=0.02",
+    )
+    plan = plan_job(job, Question(tokens=64 * 101, runs=tmp_path))
+    gpt2, llama, student, _ = plan.work.stages
+    for stage in (gpt2, student):
+        model = meta_model(stage.spec, 800, where="").to_empty(device="cpu")
+        with FlopCounterMode(display=False) as counter:
+            for matrix, _ in layer_matrices(model):
+                orthogonalised(matrix.detach()[None], torch.float32)
+        assert stage.flops.updates == stage.steps * counter.get_total_flops() > 0
+    assert llama.flops.updates == 0
+    before = plan_job(nursery(ON_CPU), Question(tokens=64 * 101, runs=tmp_path)).work.stages[2]
+    assert student.flops.total - before.flops.total == student.flops.updates
+    assert student.flops.steps - before.flops.steps == student.flops.updates
+    table = render_plan(plan).split("\n\n")[1].splitlines()
+    assert table[1].split()[-5:] == ["training", "teachers", "Muon", "evaluation", "all"]
+    assert table[4].split()[-3] == f"{student.flops.updates / 1e12:.3g}"
+    assert table[-1].split()[0] == "all"
 
 
 def test_a_cache_runs_the_backbones_once(nursery: Job, tmp_path: Path) -> None:
@@ -691,6 +717,7 @@ def test_the_json_holds_the_same(nursery: Job, tmp_path: Path) -> None:
     assert data["stages"]["student"]["flops"] == {
         "training": flops.training,
         "teachers": flops.teachers,
+        "updates": 0,
         "evaluation": flops.evaluation,
     }
     assert data["ranks"]["2"]["seconds"] == plan.counts[1].seconds
