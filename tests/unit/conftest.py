@@ -8,13 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Read once, at the first import of deepspeed in this process: tests compute on the CPU, also where
 # there is a GPU.
@@ -86,6 +87,34 @@ def tiny_model() -> Callable[..., Any]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return {"llama": llama, "gpt2": gpt2}[kind](**changes)
+
+    return make
+
+
+@pytest.fixture
+def muon_of(tiny_model: Callable[..., Any]) -> Callable[..., Any]:
+    """Muon of these weights and gradients, owned whole by one rank; every other one has rows that
+    are inputs. With it their slice and where each lies in it."""
+    from babyllama_ds.engine.muon import MOMENTUM, AdamWWithMuon, Matrix
+    from babyllama_ds.spec.training import TrainingSpec
+
+    def make(
+        training: TrainingSpec, weights: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> tuple[AdamWWithMuon, nn.Parameter, list[Matrix]]:
+        flat = nn.Parameter(torch.cat([weight.flatten() for weight in weights]))
+        flat.grad = torch.cat([gradient.flatten() for gradient in gradients])
+        sizes = [weight.numel() for weight in weights]
+        matrices = [
+            Matrix(weight.shape, bool(number % 2), False, 0, end - weight.numel(), weight.numel())
+            for number, (weight, end) in enumerate(zip(weights, accumulate(sizes), strict=True))
+        ]
+        optimizer = AdamWWithMuon(tiny_model("llama"), training)
+        (group, *_) = optimizer.param_groups
+        group |= {"params": [flat]}
+        optimizer.param_groups = [group]
+        optimizer.state[flat][MOMENTUM] = torch.zeros_like(flat)
+        optimizer._matrices[flat] = matrices
+        return optimizer, flat, matrices
 
     return make
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,59 +48,60 @@ def spec(**changes: Any) -> TrainingSpec:
     return TrainingSpec(**{**values, "muon": Muon(learning_rate=5e-2, momentum=0.9), **changes})
 
 
-@pytest.mark.parametrize("together", [1, 3 * 40 * 24, 2**24])
-def test_in_bf16_a_step_is_torchs(
-    together: int, tiny_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of matrices that one rank owns whole, with others' numbers around: each as if it were alone,
-    whether rows are outputs or inputs, and however many are worked on at once. Products of several
-    matrices may add up in another order: then a number may round to its neighbour in bf16."""
-    monkeypatch.setattr(muon, "TOGETHER", together)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_in_bf16_a_step_is_torchs(shape: tuple[int, int], tiny_model: Callable[..., Any]) -> None:
+    """A matrix that one rank owns whole, in the middle of its slice."""
     generator = torch.Generator().manual_seed(2)
-    matrices = []
-    at = 5
-    for shape in 4 * SHAPES:
-        size = torch.Size(shape)
-        # A square one transposed has another Gram matrix, which rounds otherwise.
-        inputs_first = len(matrices) % 2 == 1 and shape[0] != shape[1]
-        matrices.append(Matrix(size, inputs_first, False, start=0, at=at, length=size.numel()))
-        at += size.numel()
-    theirs = [nn.Parameter(torch.randn(_upright(one), generator=generator)) for one in matrices]
-    ours = nn.Parameter(_slice_of(theirs, matrices, at + 3))
+    theirs = nn.Parameter(torch.randn(shape, generator=generator))
+    before, size = 5, theirs.numel()
+    ours = nn.Parameter(torch.zeros(before + size + 3))
+    ours.data[before : before + size] = theirs.detach().flatten()
     optimizer = AdamWWithMuon(Linears(tiny_model("llama")), spec())
     (group, *_) = optimizer.param_groups
-    group |= {"params": [ours], "lr": 5e-2}
+    group["params"] = [ours]
     optimizer.param_groups = [group]
     optimizer.state[ours][MOMENTUM] = torch.zeros_like(ours)
     optimizer._dtype = torch.bfloat16
-    optimizer._matrices[ours] = matrices
-    torchs = torch.optim.Muon(theirs, lr=5e-2, momentum=0.9, weight_decay=0.3)
+    optimizer._matrices[ours] = [
+        Matrix(theirs.shape, inputs_first=False, shared=False, start=0, at=before, length=size)
+    ]
+    torchs = torch.optim.Muon([theirs], lr=5e-2, momentum=0.9, weight_decay=0.3)
     for _ in range(4):
-        for weight in theirs:
-            weight.grad = torch.randn(weight.shape, generator=generator)
-        ours.grad = _slice_of([weight.grad for weight in theirs], matrices, at + 3)
+        theirs.grad = torch.randn(shape, generator=generator)
+        ours.grad = torch.zeros_like(ours)
+        ours.grad[before : before + size] = theirs.grad.flatten()
+        group["lr"] = 5e-2
         torchs.step()
         optimizer.step()
     torch.testing.assert_close(
-        ours.detach(),
-        _slice_of(theirs, matrices, at + 3),
-        rtol=1e-6,
-        atol=1e-6 if together == 1 else 4 * 5e-2 * 2**-8,
+        ours.detach()[before : before + size].view(shape), theirs.detach(), rtol=1e-6, atol=1e-6
     )
+    assert not ours[:before].any()
+    assert not ours[before + size :].any()
 
 
-def _upright(one: Matrix) -> tuple[int, ...]:
-    """As torch has it: outputs, inputs."""
-    return tuple(reversed(one.shape)) if one.inputs_first else tuple(one.shape)
+@pytest.mark.parametrize("together", [1, 3 * 40 * 24, 2**24])
+def test_matrices_worked_on_together_are_each_as_if_alone(
+    together: int, muon_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several of each shape, in turns, with rows that are outputs or inputs."""
+    monkeypatch.setattr(muon, "TOGETHER", together)
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.randn(shape, generator=generator) for shape in 4 * SHAPES]
+    gradients = [torch.randn(shape, generator=generator) for shape in 4 * SHAPES]
+    optimizer, ours, matrices = muon_of(spec(), weights, gradients)
+    optimizer.param_groups[0]["lr"] = 5e-2
+    optimizer.step()
+    for one, weight, gradient in zip(matrices, weights, gradients, strict=True):
+        outputs, inputs = reversed(one.shape) if one.inputs_first else one.shape
+        expected = weight * (1 - 5e-2 * 0.3)
+        expected -= 5e-2 * max(1, outputs / inputs) ** 0.5 * alone(gradient)
+        found = one.owned(ours.detach()).view(one.shape)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def _slice_of(weights: Sequence[Any], matrices: Sequence[Matrix], size: int) -> Tensor:
-    """A rank's slice with these matrices in it, and zeros around."""
-    flat = torch.zeros(size)
-    for weight, one in zip(weights, matrices, strict=True):
-        stored = weight.detach().T if one.inputs_first else weight.detach()
-        flat[one.at : one.at + one.length] = stored.flatten()
-    return flat
+def alone(gradient: Tensor) -> Tensor:
+    return orthogonalised(gradient[None], torch.float32)[0]
 
 
 def test_rates_follow_the_schedule_and_keep_their_ratio(tiny_model: Callable[..., Any]) -> None:
@@ -156,7 +157,7 @@ def test_a_matrix_that_ranks_share(tiny_model: Callable[..., Any], monkeypatch: 
         optimizer.step()
         parts.append(ours.detach())
     expected = whole * (1 - 5e-2 * 0.3)
-    expected -= 5e-2 * (6 / 4) ** 0.5 * orthogonalised(gradient[None], torch.float32)[0]
+    expected -= 5e-2 * (6 / 4) ** 0.5 * alone(gradient)
     torch.testing.assert_close(torch.cat(parts).view(6, 4), expected, rtol=1e-5, atol=1e-6)
 
 

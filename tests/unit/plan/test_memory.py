@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from babyllama_ds.engine.muon import TOGETHER
 from babyllama_ds.losses.matching import hidden_distance_sum
@@ -25,6 +28,7 @@ from babyllama_ds.plan.memory import (
     chunk_bytes,
     rank_memory,
 )
+from babyllama_ds.spec.training import Muon, TrainingSpec
 
 ZERO2: dict[str, Any] = {
     "zero_optimization": {"stage": 2, "reduce_scatter": False, "reduce_bucket_size": 1_000},
@@ -63,6 +67,7 @@ STAGE = StageShape(
     evaluation_tokens=64,
     deepspeed=ZERO2,
 )
+MUON = TrainingSpec(batch_windows=1, epochs=1.0, learning_rate=1e-2, muon=Muon(learning_rate=1e-2))
 
 
 def test_the_engine_under_zero_2() -> None:
@@ -317,6 +322,33 @@ def test_muons_updates_are_there_once_whole_and_some_of_them_worked_on() -> None
     large = replace(STAGE.model, backbone_weights=10 * TOGETHER)
     items = rank_memory(replace(STAGE, model=large, ranks=2, muon=True)).moments["update"]
     assert items["orthogonal updates"] == 4 * 5 * TOGETHER + 12 * TOGETHER
+
+
+@pytest.mark.parametrize("shapes", [[(256, 256)] * 8, [(256, 256)] * 8 + [(512, 256)] * 4])
+def test_a_step_of_muon_takes_no_more_than_is_planned(
+    shapes: list[tuple[int, int]], muon_of: Callable[..., Any]
+) -> None:
+    """In fp32, whose products need no room of their own on a CPU; all of it, if all are square."""
+    matrices = [torch.randn(shape) for shape in shapes]
+    optimizer, *_ = muon_of(MUON, matrices, matrices)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        optimizer.step()
+    results: Any = profiled.profiler.kineto_results
+    events = sorted(results.events(), key=lambda event: event.start_ns())
+    measured = max(accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
+    stage = replace(
+        STAGE,
+        model=replace(STUDENT, backbone_weights=sum(one.numel() for one in matrices)),
+        micro=replace(MICRO, element_bytes=4),
+        ranks=1,
+        deepspeed=FP32,
+        muon=True,
+    )
+    planned = rank_memory(stage).moments["update"]["orthogonal updates"]
+    if len(set(shapes)) == 1:
+        assert planned == pytest.approx(measured, rel=1e-3)
+    else:
+        assert 0.5 * planned < measured < planned
 
 
 def test_recomputed_layers_keep_their_inputs_and_come_back_one_by_one() -> None:
