@@ -43,7 +43,7 @@ REFUSED: Mapping[str, str] = {
     "gradient_allreduce_op": "the loss relies on the mean over ranks",
     "prescale_gradients": _NO_NEED,
     "gradient_predivide_factor": _NO_NEED,
-    "zero_allow_untested_optimizer": "the engine sets it, where `training.muon` asks for it",
+    "zero_allow_untested_optimizer": "both optimizers here are tested under ZeRO",
     "zero_force_ds_cpu_optimizer": "the optimizer is torch's AdamW, also where it is offloaded",
     "aio": _OFFLOAD,
     "activation_checkpointing": "models here do not use DeepSpeed's checkpointed layers",

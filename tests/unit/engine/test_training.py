@@ -321,6 +321,28 @@ def test_muon_computes_in_the_jobs_precision(
     assert found == [(torch.float32, in_steps)] * (2 * 7)
 
 
+@pytest.mark.parametrize("options", [{}, {"muon": MUON}], ids=["adamw", "muon"])
+def test_deepspeed_warns_of_neither_optimizer(
+    options: dict[str, Any],
+    tiny_model: Callable[..., Any],
+    training_spec: Callable[..., TrainingSpec],
+    make_engine: Callable[..., TrainingEngine],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from deepspeed.runtime.zero import utils
+    from deepspeed.utils import logger
+
+    # As in a new process, whatever engines were made in this one.
+    monkeypatch.setattr(utils, "ZERO_SUPPORTED_OPTIMIZERS", [torch.optim.AdamW])
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level("WARNING", logger=logger.name):
+        make_engine(
+            NextTokenLoss(tiny_model("llama")), training_spec(batch_windows=BATCH, **options)
+        )
+    assert not caplog.messages
+
+
 def test_a_model_that_comes_in_eval_mode_is_trained_with_its_dropout(
     tiny_model: Callable[..., Any],
     training_spec: Callable[..., TrainingSpec],
