@@ -21,6 +21,7 @@ from babyllama_ds import ranks
 from babyllama_ds.engine.joining import Facts, Joined, join
 from babyllama_ds.engine.quirks import (
     ask_torch_for_free_memory,
+    leave_out_deepspeeds_muon,
     quiet_known_noise,
     skip_looks_at_windows,
     skip_shared_memory_op,
@@ -109,6 +110,7 @@ def start(
     import deepspeed
 
     skip_shared_memory_op()
+    leave_out_deepspeeds_muon()
     skip_looks_at_windows()
     quiet_known_noise()
     if device == "cuda":

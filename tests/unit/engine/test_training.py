@@ -682,6 +682,14 @@ def test_two_ranks_train_as_a_plain_process(
 
 
 @pytest.mark.launch
+def test_what_is_not_compiled_does_without_the_compiler(two_ranks: Path) -> None:
+    """DeepSpeed would import it for its own Muon, and every rank start seconds later."""
+    results = [json.loads(path.read_text()) for path in two_ranks.glob("*/rank*.json")]
+    assert len(results) == 2 * len(TWO_RANK_CASES)
+    assert not any(result["compiler"] for result in results)
+
+
+@pytest.mark.launch
 @pytest.mark.parametrize("name", TWO_RANK_CASES)
 def test_two_ranks_go_on_bit_for_bit(name: str, two_ranks: Path) -> None:
     undisturbed = load_file(two_ranks / name / "undisturbed.safetensors")
@@ -757,7 +765,11 @@ def train_case(folder: Path, name: str, device: torch.device) -> dict[str, Any]:
     assert progress.step == len(RATES)
     train(engine, batches["then"], RATES)
     keep(engine, folder / "resumed.safetensors")
-    result = {"norms": norms[: len(RATES)], "accumulation": engine.accumulation_steps}
+    result = {
+        "norms": norms[: len(RATES)],
+        "accumulation": engine.accumulation_steps,
+        "compiler": "torch._inductor.compile_fx" in sys.modules,
+    }
     engine.destroy()
     if name == "llama":
         result |= {"overflowed": {}, "kept": {}}
