@@ -72,8 +72,9 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Watched]]:
 class Broken:
     """A connection on which the kernel reports an error; nobody may say anything on it any more."""
 
-    def __init__(self, error: OSError) -> None:
+    def __init__(self, error: OSError, link: socket.socket) -> None:
         self.error = error
+        self.fileno = link.fileno  # the watch may ask for it yet
         self.said = b""
 
     def recv(self, _size: int) -> bytes:
@@ -117,8 +118,9 @@ def test_a_silent_host_is_told_from_processes_that_were_killed(
     number: int, got: str, ranks: list[Watched]
 ) -> None:
     """And nothing is said to it: that would wait for a host that takes nothing."""
-    link: Any = Broken(OSError(number, "of the kernel"))
-    real, ranks[0].watch._links[3] = ranks[0].watch._links[3], link
+    real = ranks[0].watch._links[3]
+    link: Any = Broken(OSError(number, "of the kernel"), real)
+    ranks[0].watch._links[3] = link
     ranks[3].die()
     assert ranks[0].wait() == LOST_EXIT_CODE
     assert ranks[0].told[0][0].startswith(f"host b (rank 3): got {got}")
