@@ -137,6 +137,9 @@ def start(
         # Takes over the group that stands.
         deepspeed.init_distributed(dist_backend=backend)
     ranks.start_control_group()
+    # What is imported stays: nobody need look through it for garbage, as each engine that is freed
+    # does, and Python by itself between two steps.
+    gc.freeze()
     return torch.device(device, ranks.local_rank()) if device == "cuda" else torch.device("cpu")
 
 
@@ -155,6 +158,7 @@ def stop() -> None:
         deepspeed.comm.destroy_process_group()
         # Engines lie in reference cycles, which still hold groups and so gloo's threads.
         gc.collect()
+    gc.unfreeze()
 
 
 @contextmanager

@@ -37,13 +37,10 @@ def alone() -> Iterator[torch.device]:
         os.environ.pop(key, None)
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        device = distributed.start("cpu")
-        # Every engine that is freed has garbage collected: what is imported need not be looked at.
+        # Every engine that is freed has garbage collected: there should be as little as may be.
         gc.collect()
-        gc.freeze()
-        yield device
+        yield distributed.start("cpu")
     finally:
-        gc.unfreeze()
         distributed.stop()
         os.environ.clear()
         os.environ.update(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import socket
@@ -159,9 +160,11 @@ def test_alone_there_is_a_world_of_one_as_often_as_wanted(
         assert (ranks.rank(), ranks.world_size()) == (0, 1)
         assert dist.get_backend() == "gloo"
         assert torch.get_num_threads() == 1
+        assert gc.get_freeze_count() > 0
         assert dist.get_global_rank(groups._get_data_parallel_group(), 0) == 0
         distributed.stop()
         assert not dist.is_initialized()
+        assert gc.get_freeze_count() == 0
         distributed.stop()
 
 
