@@ -254,7 +254,7 @@ def total_steps(training: TrainingSpec, num_windows: int, length: int) -> int:
 def tokens_after(step: int, training: TrainingSpec, num_windows: int, length: int) -> int:
     """Tokens of the windows of the first `step` batches, over all ranks."""
     epochs, k = divmod(step, steps_per_epoch(training, num_windows))
-    return length * (epochs * num_windows + min(k * training.batch_windows, num_windows))
+    return length * (epochs * num_windows + k * training.batch_windows)  # all but the last are full
 
 
 def check_warmup(training: TrainingSpec, num_windows: int, length: int, *, where: str) -> None:

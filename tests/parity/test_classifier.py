@@ -28,6 +28,7 @@ from transformers import (
 from babyllama_ds.evaluation.classifier import Classifier, Encoded, Update
 
 VOCAB, LABELS, PAD = 50, 3, 0
+UNSEEN = VOCAB - 1
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 24,
@@ -55,11 +56,11 @@ CONFIGS = {
 
 
 def examples(number: int, seed: int) -> Encoded:
-    """Of 1 to 20 tokens, none of which is the padding."""
+    """Of 1 to 20 tokens, none of which is the padding or the last of the vocabulary."""
     draw = torch.Generator().manual_seed(seed)
     lengths = [1, 20, *torch.randint(1, 21, (number - 2,), generator=draw).tolist()]
     return Encoded(
-        token_ids=[torch.randint(1, VOCAB, (n,), generator=draw).tolist() for n in lengths],
+        token_ids=[torch.randint(1, UNSEEN, (n,), generator=draw).tolist() for n in lengths],
         labels=torch.randint(0, LABELS, (number,), generator=draw).tolist(),
     )
 
@@ -137,6 +138,7 @@ def test_learning_is_that_of_the_trainer(name: str, batch_tokens: int, tmp_path:
     batch several passes."""
     ours, theirs = both(name, tmp_path)
     start = copy.deepcopy(ours.head.weight)
+    unseen_D = ours.model.get_input_embeddings().weight[UNSEEN].clone()
     some = examples(22, seed=5)
     epochs, size, rate = 3, 8, 1e-2
     steps = epochs * -(-len(some.labels) // size)
@@ -163,6 +165,8 @@ def test_learning_is_that_of_the_trainer(name: str, batch_tokens: int, tmp_path:
         ),
     ).train()
     assert (ours.head.weight - start).abs().max() > 0.01
+    # So small a decay would be lost in the tolerances below.
+    assert torch.equal(ours.model.get_input_embeddings().weight[UNSEEN], unseen_D)
     torch.testing.assert_close(ours.head.weight, theirs.score.weight, rtol=1e-3, atol=1e-4)
     expected = dict(theirs.base_model.named_parameters())
     for key, parameter in ours.model.base_model.named_parameters():

@@ -81,6 +81,11 @@ def test_weights_are_shares_of_the_words(write: Any) -> None:
     assert words(texts(mixed(*sources, words=4000))) == {"one": 3000, "other": 1000}
     # Without a total: all of the source that is shortest for its share.
     assert words(texts(mixed(*sources))) == {"one": 5000, "other": 1670}
+    # Of 4002 and 4003 a quarter is a thousand and a part of a word, which no line is read for.
+    single = {"name": "one", "corpus": write("one", numbered("a", 5000, words=1)), "weight": 3.0}
+    for total in (4002, 4003):
+        found = words(texts(mixed(single, sources[1], words=total)))
+        assert found == {"one": total * 3 // 4, "other": 1000}
 
 
 def test_texts_of_a_source_are_read_in_order(write: Any) -> None:
@@ -97,6 +102,7 @@ def test_the_order_of_asking_does_not_matter(write: Any) -> None:
     many = write("many", numbered("a", 4), numbered("b", 4))
     sources = read_sources(mixed({"name": "all", "corpus": many, "words": 61}))
     opened = list(iter_text(sources, "train"))
+    assert [domain for domain, _ in opened] == ["all/many0", "all/many1"]
     assert [len(list(lines)) for _, lines in reversed(opened)] == [4, 4]
 
 
@@ -135,7 +141,8 @@ def test_against_the_obvious_way(
 ) -> None:
     """All text in a list, lines taken from it until there are words enough."""
     trains = [
-        "".join("w " * n + f"{i}{j}\n" for j, n in enumerate(each)) for i, each in enumerate(lines)
+        "".join("w \t " * n + f"{i}{j}\n" for j, n in enumerate(each))
+        for i, each in enumerate(lines)
     ]
     shutil.rmtree(tmp_path / "s", ignore_errors=True)
     source = {"name": "s", "corpus": write("s", *trains), "words": budget, "repeat": repeat}

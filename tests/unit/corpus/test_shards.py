@@ -353,6 +353,12 @@ def test_reading_across_shards(split_up: TokenShards) -> None:
     assert split_up.read("train", last, 3).tolist() == expected[last:]
 
 
+def test_a_token_is_counted_in_all_shards(split_up: TokenShards) -> None:
+    whole_stream = stream(split_up, "train")
+    for token in set(whole_stream):
+        assert split_up.count("train", token) == whole_stream.count(token)
+
+
 @pytest.mark.parametrize("length", [1, 6, 7, 8, 30])
 def test_gathering_equals_reading_one_by_one(split_up: TokenShards, length: int) -> None:
     available = split_up.num_tokens("train") - length

@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from babyllama_ds import ranks
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
 from babyllama_ds.errors import DataError, ModelError
 from babyllama_ds.evaluation import fine_tuning
+from babyllama_ds.evaluation.classifier import Classifier, Encoded, Update
 from babyllama_ds.evaluation.fine_tuning import (
     Learner,
     encode_task,
@@ -126,6 +128,9 @@ def test_texts_read_as_they_were_with_an_end_behind_each(learner: Learner, suite
     decoded = learner.tokenizer.decode(encoded["train"].token_ids[0])
     assert decoded == f" {LINES[0]}</s> {LINES[1]}</s>"
     assert encoded["train"].labels[0] == VERBS.index(LINES[1].split()[2]) // 2
+    begun = replace(learner, leading_space=False, prefix="bos")
+    decoded = learner.tokenizer.decode(encode_task(begun, mnli, 60)["train"].token_ids[0])
+    assert decoded == f"<s>{LINES[0]}</s>{LINES[1]}</s>"
 
 
 def test_a_tokenizer_that_ends_no_text_is_refused(learner: Learner, suite_of) -> None:
@@ -260,6 +265,7 @@ def test_the_best_epoch_counts_and_patience_ends(
     calls: list[str] = []
 
     def planted(metric: str, labels: str, predicted: str) -> float:
+        assert metric == "mcc", "an epoch is the best by the metric that is reported"
         calls.append(predicted)
         return next(told)
 
@@ -285,6 +291,42 @@ def test_seeds_differ_and_each_is_the_same_again(learner: Learner, suite_of) -> 
     assert mnli["score"] == pytest.approx(sum(mnli["scores"]) / 2)
     one = learnt(learner, suite.model_copy(update={"seeds": 1}))
     assert one["tasks"]["mnli"]["predictions"] == mnli["predictions"][:1]
+
+
+def test_every_example_once_an_epoch_in_an_order_of_its_own(
+    learner: Learner, suite_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its task, seed and epoch; the last batch may be short."""
+    batches: list[list[int]] = []
+    learn = Update.__call__
+
+    def noted(update: Update, examples: Encoded, chosen: list[int], batch_tokens: int) -> None:
+        batches.append(chosen)
+        learn(update, examples, chosen, batch_tokens)
+
+    monkeypatch.setattr(Update, "__call__", noted)
+    learnt(learner, suite_of(tasks=tasks("cola", "coin"), batch_size=9, epochs=2, seeds=2))
+    epochs = [batches[first : first + 4] for first in range(0, len(batches), 4)]
+    assert [[len(batch) for batch in epoch] for epoch in epochs] == [[9, 9, 9, 5]] * 8
+    orders = [[index for batch in epoch for index in batch] for epoch in epochs]
+    assert all(sorted(order) == list(range(32)) for order in orders)
+    assert len(set(map(tuple, orders))) == 8
+
+
+def test_dropout_is_for_learning_alone(
+    learner: Learner, suite_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[bool] = []
+    forward = Classifier.forward
+
+    def noted(classifier: Classifier, token_ids: Any) -> torch.Tensor:
+        assert len({module.training for module in classifier.modules()}) == 1
+        passes.append(classifier.training)
+        return forward(classifier, token_ids)
+
+    monkeypatch.setattr(Classifier, "forward", noted)
+    learnt(learner, suite_of(tasks=tasks("cola"), epochs=2, batch_size=16))
+    assert passes == [True, True, False] * 2
 
 
 def test_a_tasks_own_settings_are_taken(learner: Learner, suite_of) -> None:
@@ -340,6 +382,10 @@ def test_what_is_remembered_is_not_learnt_again(learner: Learner, suite_of) -> N
         assert len(done) == before + 1, changes
     learnt(learner, suite_of(seeds=2), remember=remember)
     assert len(done) == 3 + 7 + 3  # the second seed of each
+    for other in (replace(learner, leading_space=False), replace(learner, prefix="bos")):
+        before = len(done)
+        learnt(other, suite_of(), remember=remember)
+        assert len(done) == before + 3, "these models get other tokens"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 20])

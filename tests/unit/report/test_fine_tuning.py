@@ -403,6 +403,22 @@ def test_runs_measured_with_other_settings_have_no_gain(run: Path, tmp_path: Pat
     assert "No gain is told in glue: its tasks, examples or settings are not the same" in text
 
 
+def test_runs_measured_on_other_examples_have_no_gain(run: Path, tmp_path: Path) -> None:
+    """Also where the settings are the same: the files behind them may have changed."""
+    runs = runs_of(tmp_path, run, measured(5, 20))
+    path = runs[1] / "report" / "report.json"
+    for fact in ("metric", "examples", "train_examples", "majority"):
+        before = path.read_text()
+        report = json.loads(before)
+        report["fine_tuning"]["glue"]["tasks"]["rte"][fact] = 9
+        path.write_text(json.dumps(report))
+        for order in (runs, runs[::-1]):
+            text = render_gains(order)
+            assert "glue (score, points)" not in text
+            assert "No gain is told in glue" in text
+        path.write_text(before)
+
+
 def test_a_report_of_before_has_a_dash(run: Path, tmp_path: Path) -> None:
     first, second = runs_of(tmp_path, run, measured(5, 20))
     path = second / "report" / "report.json"

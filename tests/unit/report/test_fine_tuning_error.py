@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -169,10 +170,13 @@ def test_the_error_of_a_difference_is_that_of_the_same_examples() -> None:
     assert found < 0.9 * math.hypot(*(each or 0.0 for each in apart))
 
 
-def test_the_error_of_an_accuracy_by_hand() -> None:
-    # 40 of 50 right: sqrt(0.8 · 0.2 / 49).
-    found = fine_tuning_error(suite(task("accuracy", "1" * 50, "1" * 40 + "0" * 10)))
-    assert found == pytest.approx(math.sqrt(0.16 / 49), rel=0.06)
+@pytest.mark.parametrize(("right", "size"), [(40, 50), (4, 6), (2, 3)])
+def test_the_error_of_an_accuracy_by_hand(right: int, size: int) -> None:
+    """Of 40 in 50: sqrt(0.8 · 0.2 / 49)."""
+    said = "1" * right + "0" * (size - right)
+    found = fine_tuning_error(suite(task("accuracy", "1" * size, said)))
+    share = right / size
+    assert found == pytest.approx(math.sqrt(share * (1 - share) / (size - 1)), rel=0.06)
 
 
 def test_it_is_the_same_every_time() -> None:
@@ -214,6 +218,26 @@ def test_with_several_seeds_it_is_the_spread_over_examples_and_seeds(
     # The clipping at 0 makes it somewhat too large where seeds bring nothing of their own.
     high = 1.1 if by_seed else 1.5
     assert 0.85 < statistics.fmean(variances) / statistics.variance(scores) < high
+
+
+def test_of_few_examples_and_seeds_it_is_that_of_all_draws() -> None:
+    """Where n / (n − 1), and S − 1 in place of S, weigh most: each of the 5⁵ draws, once."""
+    labels, said = "11111", ["10100", "00001", "11011"]
+    size, seeds = len(labels), len(said)
+    scores = [
+        [sum(text[i] == "1" for i in places) / size for text in said]
+        for places in product(range(size), repeat=size)
+    ]
+    means = [statistics.fmean(of_seed) for of_seed in zip(*scores, strict=True)]
+    shifts = [[a - b for a, b in zip(draw, means, strict=True)] for draw in scores]
+    growth = size / (size - 1)
+    by_examples = growth * statistics.pvariance([statistics.fmean(draw) for draw in scores])
+    of_the_choice = growth * statistics.fmean(statistics.variance(draw) for draw in shifts)
+    measured = statistics.variance(plain_score("accuracy", labels, each) for each in said)
+    assert measured > 1.5 * of_the_choice, "else it may be clipped at 0"
+    expected = math.sqrt(by_examples + (measured - of_the_choice) / seeds)
+    found = fine_tuning_error(suite(task("accuracy", labels, *said)))
+    assert found == pytest.approx(expected, rel=0.05)
 
 
 def test_seeds_that_agree_on_everything_bring_nothing() -> None:

@@ -78,7 +78,8 @@ def test_a_benchmark_that_a_run_lacks_is_a_dash_and_no_gain(tmp_path: Path) -> N
     runs = [run(tmp_path, "a", 2.0, 2.1), run(tmp_path, "b", 2.0, 2.3)]
     more = {"dev_ce": 2.0, "minimal_pairs": {"blimp": 0.5, "ewok": 0.75}}
     changed(runs[1], models={"student": more, "control": more})
-    for order in (runs, runs[::-1]):
+    runs += [changed(run(tmp_path, "c", 2.0, 2.1), models={"student": more, "control": more})]
+    for order in (runs, runs[::-1], [runs[1], runs[0], runs[2]]):
         table = render_gains(order)
         assert "| a | student | 2.0000 | 60.00 | – |" in table
         assert "| b | student | 2.0000 | 50.00 | 75.00 |" in table
@@ -163,6 +164,8 @@ def test_gains_on_the_way_are_of_milestones_that_both_have(tmp_path: Path) -> No
     assert "| control at chck_1M | blimp (points) | +0.0000 | 0.0000 |" in table
     assert "chck_2M" not in table
     assert "No gain is told of milestones" not in table
+    without = changed(run(tmp_path, "c", 2.0, 2.1), milestones={"student": [], "control": []})
+    assert "chck_1M" not in render_gains([*runs, without])
 
 
 def test_milestones_that_were_measured_otherwise_have_no_gain(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from babyllama_ds.teachers.ensemble import Ensemble, Member
 from babyllama_ds.training import micro_batch as room
 from babyllama_ds.training.batches import Batch
 from babyllama_ds.training.batches import micro_batch as make_micro
-from babyllama_ds.training.objective import Objective
+from babyllama_ds.training.objective import LossParts, Objective
 from babyllama_ds.training.step import train_step
 
 VOCAB, LENGTH = 61, 120
@@ -233,6 +233,26 @@ def test_less_memory_gives_smaller_micro_batches(
     assert search() == 8
     pretend_free(monkeypatch, (1.1 * peaks[3] + 100 * MIB) / (1 - room.SPARED))
     assert search(cache_bytes=100 * MIB) == 8, "a cache that is not there yet"
+
+
+def test_a_pass_is_tried_as_a_logged_step_makes_it(
+    search: Callable[..., int],
+    distilled: tuple[Objective, Ensemble, Callable[..., int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With how teachers and student agree measured: else the first logged step would not fit."""
+    pretend_free(monkeypatch, 2**40)
+    objective, _, _ = distilled
+    watched: list[bool] = []
+
+    def forward(*given: Any, **options: Any) -> LossParts:
+        parts = Objective.forward(objective, *given, **options)
+        watched.append(parts.agreement is not None)
+        return parts
+
+    monkeypatch.setattr(objective, "forward", forward)
+    search()
+    assert watched == [True] * 5, "of 1, 2, 4, 8 and 16 windows"
 
 
 def test_documents_are_tried_with_their_mask(
