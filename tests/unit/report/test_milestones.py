@@ -16,6 +16,7 @@ from babyllama_ds.report.card import render_milestone_card
 from babyllama_ds.report.collect import collect_report
 from babyllama_ds.report.html import view_of
 from babyllama_ds.report.markdown import render_markdown
+from babyllama_ds.report.milestones import curves_on, curves_on_text
 from babyllama_ds.report.write import write_report
 
 WORDS = (1_000_077, 2_000_077, 3_000_077, 10_000_077)
@@ -50,6 +51,16 @@ def test_curves_are_against_words(run: Path) -> None:
     ]
     ends = "control 2.35, student 2.22"
     assert figures["milestones"].alt.endswith(f"against words seen. The curves end at: {ends}.")
+    milestones = collect_report(run)["milestones"]
+    student = milestones["student"]
+    student[1]["minimal_pairs"]["blimp"] = 0.0  # measured, and so a point
+    del student[2]["minimal_pairs"]["blimp"]
+    on_text, on_pairs = curves_on_text(milestones), curves_on(milestones, "blimp")
+    assert on_text["student"].seen == on_text["control"].seen == WORDS
+    assert on_text["student"].values == tuple(one["dev_ce"] for one in student)
+    assert on_pairs["student"].seen == (WORDS[0], WORDS[1], WORDS[3])
+    first, last = (100 * student[n]["minimal_pairs"]["blimp"] for n in (0, 3))
+    assert on_pairs["student"].values == (first, 0.0, last)
     write_report(run)
     page = (run / "report" / "report.html").read_text()
     assert 'href="#milestones"' in page
