@@ -41,8 +41,8 @@ def leave_out_deepspeeds_muon() -> None:
     """Have DeepSpeed find stand-ins where it looks for its own Muon, which no job here can choose.
 
     It imports both names in every run, whatever the optimizer. Their module decorates functions
-    with `torch.compile`, which brings all of torch's compiler: a fifth of the processor time that
-    a job of seconds takes from start to end.
+    with `torch.compile`, which brings all of torch's compiler: nearly two seconds of every start
+    (docs/decisions/host-overhead.md).
     """
     for module, wanted in (("muon_optimizer", "MuonWithAuxAdam"), ("original_muon", "muon_update")):
         name = f"deepspeed.runtime.zero.muon.{module}"
