@@ -24,6 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from babyllama_ds import ranks
 from babyllama_ds.errors import MeetingError, Problem
 
 log = logging.getLogger(__name__)
@@ -366,9 +367,8 @@ def _report(
 
 
 def _node() -> str:
-    """This machine's number by DeepSpeed's launcher, torchrun or Slurm; else its name."""
-    names = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
-    return next((os.environ[name] for name in names if name in os.environ), socket.gethostname())
+    """This machine's number by the launcher; else its name."""
+    return ranks.node_number() or socket.gethostname()
 
 
 def _say(link: socket.socket, value: Mapping[str, Any]) -> None:
