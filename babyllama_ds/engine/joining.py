@@ -41,10 +41,6 @@ LARGEST_BYTES = 4_000_000
 """Size of one rank's facts, or of all ranks' names: more is not one of ours."""
 
 
-def _nothing() -> None:
-    return None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What a rank brings to be compared, by name."""
@@ -116,7 +112,7 @@ def join(
     *,
     timeout_s: float,
     store_timeout: timedelta,
-    while_waiting: Callable[[], None] = _nothing,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Joined:
     """Meet all ranks of the launcher's world; called by each. `store_timeout` is the store's;
     `while_waiting` is called every second or more often, and what it raises ends the wait.
@@ -159,7 +155,7 @@ def _gather(
     *,
     timeout_s: float,
     store_timeout: timedelta,
-    while_waiting: Callable[[], None] = _nothing,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Joined:
     members, brought = {0: me}, {0: facts}
     links: dict[int, socket.socket] = {}
@@ -320,7 +316,7 @@ def _report(
     *,
     timeout_s: float,
     store_timeout: timedelta,
-    while_waiting: Callable[[], None] = _nothing,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Joined:
     hello = {"member": asdict(me), "size": world.size, "facts": asdict(facts)}
     deadline_s = time.monotonic() + timeout_s
@@ -378,7 +374,7 @@ def _say(link: socket.socket, value: Mapping[str, Any]) -> None:
 
 
 def _hear(
-    link: socket.socket, deadline_s: float, while_waiting: Callable[[], None] = _nothing
+    link: socket.socket, deadline_s: float, while_waiting: Callable[[], None] = lambda: None
 ) -> dict[str, Any] | None:
     """One line of JSON; none if it does not come, or something else does."""
     heard = b""
