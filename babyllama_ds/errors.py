@@ -1,8 +1,8 @@
 """The family of errors that a user can cause.
 
 Enters: what a check found wrong. Leaves: one exception that names every place, what was got,
-what was expected and how to mend it. `launcher/run.py` and the command line print it once and
-exit with `EXIT_CODE`; nothing else in the package catches it.
+what was expected and how to mend it. The command line prints it once and exits with `EXIT_CODE`.
+Elsewhere it is caught only where work goes on without what failed, or to say more of it.
 """
 
 from __future__ import annotations

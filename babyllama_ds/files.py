@@ -176,6 +176,13 @@ def read_manifest(directory: Path) -> Manifest | None:
     return _parse_manifest(path, read_json(path))
 
 
+def manifest_of(directory: Path) -> Manifest:
+    """The manifest of a finished directory, which has one. `RunError` when it is garbled."""
+    manifest = read_manifest(directory)
+    assert manifest is not None, f"{directory} is not finished"
+    return manifest
+
+
 def verify_manifest(directory: Path, *, hint: str | None = None) -> Manifest:
     """Hash every file again and return the manifest; files that it does not name are allowed.
 

@@ -85,6 +85,12 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
+def node_number() -> str | None:
+    """This process's node, as DeepSpeed's launcher, torchrun or Slurm number it; else none."""
+    names = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
 def start_control_group() -> None:
     """Make the control group (collective); nothing to do when it stands or there is one rank.
 

@@ -47,14 +47,10 @@ _OF_AN_ENTRY = re.compile(r"(?:\.building-|\.tmp-)?([0-9a-f]{64})(?:@.*)?")
 """An entry, or what is unfinished of it."""
 
 
-def _nothing() -> None:
-    return None
-
-
 class Store:
     """Finished work by its content, shared by all runs under one root."""
 
-    def __init__(self, root: Path, *, while_waiting: Callable[[], None] = _nothing) -> None:
+    def __init__(self, root: Path, *, while_waiting: Callable[[], None] = lambda: None) -> None:
         """`while_waiting` is called several times a second during a wait for another process;
         what it raises (`StopRequest.check`) ends the wait."""
         self.root = root

@@ -122,6 +122,7 @@ class CheckpointFolder:
             (temporary / METRICS_NAME).write_text(logged(), encoding="utf-8")
             files.write_manifest(temporary, fingerprint=self.fingerprint)
             temporary.rename(final)
+            files.fsync_directory(self.directory)
         except (OSError, SafetensorError) as error:  # the latter: what safetensors makes of it
             raise RunError.of(
                 self.directory,

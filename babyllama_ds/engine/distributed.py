@@ -183,10 +183,24 @@ def when_a_node_is_lost(tell: Callable[[str, dict[str, Any]], None]) -> None:
 
 
 def threads_per_rank() -> int:
-    """This rank's share of the cores it may run on; `OMP_NUM_THREADS` overrides it."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return max(1, int(os.environ["OMP_NUM_THREADS"]))
-    return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size())
+    """This rank's share of the cores it may run on; `OMP_NUM_THREADS` overrides it, of several
+    numbers (for parallelism within parallelism) the first.
+
+    Raises:
+        MachineError: that is no number.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").strip()
+    if not asked:
+        return max(1, len(os.sched_getaffinity(0)) // ranks.local_world_size())
+    first = asked.split(",")[0].strip()
+    if not first.isdecimal():
+        raise MachineError.of(
+            "OMP_NUM_THREADS",
+            got=repr(asked),
+            expected="the number of threads of a rank",
+            hint="unset it, and the ranks of a machine share its cores",
+        )
+    return max(1, int(first))
 
 
 def _meet(

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from babyllama_ds import ranks
 from babyllama_ds.errors import MeetingError, Problem
 
 log = logging.getLogger(__name__)
@@ -38,10 +39,6 @@ LOOK_EVERY_S = 1.0
 """How often a rank that waits for an answer looks whether it was asked to stop."""
 LARGEST_BYTES = 4_000_000
 """Size of one rank's facts, or of all ranks' names: more is not one of ours."""
-
-
-def _nothing() -> None:
-    return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +112,7 @@ def join(
     *,
     timeout_s: float,
     store_timeout: timedelta,
-    while_waiting: Callable[[], None] = _nothing,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Joined:
     """Meet all ranks of the launcher's world; called by each. `store_timeout` is the store's;
     `while_waiting` is called every second or more often, and what it raises ends the wait.
@@ -158,7 +155,7 @@ def _gather(
     *,
     timeout_s: float,
     store_timeout: timedelta,
-    while_waiting: Callable[[], None] = _nothing,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Joined:
     members, brought = {0: me}, {0: facts}
     links: dict[int, socket.socket] = {}
@@ -319,7 +316,7 @@ def _report(
     *,
     timeout_s: float,
     store_timeout: timedelta,
-    while_waiting: Callable[[], None] = _nothing,
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Joined:
     hello = {"member": asdict(me), "size": world.size, "facts": asdict(facts)}
     deadline_s = time.monotonic() + timeout_s
@@ -366,9 +363,8 @@ def _report(
 
 
 def _node() -> str:
-    """This machine's number by DeepSpeed's launcher, torchrun or Slurm; else its name."""
-    names = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
-    return next((os.environ[name] for name in names if name in os.environ), socket.gethostname())
+    """This machine's number by the launcher; else its name."""
+    return ranks.node_number() or socket.gethostname()
 
 
 def _say(link: socket.socket, value: Mapping[str, Any]) -> None:
@@ -378,7 +374,7 @@ def _say(link: socket.socket, value: Mapping[str, Any]) -> None:
 
 
 def _hear(
-    link: socket.socket, deadline_s: float, while_waiting: Callable[[], None] = _nothing
+    link: socket.socket, deadline_s: float, while_waiting: Callable[[], None] = lambda: None
 ) -> dict[str, Any] | None:
     """One line of JSON; none if it does not come, or something else does."""
     heard = b""

@@ -135,9 +135,7 @@ class _Hashed:
 def _check_parts(run: FinishedRun, sums: Mapping[str, str]) -> None:
     """What was copied is what the manifests of the run's parts vouch for."""
     for part in (*run.parts, *run.kept):
-        manifest = files.read_manifest(run.path / part)
-        assert manifest is not None, "checked before"
-        for name, facts in manifest.files.items():
+        for name, facts in files.manifest_of(run.path / part).files.items():
             got = sums.get(f"{part}/{name}")
             if got != facts.sha256:
                 raise RunError.of(

@@ -105,14 +105,12 @@ def measure_agreement(
 
 
 @torch.no_grad()
-def finite_positions(
-    states: TeacherStates, *, vocab_size: int, chunk_tokens: int | None = None
-) -> Tensor:
+def finite_positions(states: TeacherStates, *, vocab_size: int) -> Tensor:
     """Whether a teacher's logits of every token are finite, for each position: bool `[N]`."""
     return torch.cat(
         [
             logits(states.hidden_ND[rows], states.head, vocab_size).isfinite().all(-1)
-            for rows in _slices(states.hidden_ND, vocab_size, chunk_tokens)
+            for rows in _slices(states.hidden_ND, vocab_size, None)
         ]
     )
 

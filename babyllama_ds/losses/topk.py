@@ -154,12 +154,12 @@ def _tile_losses(
     x.scatter_(-1, ids_CK, -torch.inf)
     m_C1 = x.amax(-1, keepdim=True).clamp_(min=torch.finfo(x.dtype).min)  # k = V: an empty tail
     x.sub_(m_C1)
-    cold = temperature != 1
-    if cold:
+    warm = temperature != 1
+    if warm:
         torch.mul(x, 1 / temperature, out=y).exp_()
     x.exp_()
     hard = _Split.of(top_CK, m_C1, x)
-    soft = _Split.of(top_CK / temperature, m_C1 / temperature, y) if cold else hard
+    soft = _Split.of(top_CK / temperature, m_C1 / temperature, y) if warm else hard
 
     log_p_CK, p_tail_C1 = _whole(log_probs_CK.to(x.dtype), vocab_size=x.shape[1])
     p_CK = log_p_CK.exp()
@@ -176,7 +176,7 @@ def _tile_losses(
         pull_C1 = torch.where(p_tail_C1 > 0, p_tail_C1 / soft.sum_C1, 0)
         soft_C1 = factors.kl_C1 * (soft.unit_C1 - pull_C1)
         hard_C1 = hard_factor_C1 * hard.unit_C1
-        if cold:
+        if warm:
             x.mul_(hard_C1).addcmul_(y, soft_C1)
         else:
             x.mul_(hard_C1 + soft_C1)

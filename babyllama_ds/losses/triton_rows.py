@@ -25,9 +25,6 @@ from triton.runtime import driver
 from babyllama_ds.losses.factors import MAX_TEACHERS, Factors
 from babyllama_ds.losses.mixture import Mixture
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What the kernels read."""
-
 _MAX_BLOCK = 4096
 _NUM_WARPS = 8
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import cast
 
 import torch
@@ -223,13 +222,6 @@ def _first(config: PretrainedConfig, names: Sequence[str]) -> float:
     """The first of these probabilities that the family has; none: 0."""
     found = (getattr(config, name, None) for name in names)
     return float(next((p for p in found if p is not None), 0.0))
-
-
-@cache
-def _sizes_of_built(spec: LlamaModel | Gpt2Model, vocab_size: int) -> ModelSizes:
-    """Kept: a plan asks again and again while it looks for what fits."""
-    tokenizer = cast(PreTrainedTokenizerBase, Vocabulary(vocab_size))
-    return sizes_of(model_config(spec, tokenizer))
 
 
 class Vocabulary:

@@ -4,12 +4,11 @@ leaves. With one storage there is nothing to compare."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 
 from babyllama_ds import files
 from babyllama_ds.corpus.prepare import CorpusEntries
 from babyllama_ds.errors import DataError
-from babyllama_ds.files import FileFacts
 from babyllama_ds.storages import Storages
 
 
@@ -36,13 +35,8 @@ def check_same_corpus(storages: Storages, of_each: Sequence[CorpusEntries]) -> N
     if first.pairs_dir is not None:
         made.append(first.pairs_dir.parent)
     for directory in made:
-
-        def facts(directory: Path = directory) -> dict[str, FileFacts]:
-            manifest = files.read_manifest(directory)
-            assert manifest is not None, "an entry of the store"
-            return manifest.files
-
-        storages.check_same(directory, storages.on_each(facts))
+        of_each_made = storages.on_each(partial(files.manifest_of, directory))
+        storages.check_same(directory, [manifest.files for manifest in of_each_made])
 
 
 def check_same_benchmarks(storages: Storages, of_each: Sequence[str]) -> None:

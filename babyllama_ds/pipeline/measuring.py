@@ -92,7 +92,8 @@ class Measurer:
             tokenizer=corpus.tokenizer,
             name=name,
             dev=self.setup.dev_windows(corpus, evaluation.dev_windows),
-            benchmarks=self.setup.benchmarks(corpus),
+            # Hours after the checks: a disk that one rank reads from may be gone.
+            benchmarks=ranks.on_every_rank(lambda: self.setup.benchmarks(corpus)),
             leading_space=evaluation.leading_space,
             prefix=evaluation.prefix,
             batch_tokens=evaluation.batch_tokens,
@@ -157,7 +158,8 @@ class Measurer:
             device=self.setup.device_kind,
             attention=attention,
         )
+        suites = ranks.on_every_rank(lambda: self.setup.suites(teacher=teacher is not None))
         return {
             suite_name: fine_tune_suite(learner, suite, tasks, remember=remember, on_step=on_step)
-            for suite_name, (suite, tasks) in self.setup.suites(teacher=teacher is not None).items()
+            for suite_name, (suite, tasks) in suites.items()
         }

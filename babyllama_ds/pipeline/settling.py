@@ -73,8 +73,8 @@ class Settling:
                 shapes_vary=shapes_vary,
             )
         )
-        # Of `auto`, each rank measures rates and looks for a compiler, anew at every start: what
-        # one of them goes without, all do, and for good.
+        # Of `auto`, each rank looks for a compiler, anew at every start: what one of them goes
+        # without, all do, and for good.
         of_ranks = ranks.gather_objects(chosen)
         compiled, why = next((one for one in of_ranks if one[0] == "none"), of_ranks[0])
         if asked == "auto":

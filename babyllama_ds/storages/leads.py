@@ -7,7 +7,6 @@ Enters: which ranks share a node. Leaves: `Storages`. Who sends and who receives
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,14 +19,11 @@ from typing import Any, TypeVar
 from babyllama_ds import files, ranks
 from babyllama_ds.errors import MachineError, RunError, UserError
 from babyllama_ds.files import FileFacts
-from babyllama_ds.storages.sending import manifest_of, receive_directory, send_directory
+from babyllama_ds.storages.sending import receive_directory, send_directory
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-_NODE_NUMBERS = ("CROSS_RANK", "GROUP_RANK", "SLURM_NODEID")
-"""How DeepSpeed's launcher, torchrun and Slurm number a rank's node."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +130,7 @@ class Storages:
 
         def look() -> tuple[Path, dict[str, FileFacts]] | None:
             found = find()
-            return None if found is None else (found, _facts_of(found))
+            return None if found is None else (found, files.manifest_of(found).files)
 
         of_each = self.on_each(look)
         holders = [(storage, found) for storage, found in enumerate(of_each) if found is not None]
@@ -159,7 +155,7 @@ class Storages:
             return
         lead = self.leads[source]
         manifest: files.Manifest = ranks.broadcast_object(
-            self.together(lambda: manifest_of(directory) if ranks.rank() == lead else None),
+            self.together(lambda: files.manifest_of(directory) if ranks.rank() == lead else None),
             lead,
         )
         log.info("%s: sent to %s", directory, ", ".join(self.name(storage) for storage in to))
@@ -219,8 +215,7 @@ def storages_of_nodes() -> Storages:
     Raises:
         MachineError: the local ranks of a node are not 0, 1, 2, …
     """
-    number = next((os.environ[key] for key in _NODE_NUMBERS if os.environ.get(key)), None)
-    found = ranks.gather_objects((number, ranks.local_rank(), socket.gethostname()))
+    found = ranks.gather_objects((ranks.node_number(), ranks.local_rank(), socket.gethostname()))
     nodes = _nodes([number for number, _, _ in found], [local for _, local, _ in found])
     for members in nodes:
         local_ranks = sorted(found[rank][1] for rank in members)
@@ -249,10 +244,6 @@ def _nodes(numbers: Sequence[str | None], local_ranks: Sequence[int]) -> list[li
     for rank, key in enumerate(keys):
         members.setdefault(key, []).append(rank)
     return list(members.values())
-
-
-def _facts_of(directory: Path) -> dict[str, FileFacts]:
-    return manifest_of(directory).files
 
 
 def _shown(facts: FileFacts | None) -> str:

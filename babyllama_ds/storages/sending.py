@@ -22,13 +22,6 @@ _BLOCK_BYTES = 8 << 20
 """Sent at a time, and so the memory that sending takes."""
 
 
-def manifest_of(directory: Path) -> files.Manifest:
-    """Of a finished directory."""
-    manifest = files.read_manifest(directory)
-    assert manifest is not None, "what is finished has a manifest"
-    return manifest
-
-
 def send_directory(directory: Path, manifest: files.Manifest, targets: Sequence[int]) -> None:
     """The sender's part: blocks of each file, an empty one at its end.
 

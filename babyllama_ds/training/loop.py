@@ -121,7 +121,7 @@ class Trainer:
         self.runs = list(dict.fromkeys([*self.progress.runs, run]))
         if others := [name for name in self.progress.runs if name != run]:
             log.info("%s was begun by %s: going on with it", stage.name, " and ".join(others))
-        self.clock = Clock(self.progress.seconds)
+        self.clock = Clock(self.progress.seconds, self.progress.tokens)
         self.limits = Limits(stage.training, total_steps=self.batches.total_steps)
         self.not_finite = NotFinite(
             stage=stage.name,

@@ -19,7 +19,6 @@ from babyllama_ds.losses.voters import TeacherStates
 from babyllama_ds.models.layers import LayerTap, hidden_width
 from babyllama_ds.spec.distillation import HiddenMatching, unknown_layers
 from babyllama_ds.spec.job import derive_seed
-from babyllama_ds.teachers.ensemble import Ensemble
 
 WHERE = "distillation.hidden_matching"
 
@@ -80,15 +79,6 @@ class Matching(nn.Module):
             )
         ]
         return torch.stack(distances).sum()
-
-
-def matching_of(
-    spec: HiddenMatching | None, student: nn.Module, ensemble: Ensemble, *, seed: int
-) -> Matching | None:
-    """The matching of a job's student, where it asks for one."""
-    if spec is None:
-        return None
-    return Matching(spec, student, ensemble.widths(), seed=seed)
 
 
 def check_layers(spec: HiddenMatching, depths: Mapping[str, int], student: int) -> None:

@@ -43,7 +43,7 @@ from babyllama_ds.spec.distillation import (
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.ensemble import Ensemble, Targets
 from babyllama_ds.training.batches import Batch, MicroBatch
-from babyllama_ds.training.matching import Matching, matching_of
+from babyllama_ds.training.matching import Matching
 
 
 @dataclass(frozen=True)
@@ -284,9 +284,10 @@ def objective_of(
     Raises:
         ModelError: hidden states are to be matched, and the student's layers are not found.
     """
+    asked = None if distillation is None else distillation.hidden_matching
     matching = None
-    if distillation is not None and ensemble is not None:
-        matching = matching_of(distillation.hidden_matching, model, ensemble, seed=seed)
+    if asked is not None and ensemble is not None:
+        matching = Matching(asked, model, ensemble.widths(), seed=seed)
     return Objective(
         model,
         vocab_size=vocab_size,

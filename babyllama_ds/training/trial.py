@@ -40,7 +40,8 @@ def try_out(
     ensemble: Ensemble | None,
     seconds: float,
 ) -> StepPace:
-    """The pace of a training, from about so many seconds of its steps. A collective.
+    """The pace of a training, from about so many seconds of its steps. On one rank: of several,
+    each would make as many steps as its own clock says.
 
     Raises:
         TrainingError: a loss or gradient is not finite.

@@ -38,6 +38,51 @@ finally:
     distributed.stop()
 """
 
+UNREADABLE = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from babyllama_ds import ranks
+from babyllama_ds.cli import exit_code_of
+from babyllama_ds.engine import distributed
+from babyllama_ds.errors import DataError
+from babyllama_ds.pipeline.measuring import Measurer
+from babyllama_ds.spec.evaluation import EvaluationSpec
+from babyllama_ds.stopping import StopRequest
+from babyllama_ds.store import Store
+
+folder = Path(sys.argv[1])
+
+def benchmarks(_corpus):
+    if ranks.rank() == 1:
+        raise DataError.of("pairs.jsonl", got="EIO", expected="a readable file")
+    return {}
+
+def measure():
+    distributed.start("cpu")
+    try:
+        setup = SimpleNamespace(
+            job=SimpleNamespace(
+                teachers=(),
+                student=SimpleNamespace(model=None),
+                evaluation=EvaluationSpec(dev_windows=None),
+            ),
+            device=None,
+            device_kind="cpu",
+            attention=lambda *_, **__: "sdpa",
+            dev_windows=lambda *_: None,
+            benchmarks=benchmarks,
+        )
+        corpus = SimpleNamespace(tokenizer=None)
+        Measurer(setup, Store(folder), StopRequest()).measure("student", folder, corpus, "f" * 64)
+    finally:
+        distributed.stop()
+
+sys.exit(exit_code_of(measure))
+"""
+
+
 Fail = Callable[[int, str], dict[str, Any]]
 
 
@@ -70,3 +115,14 @@ def test_of_a_rank_that_was_killed_the_other_tells(fail: Fail, victim: int) -> N
     assert state.keys() == {"status", "error"}
     assert state["status"] == "failed"
     assert state["error"].startswith("another rank ended: it was killed, or ran out of memory (")
+
+
+def test_a_benchmark_that_one_rank_cannot_read_ends_all_with_its_name(
+    tmp_path: Path, start: Callable[..., Any], rank_environments: list[dict[str, str]]
+) -> None:
+    """Read again hours after the checks: a disk of another node may be gone by then."""
+    script = tmp_path / "rank.py"
+    script.write_text(UNREADABLE)
+    ended = start([[sys.executable, "-u", script, tmp_path]] * 2, rank_environments).end()
+    assert ended.err.count("error: pairs.jsonl: got EIO, expected a readable file") == 1
+    assert "Traceback" not in ended.err

@@ -128,10 +128,8 @@ def _pair(good: str, bad: str, end: str = ".") -> Pair:
     return Pair(sentence(good, end), sentence(bad, end))
 
 
-def _phrase(
-    draw: Draw, noun: lex.Noun, *, plural: bool, determiner: str = "the", adjective: float = 0.3
-) -> Phrase:
-    """Determiner, perhaps an adjective, noun."""
+def _phrase(draw: Draw, noun: lex.Noun, *, plural: bool, adjective: float = 0.3) -> Phrase:
+    """`the`, perhaps an adjective, noun."""
     gender = noun.gender or draw.even(("m", "f"))
     pronoun = "they" if plural else {"m": "he", "f": "she", "n": "it"}[gender]
     if noun.is_name:
@@ -140,7 +138,7 @@ def _phrase(
     fitting = [quality for quality in lex.ATTRIBUTES if quality.describes(noun)]
     if fitting and draw.chance(adjective):
         words = f"{draw.even(fitting).base} {words}"
-    return Phrase(article(words) if determiner == "a" else f"{determiner} {words}", noun, pronoun)
+    return Phrase(f"the {words}", noun, pronoun)
 
 
 def _someone(draw: Draw, *, plural: bool = False, gender: str = "") -> Phrase:

@@ -75,10 +75,8 @@ def topk_key(
 
 def _training_tokens(tokens_dir: Path) -> dict[str, list[str | int]]:
     """The training shards by content; the size settles the width of a token."""
-    manifest = files.read_manifest(tokens_dir)
-    assert manifest is not None, "token shards are an entry of the store"
     return {
         name: [facts.sha256, facts.bytes]
-        for name, facts in manifest.files.items()
+        for name, facts in files.manifest_of(tokens_dir).files.items()
         if name.startswith("train-")
     }

@@ -80,7 +80,9 @@ def lent(teachers: Sequence[Teacher]) -> Iterator[Callable[[], list[FrozenModel]
     loaded: list[FrozenModel] = []
 
     def load() -> list[FrozenModel]:
-        loaded.extend(ranks.on_every_rank(lambda: [teacher.load() for teacher in teachers]))
+        # One by one: a rank that has failed takes no part in the collectives of the next one.
+        for teacher in teachers:
+            loaded.append(ranks.on_every_rank(teacher.load))
         return loaded
 
     try:

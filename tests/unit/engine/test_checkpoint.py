@@ -204,6 +204,23 @@ def test_what_was_logged_travels(new_engine: MakeEngine, folder: CheckpointFolde
     assert folder.logged() is None
 
 
+def test_a_new_one_survives_a_power_cut_before_an_old_one_goes(
+    new_engine: MakeEngine, folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, synced, sync = new_engine(), [], files.fsync_directory
+    for step in (1, 2):
+        folder.save(engine, Progress(step=step), BestWeights())
+
+    def watched(directory: Path) -> None:
+        sync(directory)
+        if directory == folder.directory:
+            synced.append(sorted(path.name for path in directory.iterdir()))
+
+    monkeypatch.setattr(files, "fsync_directory", watched)
+    folder.save(engine, Progress(step=3), BestWeights())
+    assert synced == [["step-00000001", "step-00000002", "step-00000003"]]
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 

@@ -133,6 +133,8 @@ def test_too_few_cards_are_refused(
         ({"LOCAL_SIZE": "16"}, 1),
         ({"OMP_NUM_THREADS": "3", "LOCAL_SIZE": "2"}, 3),
         ({"OMP_NUM_THREADS": "0"}, 1),
+        ({"OMP_NUM_THREADS": ""}, 5),
+        ({"OMP_NUM_THREADS": "2, 4"}, 2),
     ],
 )
 def test_ranks_share_the_cores(
@@ -142,6 +144,12 @@ def test_ranks_share_the_cores(
     for name, value in words.items():
         monkeypatch.setenv(name, value)
     assert distributed.threads_per_rank() == expected
+
+
+def test_threads_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "all")
+    with pytest.raises(MachineError, match="OMP_NUM_THREADS: got 'all'"):
+        distributed.threads_per_rank()
 
 
 # -- the process group -----------------------------------------------------------------------------

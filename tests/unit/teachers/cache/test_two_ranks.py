@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from babyllama_ds.store import Store
 from babyllama_ds.teachers.cache import build, opening
 from babyllama_ds.teachers.cache.layout import Layout, write_shard
 from babyllama_ds.teachers.cache.opening import CacheContext, Wanted, open_cache
+from babyllama_ds.teachers.cache.sources import Teacher, lent
 from babyllama_ds.teachers.cache.tiers import Room
 
 # Seven shards: in the last round only one rank has work.
@@ -171,6 +173,27 @@ def one_is_stopped_in_step(folder: Path) -> Any:
 
 def goes_on_in_step(folder: Path) -> Any:
     return opened(folder, "stopped-together", Together(), in_step=True)
+
+
+def one_cannot_load(_folder: Path) -> Any:
+    """The first of two teachers, once both have read it; to read the second is a collective."""
+    begun: list[str] = []
+
+    def load(name: str) -> Any:
+        begun.append(name)
+        ranks.on_every_rank(lambda: None)
+        if ranks.rank() == 1:
+            raise MemoryError("no room")
+
+    teachers = [
+        Teacher(name=name, weight=1, model_dir=Path(), attention="sdpa", load=partial(load, name))
+        for name in ("a", "b")
+    ]
+    try:
+        with lent(teachers) as loaded:
+            loaded()
+    except (MemoryError, ranks.RemoteError) as error:
+        return [type(error).__name__, begun]
 
 
 # -- the same on two nodes of a rank each ----------------------------------------------------------
@@ -323,6 +346,7 @@ SCENARIOS: list[Callable[[Path], Any]] = [
     one_fails_in_step,
     one_is_stopped_in_step,
     goes_on_in_step,
+    one_cannot_load,
 ]
 
 
@@ -437,6 +461,12 @@ def test_in_step_the_error_of_one_and_a_signal_to_one_end_both(
     assert zero["error"].startswith("SIGTERM")
     assert zero == one
     assert [of_rank["read"] for of_rank in of_ranks("goes_on_in_step")] == [ALL, ALL]
+
+
+def test_a_teacher_that_one_cannot_load_ends_both_before_the_next(
+    of_ranks: Callable[[str], list[Any]],
+) -> None:
+    assert of_ranks("one_cannot_load") == [["RemoteError", ["a"]], ["MemoryError", ["a"]]]
 
 
 # -- on two nodes ----------------------------------------------------------------------------------
