@@ -23,6 +23,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from pydantic import TypeAdapter, ValidationError
 
 from babyllama_ds import ranks
 from babyllama_ds.errors import MeetingError, Problem
@@ -59,6 +60,19 @@ class Member:
     host: str
     node: str
     pid: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """What a rank says to rank 0 when it comes."""
+
+    member: Member
+    size: int
+    """The ranks of its launch."""
+    facts: Facts
+
+
+_HELLO = TypeAdapter(Hello)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +182,14 @@ def _gather(
                 log.info("%d of %d ranks have come", len(members), world.size)
                 next_s += TELL_EVERY_S
             for link, hello in _arrivals(listener):
-                member = Member(**hello["member"])
-                refused = _refused(member, hello["size"], members, world)
+                member = hello.member
+                refused = _refused(member, hello.size, members, world)
                 if refused is not None:
                     _say(link, {"problems": [asdict(refused)]})
                     link.close()
                     continue
                 members[member.rank], links[member.rank] = member, link
-                brought[member.rank] = Facts(**hello["facts"])
+                brought[member.rank] = hello.facts
     ordered = tuple(member for _, member in sorted(members.items()))
     problems = _missing(world, ordered, timeout_s) or _differing(ordered, brought)
     if problems:
@@ -219,18 +233,36 @@ def _listening(world: World) -> socket.socket:
         ) from None
 
 
-def _arrivals(listener: socket.socket) -> Iterator[tuple[socket.socket, dict[str, Any]]]:
-    """Who comes within a moment, and what they say; strangers are not let in."""
+def _arrivals(listener: socket.socket) -> Iterator[tuple[socket.socket, Hello]]:
+    """Who comes within a moment, and what they say; strangers are not let in, nor a rank that says
+    it in another release's way."""
     listener.settimeout(RETRY_S)
     try:
-        link, _ = listener.accept()
+        link, address = listener.accept()
     except OSError:  # nobody, or gone again
         return
-    hello = _hear(link, time.monotonic() + HELLO_S)
-    if hello is not None and {"member", "size", "facts"} <= hello.keys():
-        yield link, hello
-    else:
+    said = _hear(link, time.monotonic() + HELLO_S)
+    if said is None or not {"member", "size", "facts"} <= said.keys():
         link.close()
+        return
+    try:
+        hello = _HELLO.validate_python(said)
+    except ValidationError:
+        problem = _of_another_release(address[0].removeprefix("::ffff:"))
+        log.warning("%s", problem)
+        _say(link, {"problems": [asdict(problem)]})
+        link.close()
+        return
+    yield link, hello
+
+
+def _of_another_release(address: str) -> Problem:
+    return Problem(
+        where=f"a rank at {address}",
+        got=f"a hello that rank 0 on host {socket.gethostname()} cannot read",
+        expected="the same release of babyllama_ds on every node",
+        hint="install the same environment and code everywhere",
+    )
 
 
 def _refused(
@@ -318,7 +350,7 @@ def _report(
     store_timeout: timedelta,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> Joined:
-    hello = {"member": asdict(me), "size": world.size, "facts": asdict(facts)}
+    hello = asdict(Hello(member=me, size=world.size, facts=facts))
     deadline_s = time.monotonic() + timeout_s
     why = "no answer"
     while time.monotonic() < deadline_s:

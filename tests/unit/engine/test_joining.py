@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
 
@@ -260,6 +261,47 @@ def test_another_number_of_ranks_is_refused(port: int) -> None:
     assert joining._refused(member(3, "b"), 3, {0: member(0, "a")}, world) is not None
     twice = joining._refused(member(1, "b"), 3, {0: member(0, "a"), 1: member(1, "c")}, world)
     assert "another rank 1, of host c, was here before" in str(twice)
+
+
+def test_a_rank_of_another_release_is_told_so_and_rank_0_waits_on(
+    port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One whose hello lacks what this release asks for. What it has beyond that is left alone."""
+    lacking = {"member": {"rank": 1, "host": "b"}, "size": 2, "facts": {}}
+    beyond = asdict(joining.Hello(member=member(1, "b"), size=2, facts=Facts()))
+    beyond["member"]["cards"] = 8
+    answers: list[dict[str, Any] | None] = []
+
+    def others() -> None:
+        for hello in (lacking, beyond):
+            with connected(port) as link:
+                joining._say(link, hello)
+                answers.append(joining._hear(link, time.monotonic() + 60))
+
+    coming = threading.Thread(target=others)
+    with caplog.at_level(logging.WARNING):
+        found = meet(port, (0, "a", Facts()), size=2, timeout_s=60, before=coming.start)
+    coming.join()
+    refused, let_in = answers
+    assert refused is not None
+    assert let_in is not None
+    (problem,) = refused["problems"]
+    assert problem["where"] == "a rank at 127.0.0.1"
+    assert problem["expected"] == "the same release of babyllama_ds on every node"
+    assert "a rank at 127.0.0.1: got a hello that rank 0" in caplog.text
+    assert [one["rank"] for one in let_in["members"]] == [0, 1]
+    close([*found])
+
+
+def connected(port: int) -> socket.socket:
+    """A connection to rank 0, which may not listen yet."""
+    until_s = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=5)
+        except OSError:
+            assert time.monotonic() < until_s
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
