@@ -14,7 +14,7 @@ from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.cross_entropy import Domains
 from babyllama_ds.evaluation.evaluate import DevWindows, evaluate_model
 from babyllama_ds.evaluation.pair_files import Candidate, Item, Task
-from babyllama_ds.models.fused import fuse
+from babyllama_ds.models.fused import PLAIN_ATTENTION, fuse
 
 WORDS = ["<pad>", "the", "cat", "dog", "sees", "see", "dogs"]
 WINDOWS = np.random.default_rng(1).integers(1, len(WORDS), size=(5, 6))
@@ -128,6 +128,8 @@ def test_a_directory_is_run_in_the_dtype_it_was_exported_in(
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "student", dtype=dtype)
     fuse(loaded)
     assert result == evaluate(loaded, tokenizer)
+    plain = evaluate(tmp_path / "student", tokenizer, attention="eager")
+    assert plain["attention"] == PLAIN_ATTENTION
 
 
 def test_nothing_to_measure_leaves_nothing(model, tokenizer) -> None:

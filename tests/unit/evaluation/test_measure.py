@@ -371,6 +371,7 @@ def test_the_store_remembers(
     shutil.copytree(model_dir, moved)
     tokenizer.save_pretrained(str(moved))
     assert again(moved)
+    assert again(moved, texts=())
     files.write_manifest(moved, fingerprint="of an export")
     assert not again(moved)
     weights = load_file(moved / "model.safetensors")

@@ -58,16 +58,17 @@ def test_it_is_measured_once_and_named_by_each_run(store: Store, told: Callable[
 
 def test_another_key_is_another_measurement(store: Store) -> None:
     keys = {
-        store_key(fingerprint, device=device, attention=attention)
+        store_key(fingerprint, device=device, attention=attention, tensor_parallel=parts)
         for fingerprint in ("a", "b")
         for device in ("cpu", "cuda")
         for attention in ("sdpa", "eager")
+        for parts in (1, 2, 4)
     }
-    assert len(keys) == 8
+    assert len(keys) == 24
     measure = Measuring()
     for key in keys:
         stored_evaluation(store, key, measure, name="x")
-    assert measure.times == 8
+    assert measure.times == 24
 
 
 def spoil(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,7 @@ def test_every_file_is_in_the_manifest_and_none_is_a_pickle(run_dir: Path, tmp_p
     assert source is not None
     assert manifest.files["model.safetensors"] == source.files["model.safetensors"]
     assert manifest.fingerprint == source.fingerprint
+    assert files.read_json(directory / "manifest.json")["model"] == "teachers/gpt2"
 
 
 def test_a_model_of_an_older_run_is_told_its_length(run_dir: Path, tmp_path: Path) -> None:
@@ -186,6 +188,24 @@ def test_the_index_of_several_files_tells_their_size_in_fp32(run_dir: Path, tmp_
     saved = AutoModelForCausalLM.from_pretrained(wide)
     ids = torch.arange(30)[None]
     assert torch.equal(saved(ids).logits, model(ids).logits)
+
+
+def test_a_copy_has_the_weights_that_were_proved_whole(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copyfile
+
+    def flip(source: Path, target: Path) -> None:
+        copy(source, target)
+        if target.suffix == ".safetensors":
+            content = bytearray(target.read_bytes())
+            content[-1] ^= 1
+            target.write_bytes(content)
+
+    monkeypatch.setattr(model_module.shutil, "copyfile", flip)
+    with pytest.raises(RunError, match=r"model\.safetensors: got SHA-256 \w+ in the copy"):
+        export(run_dir, "student", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_copy_in_fp32_is_compared_with_what_was_proved_whole(

@@ -63,6 +63,10 @@ def test_what_decides_the_states_decides_the_key(
     other = Path(shutil.copytree(seen.tokens_dir, tmp_path / "other"))
     flip_a_bit(other, "train-00000.bin")
     keys.append(replace(seen, tokens_dir=other).key(teacher))
+    for token in (b"\1\0", b"\2\0"):  # in a second shard
+        (other / "train-00001.bin").write_bytes(token)
+        files.write_manifest(other, fingerprint="of more text")
+        keys.append(replace(seen, tokens_dir=other).key(teacher))
     config = Path(shutil.copytree(teacher.model_dir, tmp_path / "config")) / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     keys.append(seen.key(replace(teacher, model_dir=config.parent)))
