@@ -36,7 +36,13 @@ def ran(
 ) -> Any:
     def make(scene: Any) -> list[Any]:
         windows = {"length": 32, "offsets": {"phases": 2}}
-        job = tiny_job(scene.folder, windows=windows, control=None)
+        evaluation = {
+            "samples": 2,
+            "milestones": {},
+            "batch_tokens": 96,  # several batches, which ranks by themselves would deal out
+            "minimal_pairs": [{"name": "order", "path": str(pairs_of_words(scene.folder))}],
+        }
+        job = tiny_job(scene.folder, windows=windows, control=None, evaluation=evaluation)
         ended = []
         for name, overrides in CASES.items():
             words = (
@@ -52,6 +58,20 @@ def ran(
     for ended in scene.ended:
         ended.assert_done()
     return scene
+
+
+def pairs_of_words(folder: Path) -> Path:
+    """Sentences of the text, and the same from behind."""
+    folder = folder / "pairs"
+    folder.mkdir()
+    lines = []
+    for person in ("mara", "the baker", "old tim", "my aunt"):
+        for act in ("paints", "carries", "wants", "mends", "hides"):
+            words = f"{person} {act} a blue boat".split()
+            good, bad = " ".join(words), " ".join(reversed(words))
+            lines.append(json.dumps({"sentence_good": good, "sentence_bad": bad}) + "\n")
+    (folder / "order.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
 
 
 @pytest.mark.parametrize("split", WHOLE)
@@ -88,6 +108,7 @@ def test_it_is_measured_as_it_is_whole(ran: Any) -> None:
         k: v for k, v in whole.items() if k not in dropped
     }
     assert len(split["samples"]) == 2
+    assert split["minimal_pairs"]["order"]["tasks"]["order"]["pairs"] == 20
     of_split, of_whole = split["dev"], whole["dev"]
     assert of_split["ce"] == pytest.approx(of_whole["ce"], rel=1e-6)
     assert of_split["ce"] != of_whole["ce"], "the whole model's measurement was taken for it"
