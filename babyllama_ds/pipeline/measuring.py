@@ -6,6 +6,7 @@ The same measurement of the same model is done once for all runs: the store keep
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from babyllama_ds.corpus.tokenizer import tokenizer_fingerprint
 from babyllama_ds.evaluation.evaluate import SplitModel, evaluate_model
 from babyllama_ds.evaluation.fine_tuning import Learner, fine_tune_suite, kernel_to_learn
 from babyllama_ds.evaluation.forward import OnBatch, Share
+from babyllama_ds.evaluation.labelled_files import LabelledTask
 from babyllama_ds.evaluation.stored import remembering, store_key, stored_evaluation
 from babyllama_ds.fingerprints import model_hashes
 from babyllama_ds.heartbeat import Heartbeat
 from babyllama_ds.models.sizes import absent_kernels
 from babyllama_ds.pipeline.ensembles import frozen_teacher
 from babyllama_ds.pipeline.job_setup import JobSetup
+from babyllama_ds.spec.evaluation import FineTuning
 from babyllama_ds.spec.job import TeacherSpec
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.stopping import StopRequest
@@ -87,13 +90,19 @@ class Measurer:
             self.stop.check()
 
         evaluation = self.setup.job.evaluation
+        # Hours after the checks: a disk that one rank reads from may be gone.
+        benchmarks, suites = ranks.on_every_rank(
+            lambda: (
+                self.setup.benchmarks(corpus),
+                self.setup.suites(teacher=teacher is not None),
+            )
+        )
         measure = partial(
             evaluate_model,
             tokenizer=corpus.tokenizer,
             name=name,
             dev=self.setup.dev_windows(corpus, evaluation.dev_windows),
-            # Hours after the checks: a disk that one rank reads from may be gone.
-            benchmarks=ranks.on_every_rank(lambda: self.setup.benchmarks(corpus)),
+            benchmarks=benchmarks,
             leading_space=evaluation.leading_space,
             prefix=evaluation.prefix,
             batch_tokens=evaluation.batch_tokens,
@@ -117,8 +126,8 @@ class Measurer:
                 )
             finally:
                 frozen.destroy()
-        if evaluation.suites_of(teacher=teacher is not None):
-            result["fine_tuning"] = self._fine_tune(name, path, corpus, teacher, on_step)
+        if suites:
+            result["fine_tuning"] = self._fine_tune(name, path, corpus, teacher, suites, on_step)
         # By the name that the store's key has, whatever the model's configuration calls it.
         return {**result, "attention": attention, "seconds": time.monotonic() - started}
 
@@ -128,6 +137,7 @@ class Measurer:
         path: Path,
         corpus: Corpus,
         teacher: TeacherSpec | None,
+        suites: Mapping[str, tuple[FineTuning, list[LabelledTask]]],
         on_step: OnBatch,
     ) -> dict[str, Any]:
         """Every suite's scores; each training is in the store as soon as it has ended."""
@@ -158,7 +168,6 @@ class Measurer:
             device=self.setup.device_kind,
             attention=attention,
         )
-        suites = ranks.on_every_rank(lambda: self.setup.suites(teacher=teacher is not None))
         return {
             suite_name: fine_tune_suite(learner, suite, tasks, remember=remember, on_step=on_step)
             for suite_name, (suite, tasks) in suites.items()

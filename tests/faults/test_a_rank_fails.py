@@ -54,9 +54,12 @@ from babyllama_ds.store import Store
 
 folder = Path(sys.argv[1])
 
-def benchmarks(_corpus):
+def read(*_, **__):
     if ranks.rank() == 1:
-        raise DataError.of("pairs.jsonl", got="EIO", expected="a readable file")
+        raise DataError.of("a file", got="EIO", expected="a readable file")
+    return {}
+
+def nothing(*_, **__):
     return {}
 
 def measure():
@@ -72,7 +75,7 @@ def measure():
             device_kind="cpu",
             attention=lambda *_, **__: "sdpa",
             dev_windows=lambda *_: None,
-            benchmarks=benchmarks,
+            **{"benchmarks": nothing, "suites": nothing, sys.argv[2]: read},
         )
         corpus = SimpleNamespace(tokenizer=None)
         Measurer(setup, Store(folder), StopRequest()).measure("student", folder, corpus, "f" * 64)
@@ -117,12 +120,13 @@ def test_of_a_rank_that_was_killed_the_other_tells(fail: Fail, victim: int) -> N
     assert state["error"].startswith("another rank ended: it was killed, or ran out of memory (")
 
 
-def test_a_benchmark_that_one_rank_cannot_read_ends_all_with_its_name(
-    tmp_path: Path, start: Callable[..., Any], rank_environments: list[dict[str, str]]
+@pytest.mark.parametrize("what", ["benchmarks", "suites"])
+def test_what_one_rank_cannot_read_ends_all_with_its_name(
+    what: str, tmp_path: Path, start: Callable[..., Any], rank_environments: list[dict[str, str]]
 ) -> None:
     """Read again hours after the checks: a disk of another node may be gone by then."""
     script = tmp_path / "rank.py"
     script.write_text(UNREADABLE)
-    ended = start([[sys.executable, "-u", script, tmp_path]] * 2, rank_environments).end()
-    assert ended.err.count("error: pairs.jsonl: got EIO, expected a readable file") == 1
+    ended = start([[sys.executable, "-u", script, tmp_path, what]] * 2, rank_environments).end()
+    assert ended.err.count("error: a file: got EIO, expected a readable file") == 1
     assert "Traceback" not in ended.err
