@@ -266,6 +266,7 @@ def test_a_run_uses_what_it_measured_with_any_kernel(
         attention=lambda *_, **__: kernel,
         dev_windows=lambda *_: dev,
         benchmarks=lambda _: {},
+        suites=lambda **_: {},
     )
     run_dir = put_run(runs, "one")
     tiny_model("llama").save_pretrained(run_dir / "student")
