@@ -47,16 +47,17 @@ class Parser(argparse.ArgumentParser):
 def parse(parser: Parser, words: Sequence[str] | None) -> argparse.Namespace:
     """Parse, with `KEY=VALUE` overrides allowed anywhere among the options.
 
-    argparse alone takes them only right behind JOB, and its intermixed mode knows no commands.
+    argparse alone takes them only right behind JOB in Python 3.11, and its intermixed mode knows
+    no commands.
     """
     words = sys.argv[1:] if words is None else words
     parser.check_command(words)
     arguments, rest = parser.parse_known_args(words)
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    if len(overrides) < len(rest) or (overrides and "overrides" not in arguments):
+    overrides = [word for word in rest if "overrides" in arguments and not word.startswith("-")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown:
         command = next((word for word in words if word in parser.commands), "")
         here = parser.commands.get(command, parser)
-        unknown = [word for word in rest if word not in overrides or "overrides" not in arguments]
         told = f"unrecognized arguments: {' '.join(unknown)}"
         here.error("; ".join([told, *_hints(here, unknown)]))
     if overrides:
