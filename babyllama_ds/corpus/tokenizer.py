@@ -78,7 +78,11 @@ def train_tokenizer(
 
 
 def load_tokenizer(
-    path_or_id: str, revision: str | None = None, *, where: str = "tokenizer.path"
+    path_or_id: str,
+    revision: str | None = None,
+    *,
+    where: str = "tokenizer.path",
+    what: str = TOKENIZER,
 ) -> PreTrainedTokenizerFast:
     """The tokenizer at a directory, in a `tokenizer.json`, or of a hub id; no remote code runs.
 
@@ -86,7 +90,8 @@ def load_tokenizer(
     the family of the model beside it, and some (Qwen 2's, LLaMA's) put a normalizer and splitting
     of their own in the place of the file's.
 
-    `where` is the key that named it; `revision` a commit, tag or branch of a hub id.
+    `where` is the key that named it, and `what` it was to name; `revision` a commit, tag or branch
+    of a hub id.
 
     Raises:
         HubError: nothing there, neither here nor on the hub.
@@ -95,7 +100,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(path_or_id)
-    commit = commit_of(path_or_id, revision, where=where, what=TOKENIZER)
+    commit = commit_of(path_or_id, revision, where=where, what=what)
     try:
         if path.is_file():
             tokenizer = _load_file(path)
