@@ -229,15 +229,15 @@ def appearing(target: Path) -> Iterator[Path]:
     Raises:
         RunError: `target` exists (an empty folder does not count), or the disk refuses.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise RunError.of(
-            target,
-            got="something that exists",
-            expected="a new name",
-            hint="choose another, or remove it: nothing is written over",
-        )
     temporary = temporary_beside(target)
     try:
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            raise RunError.of(
+                target,
+                got="something that exists",
+                expected="a new name",
+                hint="choose another, or remove it: nothing is written over",
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.rename(target)
@@ -250,10 +250,11 @@ def appearing(target: Path) -> Iterator[Path]:
             hint="free some space, or choose another place; nothing was left here",
         ) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a place that cannot even be looked at
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def fsync_directory(directory: Path) -> None:

@@ -35,7 +35,7 @@ def commit_of(name: str, revision: str | None = None, *, where: str, what: str) 
     Raises:
         HubError: nothing here, and nothing that the hub would give under this name.
     """
-    if Path(name).exists():
+    if _is_here(name, where=where, what=what):
         if revision is not None:
             raise HubError.of(
                 where,
@@ -56,6 +56,14 @@ def commit_of(name: str, revision: str | None = None, *, where: str, what: str) 
             expected=what,
             hint="is the path right? On the hub, a private or gated one needs `hf auth login`",
         ) from reason
+
+
+def _is_here(name: str, *, where: str, what: str) -> bool:
+    """Whether a path is there. `HubError` where that cannot be told."""
+    try:
+        return Path(name).exists()
+    except OSError as error:
+        raise HubError.of(where, got=f"{name}: {error.strerror}", expected=what) from error
 
 
 class _NotThereError(Exception):

@@ -80,7 +80,6 @@ class Store:
         kind: str,
         key: str,
         make: Callable[[Path], None],
-        facts: Mapping[str, object] = {},
         *,
         resumable: bool = False,
     ) -> Path:
@@ -99,7 +98,7 @@ class Store:
             directory = place(kind, key)
             try:
                 make(directory)
-                return self.publish(kind, key, directory, facts)
+                return self.publish(kind, key, directory)
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
                     raise cannot_write(directory, error) from error

@@ -210,14 +210,16 @@ def _add_doctor(examiner: Parser) -> None:
 
 def _add_generate(speaker: argparse.ArgumentParser) -> None:
     speaker.add_argument("model", metavar="MODEL", help="a model's directory, a run's, or a hub id")
-    speaker.add_argument("prompts", nargs="+", metavar="PROMPT", help="how its texts begin")
+    speaker.add_argument(
+        "prompts", type=_prompt, nargs="+", metavar="PROMPT", help="how its texts begin"
+    )
     speaker.add_argument("--tokens", type=_positive, default=60, help="new tokens (default: 60)")
     speaker.add_argument("--number", type=_positive, default=1, help="texts of each (default: 1)")
     speaker.add_argument(
         "--temperature", type=_not_negative, default=0.8, help="0: the likeliest (default: 0.8)"
     )
     speaker.add_argument("--top-p", type=_share, default=0.95, help="default: 0.95")
-    speaker.add_argument("--seed", type=int, default=0, help="default: 0")
+    speaker.add_argument("--seed", type=_seed, default=0, help="default: 0")
     speaker.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     speaker.set_defaults(command=does.generate)
 
@@ -399,6 +401,23 @@ def _window(word: str) -> int:
 def _example(word: str) -> int:
     """Tokens of a task's example, as argparse wants it."""
     return _whole(word, least=LEAST_TOKENS)
+
+
+def _seed(word: str) -> int:
+    """A seed, as jobs take it, as argparse wants it."""
+    number = _whole(word, least=0)
+    if number >= 1 << 63:
+        raise _unlike(word, "a whole number below 2**63")
+    return number
+
+
+def _prompt(word: str) -> str:
+    """Text, as argparse wants it."""
+    try:
+        word.encode()
+    except UnicodeEncodeError as error:
+        raise _unlike(word, "text in UTF-8") from error
+    return word
 
 
 def _not_negative(word: str) -> float:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import IO, cast
 
 from babyllama_ds.corpus.finding import Form, Packing, domain_of, form_of, packing_of
@@ -93,7 +94,9 @@ def read_file(
     form = form_of(path) or "text"
     content = _Content(path, is_text=form != "parquet")
     try:
-        modified_ns = path.stat().st_mtime_ns
+        status = path.stat()
+        if not (S_ISREG(status.st_mode) or S_ISDIR(status.st_mode)):
+            raise _read_but_once(path)
         with unpacked(path) as stream:
             while block := stream.read(_BLOCK_BYTES):
                 if check is not None:
@@ -117,7 +120,7 @@ def read_file(
         lines=lines,
         has_text=has_text,
         column=None if form == "text" else column,
-        modified_ns=modified_ns,
+        modified_ns=status.st_mtime_ns,
     )
 
 
@@ -250,6 +253,15 @@ def _begins_like(path: Path) -> Packing | None:
     with path.open("rb") as stream:
         begin = stream.read(6)
     return next((packing for magic, packing in _BEGINS.items() if begin.startswith(magic)), None)
+
+
+def _read_but_once(path: Path) -> DataError:
+    return DataError.of(
+        path,
+        got="something that is not a regular file",
+        expected="a file: text is read several times",
+        hint="write what comes of a pipe into a file",
+    )
 
 
 def _unreadable(path: Path, error: OSError) -> DataError:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from babyllama_ds.corpus.cleaning import CLEANING_VERSION, clean
-from babyllama_ds.corpus.rows import BATCH_ROWS, check_type, no_such_column, text_of
+from babyllama_ds.corpus.rows import BATCH_ROWS, check_type, check_utf8, no_such_column, text_of
 from babyllama_ds.corpus.streams import (
     Split,
     Texts,
@@ -106,8 +106,15 @@ def read_hub(
     """Open the dataset: its commit, its splits, its columns; a first row with text in each split.
 
     `check` is called between batches of rows and may raise to stop. Raises `DataError`: no such
-    dataset, configuration, revision, split or column; no access; no network; no text.
+    dataset, configuration, revision, split or column; no access; no network; no text; a revision
+    of a folder.
     """
+    if _is_folder(spec) and spec.revision is not None:
+        raise DataError.of(
+            f"{key}.revision",
+            got=f"{spec.revision} for {spec.path}, a folder that is here",
+            expected="no revision: only what is on the hub has commits",
+        )
     builder = _builder(spec, key)
     held_out = [spec.split.dev] if isinstance(spec.split, HeldOutSplit) else []
     names = {f"{key}.train": spec.train} | {f"{key}.split.dev": name for name in held_out}
@@ -116,7 +123,7 @@ def read_hub(
         if files and name not in files:
             raise DataError.of(
                 where,
-                got=f"{name!r}, no split of {spec.path} (there are: {', '.join(files)})",
+                got=f"{name!r}, no split of {spec.path} (there are: {', '.join(map(str, files))})",
                 expected="the name of a split",
                 hint=did_you_mean(name, map(str, files)),
             )
@@ -218,7 +225,9 @@ def _domain_values(sources: HubSources, split: str) -> tuple[str, ...]:
 def _tables(sources: HubSources, split: str, columns: list[str]) -> Iterator[pa.Table]:
     with _told(sources.spec, sources.key):
         stream = _load(sources, split).select_columns(columns).with_format("arrow")
-        yield from stream.iter(batch_size=BATCH_ROWS)
+        for number, table in enumerate(stream.iter(batch_size=BATCH_ROWS)):
+            check_utf8(table, f"{_place(sources, split)}, rows from {number * BATCH_ROWS + 1}")
+            yield table
 
 
 def _load(sources: HubSources, split: str) -> Any:
@@ -286,6 +295,8 @@ def _refused(spec: HubCorpus, key: str, error: Exception) -> DataError:
     from datasets.exceptions import DatasetNotFoundError
 
     said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, StopIteration):  # of the library's reader, in which JSON is looked at
+        said = "one of its files has no rows"
     where, expected, hint = f"{key}.path", "a dataset that can be loaded", None
     if isinstance(error, DatasetNotFoundError) and "gated" in said:
         expected = "a dataset that you may read"

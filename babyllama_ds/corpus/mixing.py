@@ -154,10 +154,10 @@ def _count(lines: Iterator[str], words: int, budget: int | None, check: Check) -
     for line in lines:
         if budget is not None and words >= budget:
             break
-        words += len(line.split())
-        taken += 1
         if check is not None and taken % _CHECK_LINES == 0:
             check()
+        words += len(line.split())
+        taken += 1
     return taken, words
 
 

@@ -87,7 +87,7 @@ def prepare_corpus(job: JobSpec, store: Store, check: Check) -> CorpusEntries:
         DataError: text or tokenizer that cannot be used.
         RunError: a disk that refuses.
     """
-    text_dir = _nursery(job.corpus, job.stage_seed("corpus"), store)
+    text_dir = _nursery(job.corpus, job.stage_seed("corpus"), store, check)
     corpus = job.corpus
     if isinstance(corpus, NurseryCorpus):
         sources = read_sources(nursery_files(_some(text_dir), corpus.documents), check=check)
@@ -137,7 +137,7 @@ def open_corpus(entries: CorpusEntries) -> Corpus:
     )
 
 
-def _nursery(corpus: CorpusSpec, seed: int, store: Store) -> Path | None:
+def _nursery(corpus: CorpusSpec, seed: int, store: Store, check: Check) -> Path | None:
     """The nursery's text; none for other corpora."""
     if not isinstance(corpus, NurseryCorpus):
         return None
@@ -152,6 +152,7 @@ def _nursery(corpus: CorpusSpec, seed: int, store: Store) -> Path | None:
             dev_words=corpus.dev_words,
             pairs_per_task=corpus.pairs_per_task,
             seed=seed,
+            check=check,
         )
 
     return store.build("text", key, make)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,17 @@ def no_such_column(where: str, column: str, columns: Iterable[str], key: str) ->
     )
 
 
+def check_once(columns: Sequence[str], column: str, where: str) -> None:
+    """`DataError` when several columns have the name."""
+    if (number := columns.count(column)) > 1:
+        raise DataError.of(
+            where,
+            got=f"{number} columns called {column!r}",
+            expected="one",
+            hint="rename or leave out those that are not the text",
+        )
+
+
 # -- JSON ----------------------------------------------------------------------------------------
 
 
@@ -80,7 +91,7 @@ def _json(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
         where = f"{path}:{number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _not_json(where, path, line, number, error) from error
         if not isinstance(row, dict):
             raise _not_an_object(where, path, _short(row))
@@ -89,7 +100,7 @@ def _json(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
         yield text_of(row[column], column, where)
 
 
-def _not_json(where: str, path: Path, line: str, number: int, error: ValueError) -> DataError:
+def _not_json(where: str, path: Path, line: str, number: int, error: Exception) -> DataError:
     if number == 1 and line.lstrip().startswith(("[", "{")) and len(line.strip()) < 3:
         return _not_an_object(where, path, "JSON over several lines")
     return DataError.of(where, got=f"what is not JSON ({error})", expected="one JSON object a line")
@@ -115,6 +126,7 @@ def _csv(path: Path, lines: Iterable[str], column: str) -> Iterator[str]:
         header = next(reader, [])
         if column not in header:
             raise _not_in_header(path, header, column)
+        check_once(header, column, f"{path}:1")
         place = header.index(column)
         for row in reader:
             if len(row) != len(header):
@@ -164,6 +176,7 @@ def _parquet(path: Path, column: str) -> Iterator[str]:
         stream = builder.as_streaming_dataset(split="train").with_format("arrow")
         try:
             for table in stream.iter(batch_size=BATCH_ROWS):
+                check_utf8(table, f"{path}, rows from {number + 1}")
                 for value in table[column].to_pylist():
                     number += 1
                     yield text_of(value, column, f"{path}, row {number}")
@@ -180,6 +193,7 @@ def _check_schema(path: Path, column: str) -> None:
         raise _not_parquet(path, error) from error
     if column not in schema.names:
         raise no_such_column(str(path), column, schema.names, "`column`")
+    check_once(schema.names, column, str(path))
     check_type(schema.field(column).type, column, str(path))
 
 
@@ -189,6 +203,20 @@ def check_type(arrow_type: Any, column: str, where: str) -> None:
     if not is_text and not pa.types.is_null(arrow_type):  # nulls only: told by row
         got = f"column {column!r} of type {arrow_type}"
         raise DataError.of(where, got=got, expected="a column of text (string)")
+
+
+def check_utf8(table: pa.Table, where: str) -> None:
+    """`DataError` when text of a table is none: Arrow takes bytes for text as they come."""
+    for column in table.column_names:
+        try:
+            table[column].validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise DataError.of(
+                where,
+                got=f"bytes that are not UTF-8 in column {column!r} ({error})",
+                expected="text in UTF-8",
+                hint="write the table anew, its text decoded by the encoding that it is in",
+            ) from error
 
 
 def _not_parquet(path: Path, error: Exception) -> DataError:

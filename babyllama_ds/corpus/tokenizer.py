@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
@@ -77,7 +78,11 @@ def train_tokenizer(
 
 
 def load_tokenizer(
-    path_or_id: str, revision: str | None = None, *, where: str = "tokenizer.path"
+    path_or_id: str,
+    revision: str | None = None,
+    *,
+    where: str = "tokenizer.path",
+    what: str = TOKENIZER,
 ) -> PreTrainedTokenizerFast:
     """The tokenizer at a directory, in a `tokenizer.json`, or of a hub id; no remote code runs.
 
@@ -85,21 +90,23 @@ def load_tokenizer(
     the family of the model beside it, and some (Qwen 2's, LLaMA's) put a normalizer and splitting
     of their own in the place of the file's.
 
-    `where` is the key that named it; `revision` a commit, tag or branch of a hub id.
+    `where` is the key that named it, and `what` it was to name; `revision` a commit, tag or branch
+    of a hub id.
 
     Raises:
         HubError: nothing there, neither here nor on the hub.
-        DataError: no tokenizer, a damaged one, or one that is not fast.
+        DataError: no tokenizer, a damaged one, one that is not fast, or that fails on some text.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     path = Path(path_or_id)
-    commit = commit_of(path_or_id, revision, where=where, what=TOKENIZER)
+    commit = commit_of(path_or_id, revision, where=where, what=what)
     try:
         if path.is_file():
-            return _load_file(path)
-        reader = PreTrainedTokenizerFast if _is_whole(path_or_id, commit) else AutoTokenizer
-        tokenizer = reader.from_pretrained(path_or_id, revision=commit, trust_remote_code=False)
+            tokenizer = _load_file(path)
+        else:
+            reader = PreTrainedTokenizerFast if _is_whole(path_or_id, commit) else AutoTokenizer
+            tokenizer = reader.from_pretrained(path_or_id, revision=commit, trust_remote_code=False)
     except Exception as error:  # the libraries raise a bare Exception for damaged files
         raise _cannot_load(where, path_or_id, _reason(path, error)) from error
     if not tokenizer.is_fast:
@@ -108,6 +115,7 @@ def load_tokenizer(
     if not any(token_bytes(tokenizer)):
         # Beside a GPT-2 without any tokenizer, transformers 5 makes one up, empty.
         raise _cannot_load(where, path_or_id, "no tokenizer, or one without a token of text")
+    _check_takes_any_text(tokenizer, where, path_or_id)
     return tokenizer
 
 
@@ -127,7 +135,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     """Rows that an embedding needs: the largest id, added tokens included, plus one."""
-    return 1 + int(max(tokenizer.get_vocab().values()))
+    return 1 + int(max(tokenizer.get_vocab().values(), default=-1))
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
@@ -354,6 +362,24 @@ def _load_file(path: Path) -> PreTrainedTokenizerFast:
     return _as_fast(Tokenizer.from_file(str(path)))
 
 
+def _check_takes_any_text(tokenizer: PreTrainedTokenizerFast, where: str, name: str) -> None:
+    """What has no token is no error, which would come in the middle of a run."""
+    try:
+        tokenizer.backend_tokenizer.encode(_RARE, add_special_tokens=False)
+    except Exception as error:  # the library raises a bare one
+        raise DataError.of(
+            where,
+            got=f"{name}: a tokenizer that fails on text that it has no token for ({error})",
+            expected="one that has a token for it",
+            hint="in tokenizer.json, `model.unk_token` (of a Unigram `model.unk_id`) names it; it "
+            "has to be in the vocabulary",
+        ) from error
+
+
+_RARE = "\U00013000"
+"""A letter that hardly any vocabulary has (a hieroglyph)."""
+
+
 def _is_whole(name: str, commit: str | None) -> bool:
     """Whether a directory or hub id has a `tokenizer.json`, and names no code of its own."""
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -414,9 +440,12 @@ def _byte_level(token: str) -> bytes:
 
 
 def _sentence_piece(token: str) -> bytes:
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return bytes.fromhex(token[3:5])
+    if (byte := _BYTE_TOKEN.fullmatch(token)) is not None:
+        return bytes.fromhex(byte[1])
     return token.replace("▁", " ").encode()
+
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def _byte_alphabet() -> dict[str, int]:

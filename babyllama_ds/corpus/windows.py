@@ -132,10 +132,6 @@ class TrainWindows:
             return None
         return self._documents.begins(self.starts(epoch, indices), self.length)
 
-    def window(self, epoch: int, index: int) -> npt.NDArray[np.int64]:
-        """The token ids of one window: [L]."""
-        return self.windows(epoch, np.array([index])).reshape(self.length)
-
     def _offset(self, phase: int) -> int:
         return phase * self.length // (self.num_phases or 1)
 

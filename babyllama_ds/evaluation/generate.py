@@ -15,6 +15,7 @@ from babyllama_ds.corpus.tokenizer import load_tokenizer, vocabulary_size
 from babyllama_ds.errors import ModelError
 from babyllama_ds.evaluation.loading import WHERE, check_model_directory, model_directory
 from babyllama_ds.models.build import check_vocabulary_fits, load_model
+from babyllama_ds.models.directories import MODEL
 from babyllama_ds.models.families import positions_of
 
 
@@ -54,7 +55,7 @@ def generate(
         )
     directory = model_directory(path)
     check_model_directory(directory)
-    tokenizer = load_tokenizer(directory, where=WHERE)
+    tokenizer = load_tokenizer(directory, where=WHERE, what=MODEL)
     model: Any = load_model(directory, attention=None, where=WHERE).to(device).eval()
     check_vocabulary_fits(model, vocabulary_size(tokenizer), where=WHERE)
     torch.manual_seed(sampling.seed)

@@ -112,7 +112,7 @@ def measure(
         )
     directory = model_directory(path)
     check_model_directory(directory)
-    tokenizer = load_tokenizer(directory, where=WHERE)
+    tokenizer = load_tokenizer(directory, where=WHERE, what=MODEL)
     prefix_ids(tokenizer, wanted.prefix, where="--prefix")
     benchmarks = {
         name: load_tasks(folder, max_pairs=None, where="--pairs")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,12 @@ def read_uses(runs: Path) -> Uses:
     possible: dict[str, list[str]] = defaultdict(list)
     for run in _runs(folders):
         name = run.path.name if run.path.parent == runs.resolve() else str(run.path)
-        job = run.written_job()
-        for place, stage in (*_claimed(run), *_linked(run, root), *_measured(run, job)):
-            users[place].setdefault(name, stage)
-        for kind in _possible(run, job):
-            possible[kind].append(name)
+        with _told_of_another_shape(run):
+            job = run.written_job()
+            for place, stage in (*_claimed(run), *_linked(run, root), *_measured(run, job)):
+                users[place].setdefault(name, stage)
+            for kind in _possible(run, job):
+                possible[kind].append(name)
     if any(is_held(held) for folder in folders for held in folder.glob(".trial-*/.held")):
         for kind in PREPARED:
             possible[kind].append("plan --measure")
@@ -96,6 +98,20 @@ def _runs(folders: Sequence[Path]) -> Iterator[RunDirectory]:
                 hint="do this as a user who can read them",
             ) from error
         yield from map(RunDirectory, found)
+
+
+@contextmanager
+def _told_of_another_shape(run: RunDirectory) -> Iterator[None]:
+    """JSON or YAML that is whole and still not what a run writes."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError.of(
+            run.path,
+            got=f"a job.yaml, stages.json or state.json of another shape ({error!r})",
+            expected="a run that can be read: what it uses must be known",
+            hint="mend the file, or move the folder away",
+        ) from error
 
 
 def _claimed(run: RunDirectory) -> Iterator[tuple[Place, str]]:
@@ -120,7 +136,7 @@ def _measured(run: RunDirectory, job: Mapping[str, Any]) -> Iterator[tuple[Place
     for path in sorted(folder.rglob("*.json")):
         name = str(path.relative_to(folder).with_suffix(""))
         found = files.read_json(path)
-        if {"fingerprint", "device", "attention"} <= found.keys():
+        if isinstance(found, dict) and {"fingerprint", "device", "attention"} <= found.keys():
             key = store_key(
                 found["fingerprint"],
                 device=found["device"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -122,6 +124,53 @@ def test_our_own_mistake_has_its_trace_from_where_it_happened(
 def test_a_mistake_on_another_rank_has_no_second_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.exit_code_of(raising(RemoteError(1, "ZeroDivisionError", "oops"))) == 1
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.EACCES, "`namei -l PATH` shows where the right to it is lacking"),
+        (errno.ENAMETOOLONG, "is a word missing before it?"),
+    ],
+)
+def test_a_path_that_the_system_refuses_is_told_in_words(
+    number: int, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.exit_code_of(raising(OSError(number, os.strerror(number), "/some/path"))) == 2
+    assert capsys.readouterr().err == (
+        f"error: /some/path: got {os.strerror(number)}, expected a path that this user may use\n"
+        f"    hint: {hint}\n"
+    )
+
+
+def test_other_failures_of_the_system_have_their_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.exit_code_of(raising(OSError(errno.EIO, "Input/output error", "/some/path"))) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+@pytest.mark.parametrize(
+    "words", [["generate", "a prompt " * 60, "x"], ["check", "x" * 300], ["gains", "x" * 300]]
+)
+def test_a_word_too_long_for_a_path(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    assert "got File name too long, expected a path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", "stopped (SIGINT)\n"), ("1", "")])
+def test_an_interrupt_is_an_end_without_a_trace(
+    rank: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", rank)
+    assert cli.exit_code_of(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", told)
+
+
+@pytest.mark.parametrize("words", ["schema", "check nursery"])
+def test_whoever_reads_may_go(words: str) -> None:
+    """`babyllama-ds schema | head -n 1`"""
+    command = f'"{sys.executable}" -m babyllama_ds.cli {words} | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "", "")
 
 
 def test_done_is_zero(capsys: pytest.CaptureFixture[str]) -> None:
@@ -260,6 +309,9 @@ def test_what_is_misspelt_is_told_with_what_was_meant(
         ("generate m p --top-p 2", "--top-p: got '2', expected a number above 0, at most 1"),
         ("generate m p --temperature=-1", "got '-1', expected a number, 0 or more"),
         ("generate m p --temperature hot", "got 'hot', expected a number, 0 or more"),
+        ("generate m p --seed -1", "--seed: got '-1', expected a whole number, 0 or more"),
+        (f"generate m p --seed {1 << 63}", "expected a whole number below 2**63"),
+        ("generate m \udcff", r"PROMPT: got '\udcff', expected text in UTF-8"),
         ("evaluate m --length 1", "--length: got '1', expected a whole number, 2 or more"),
         ("evaluate m --pairs blimp", "--pairs: got 'blimp', expected NAME=DIR, for instance"),
         ("plan nursery --ranks 2,x", "--ranks: got 'x', expected a whole number, 1 or more"),

@@ -81,6 +81,12 @@ def test_a_path_that_is_not_here_is_not_asked_of_the_hub(hub: ReadingHub, name: 
     assert hub.asked == []
 
 
+def test_a_path_that_cannot_be_looked_at(hub: ReadingHub) -> None:
+    name = "x" * 300
+    assert refused(name).got == f"{name}: File name too long"
+    assert hub.asked == []
+
+
 def test_a_job_may_write_its_home_as_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/mara")
     for spec in (PretrainedModel, LoadedTokenizer):

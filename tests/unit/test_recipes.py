@@ -548,7 +548,7 @@ def test_windows_are_counted_as_published(name: str, prepared: dict[str, Any]) -
     assert (offsets[0] != offsets[1]).mean() > 0.8
     for index in (0, train.num_windows - 1):
         start = index * LENGTH + offsets[7, index]
-        assert (train.window(7, index) == stream[start : start + LENGTH]).all()
+        assert (train.windows(7, np.array([index]))[0] == stream[start : start + LENGTH]).all()
 
 
 def test_window_counts_at_full_size() -> None:

@@ -42,12 +42,12 @@ def test_build_makes_an_entry_once_with_its_manifest(tmp_path: Path) -> None:
         write_words(directory)
 
     assert store.find("tokens", "abc") is None
-    entry = store.build("tokens", "abc", make, {"words": 2})
+    entry = store.build("tokens", "abc", make)
     assert entry == tmp_path / "tokens" / "abc"
     assert store.build("tokens", "abc", make) == entry == store.find("tokens", "abc")
     assert len(calls) == 1
     manifest = verify_manifest(entry)
-    assert (manifest.fingerprint, manifest.facts) == ("abc", {"words": 2})
+    assert (manifest.fingerprint, manifest.facts) == ("abc", {})
     assert everything_below(tmp_path / "tokens") == [
         ".abc.lock",
         "abc/manifest.json",

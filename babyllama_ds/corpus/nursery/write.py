@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -22,36 +22,50 @@ NURSERY_VERSION = 1
 COMPLETE_WORDS = 50_000
 """Length from which training text shows practically every word form of the language."""
 
+Check = Callable[[], None]
+_CHECK_SCENES = 256  # a tenth of a second and more
+
 _WORD = re.compile(r"[a-z']+")
 _SENTENCE_END = re.compile(r'(?<=[.!?])"? "?')
 
 
 def write_nursery(
-    directory: Path, *, words: int, dev_words: int, pairs_per_task: int, seed: int
+    directory: Path,
+    *,
+    words: int,
+    dev_words: int,
+    pairs_per_task: int,
+    seed: int,
+    check: Check = lambda: None,
 ) -> None:
     """Write training text, held-out text and minimal pairs under `directory`.
 
     `words` and `dev_words` count what spaces separate and are met to within half a scene (about
     25 words). The text depends on `seed` alone; a longer one begins with the shorter one. The
     right sentence of a pair does not occur in the training text; from `COMPLETE_WORDS` words on,
-    every word of every pair does. Raises `DataError` if a task has fewer than `pairs_per_task`
-    distinct pairs.
+    every word of every pair does. `check` is called between scenes and may raise to stop. Raises
+    `DataError` if a task has fewer than `pairs_per_task` distinct pairs.
     """
     candidates = [_Candidates(task, seed, pairs_per_task) for task in TASKS]
     train = directory / "train" / "nursery.train"
-    write_scenes(train, f"{seed}/train", words, training=True)
-    write_scenes(directory / "dev" / "nursery.dev", f"{seed}/dev", dev_words, training=False)
+    dev = directory / "dev" / "nursery.dev"
+    write_scenes(train, f"{seed}/train", words, training=True, check=check)
+    write_scenes(dev, f"{seed}/dev", dev_words, training=False, check=check)
     _replace_unfit(train, candidates, complete=words >= COMPLETE_WORDS)
     for chosen in candidates:
         path = directory / "pairs" / f"{chosen.task.name}.jsonl"
         write_pairs(path, chosen.task, chosen.pairs())
 
 
-def write_scenes(path: Path, seed: str, words: int, *, training: bool) -> None:
+def write_scenes(
+    path: Path, seed: str, words: int, *, training: bool, check: Check = lambda: None
+) -> None:
     """Write scenes, one a line, up to about `words` words and at least one scene."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for scene in scenes(seed, words, training=training):
+        for number, scene in enumerate(scenes(seed, words, training=training)):
+            if number % _CHECK_SCENES == 0:
+                check()
             file.write(f"{scene}\n")
 
 

@@ -128,3 +128,17 @@ def test_check_can_stop_the_reading_of_a_packed_file(tmp_path: Path) -> None:
 
     with pytest.raises(Stopped):
         read_file(path, "train", "text", stop)
+
+
+def test_a_pipe_can_be_read_but_once() -> None:
+    """`evaluate --text <(zcat a.gz)`"""
+    reading, writing = os.pipe()
+    os.write(writing, b"a line\n")
+    os.close(writing)
+    try:
+        assert refused(Path(f"/dev/fd/{reading}"))[:2] == (
+            "something that is not a regular file",
+            "a file: text is read several times",
+        )
+    finally:
+        os.close(reading)

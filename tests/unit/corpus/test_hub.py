@@ -243,6 +243,49 @@ def test_what_the_dataset_does_not_have(dataset: Path, streaming: bool) -> None:
     assert got == "nothing (null) in column 'text'"
 
 
+def named_by_their_files(folder: Path, train: bytes = b'{"text": "a"}\n') -> Path:
+    """A dataset without a card: its files say by their names what splits they are."""
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(train)
+    (folder / "validation.jsonl").write_bytes(b'{"text": "b"}\n')
+    return folder
+
+
+def test_a_split_that_no_file_is_called_by(tmp_path: Path) -> None:
+    folder = named_by_their_files(tmp_path / "tales")
+    where, got, hint = refused(corpus(folder, train="trian"))
+    assert where == "corpus.train"
+    assert got == f"'trian', no split of {folder} (there are: train, validation)"
+    assert hint == "did you mean `train`?"
+
+
+def test_a_file_without_rows(tmp_path: Path) -> None:
+    folder = named_by_their_files(tmp_path / "tales", b"")
+    assert refused(corpus(folder))[:2] == (
+        "corpus.path",
+        f"{folder}: one of its files has no rows",
+    )
+
+
+def test_a_revision_of_a_folder(tmp_path: Path) -> None:
+    folder = named_by_their_files(tmp_path / "tales")
+    assert refused(corpus(folder, revision="v1"))[:2] == (
+        "corpus.revision",
+        f"v1 for {folder}, a folder that is here",
+    )
+
+
+@streamings
+def test_text_that_is_not_utf8(dataset: Path, streaming: bool) -> None:
+    bounds = pa.py_buffer(b"\0\0\0\0\3\0\0\0")
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, bounds, pa.py_buffer(b"h\xe4u")])
+    table = pa.table({"text": texts, "source": ["wiki"], "n": [0]})
+    pq.write_table(table, dataset / "main" / "train.parquet")
+    where, got, _ = refused(corpus(dataset, streaming=streaming))
+    assert where == f"{dataset} (train), rows from 1"
+    assert got.startswith("bytes that are not UTF-8 in column 'text' (")
+
+
 def test_a_domain_column_that_is_none(dataset: Path) -> None:
     assert refused(corpus(dataset, domain_column="sauce"))[0] == "corpus.domain_column"
     assert refused(corpus(dataset, domain_column="n"))[:2] == (

@@ -267,6 +267,20 @@ def test_check_can_stop_the_counting(write: Any) -> None:
         read_sources(mixed({"name": "one", "corpus": one, "words": 90_000}), check=stop_late)
 
 
+def test_check_can_stop_the_counting_of_many_short_texts(write: Any) -> None:
+    calls = 0
+
+    def stop_late() -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 45:  # after the one block of each of 40 files
+            raise Stopped("SIGTERM")
+
+    one = write("one", *(numbered(f"a{number}", 1) for number in range(20)))
+    with pytest.raises(Stopped):
+        read_sources(mixed({"name": "one", "corpus": one, "words": 200}), check=stop_late)
+
+
 def test_a_hub_dataset_beside_files(tmp_path: Path) -> None:
     folder = tmp_path / "tales"
     folder.mkdir()

@@ -12,7 +12,7 @@ import pytest
 
 from babyllama_ds.corpus.prepare import CorpusEntries, open_corpus, prepare_corpus
 from babyllama_ds.corpus.sources import read_sources
-from babyllama_ds.errors import DataError
+from babyllama_ds.errors import DataError, Stopped
 from babyllama_ds.files import hash_json
 from babyllama_ds.spec.corpus import FilesCorpus
 from babyllama_ds.spec.loading import load_job
@@ -45,6 +45,18 @@ def test_without_documents_the_keys_are_what_they_were(prepare: Prepare, tmp_pat
     assert entries.tokens_key == hash_json(
         {"version": 1, "text": text, "tokenizer": entries.tokenizer_key}
     )
+
+
+def test_a_nursery_can_be_stopped_while_it_is_written(
+    tmp_path: Path, tiny_job: Callable[..., Path]
+) -> None:
+    def stop() -> None:
+        raise Stopped("SIGTERM")
+
+    job = load_job(tiny_job(tmp_path / "job"), [NURSERY + "}"], environ={})
+    with pytest.raises(Stopped):
+        prepare_corpus(job, Store(tmp_path / "store"), stop)
+    assert not list((tmp_path / "store" / "text").glob("[0-9a-f]*"))
 
 
 def test_the_unicode_form_decides_the_tokenizer(prepare: Prepare) -> None:

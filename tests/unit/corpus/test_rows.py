@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -148,6 +149,14 @@ def test_a_row_of_json_without_text(tmp_path: Path, row: str, got: str) -> None:
     assert refused(path)[:2] == (":3", got)
 
 
+def test_json_too_deep_to_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    where, got, _ = refused(path)
+    assert where == ":2"
+    assert got.startswith("what is not JSON (maximum recursion depth exceeded")
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("value", [[{"text": "a"}], {"text": "a", "n": 1}])
 def test_json_that_is_not_one_object_a_line(tmp_path: Path, indent: Any, value: Any) -> None:
@@ -170,6 +179,7 @@ def test_json_that_is_not_one_object_a_line(tmp_path: Path, indent: Any, value: 
         ('text,n\n"a,1\nb,2\n', ":3", "what is not CSV (unexpected end of data)"),
         ("", ":1", "no column 'text' (there are: none)"),
         ("n;text\n1;a\n", ":1", "one column, with ';' in its name"),
+        ("text,n,text\na,1,b\n", ":1", "2 columns called 'text'"),
     ],
 )
 def test_csv_that_is_none(tmp_path: Path, content: str, where: str, got: str) -> None:
@@ -189,3 +199,26 @@ def test_parquet_without_text(tmp_path: Path) -> None:
     assert refused(path)[1].startswith("what cannot be read as parquet (")
     path.write_bytes(b"no table\n" * 9)
     assert refused(path)[1].startswith("what cannot be read as parquet (")
+
+
+def no_utf8(texts: list[bytes]) -> pa.Array:
+    """Bytes that call themselves text, as programs of other languages may write them."""
+    bounds = np.cumsum([0, *map(len, texts)]).astype(np.int32)
+    buffers = [None, pa.py_buffer(bounds), pa.py_buffer(b"".join(texts))]
+    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+
+
+def test_parquet_whose_text_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = no_utf8([b"a"] * 200 + ["h\u00e4user".encode("latin1")])
+    pq.write_table(pa.table({"text": texts}), path)
+    where, got, hint = refused(path)
+    assert where == ", rows from 129"
+    assert got.startswith("bytes that are not UTF-8 in column 'text' (")
+    assert hint
+
+
+def test_parquet_with_two_columns_of_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    assert refused(path)[:2] == ("", "2 columns called 'text'")

@@ -175,6 +175,12 @@ def test_sentence_piece_vocabularies(tmp_path: Path) -> None:
     assert token_bytes(tokenizer) == expected
 
 
+def test_what_only_looks_like_a_byte_is_text(tmp_path: Path) -> None:
+    pieces = [("<unk>", 0.0), ("<0x0a>", -1.0), ("<0xZZ>", -2.0)]
+    Tokenizer(models.Unigram(pieces, unk_id=0)).save(str(tmp_path / "tokenizer.json"))
+    assert token_bytes(load_tokenizer(str(tmp_path)))[1:] == [b"\n", b"<0xZZ>"]
+
+
 def test_added_tokens_are_written_as_they_are(directory: Path) -> None:
     """Not in the byte alphabet: GPT-NeoX, for one, adds runs of spaces."""
     tokenizer = load_tokenizer(str(directory))
@@ -344,6 +350,37 @@ def test_a_models_directory_without_a_tokenizer(tmp_path: Path, model_type: str)
     assert problem.where == "teachers.elder.model"
     assert problem.got.startswith(f"{tmp_path}: no tokenizer")
     assert "tokenizer.save_pretrained(directory)" in str(problem.hint)
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_tokenizer_without_a_token(as_file: bool, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(models.BPE()).save(str(path))
+    with pytest.raises(DataError, match="no tokenizer, or one without a token of text"):
+        load_tokenizer(str(path if as_file else tmp_path))
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordPiece({"a": 0, "##b": 1}, unk_token="[UNK]"),
+        models.WordLevel({"a": 0}, unk_token="[UNK]"),
+        models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")], unk_token="[UNK]"),
+        models.Unigram([("a", -1.0)]),
+    ],
+)
+def test_a_tokenizer_that_fails_on_what_it_has_no_token_for(
+    model: Any, as_file: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    Tokenizer(model).save(str(path))
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(str(path if as_file else tmp_path), where="here")
+    (problem,) = caught.value.problems
+    assert problem.where == "here"
+    assert "a tokenizer that fails on text that it has no token for (" in problem.got
+    assert "model.unk_token" in (problem.hint or "")
 
 
 def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:

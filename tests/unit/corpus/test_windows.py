@@ -228,11 +228,11 @@ def test_random_windows_are_runs_of_the_stream_near_their_place() -> None:
 
 def test_a_window_depends_on_nothing_but_seed_epoch_and_index() -> None:
     windows, again = train(), train()
-    backwards = {i: again.window(2, i) for i in reversed(range(again.num_windows))}
+    backwards = {i: again.windows(2, np.array([i]))[0] for i in reversed(range(again.num_windows))}
     indices = windows.batch(2, 1, 8)
     for index, window in zip(indices, windows.windows(2, indices), strict=True):
         assert np.array_equal(window, backwards[int(index)])
-        assert np.array_equal(window, windows.window(2, int(index)))
+        assert np.array_equal(window, windows.windows(2, np.array([index]))[0])
 
 
 # -- what an epoch holds -------------------------------------------------------------------------

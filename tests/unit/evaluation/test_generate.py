@@ -15,7 +15,7 @@ import torch
 
 from babyllama_ds import cli
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
-from babyllama_ds.errors import ModelError
+from babyllama_ds.errors import HubError, ModelError
 from babyllama_ds.evaluation.generate import Sampling, generate
 from babyllama_ds.spec.corpus import TrainedTokenizer
 from babyllama_ds.store import STORE_LOST
@@ -93,6 +93,12 @@ def test_several_texts_without_sampling_are_refused(model_dir: Path) -> None:
 def test_an_empty_prompt_is_refused(model_dir: Path) -> None:
     with pytest.raises(ModelError, match="no tokens"):
         list(generate(str(model_dir), [""], GREEDY, device=CPU))
+
+
+def test_a_name_that_is_none_is_told_to_be_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"no such directory here; .* expected a causal language"):
+        list(generate("runs/nursery-1", ["the"], GREEDY, device=CPU))
 
 
 def test_a_directory_without_a_model_is_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -458,6 +458,15 @@ def test_no_model_is_told(tmp_path: Path, wanted: Wanted) -> None:
     assert "without config.json" in refused(tmp_path, wanted)
 
 
+def test_a_name_that_is_none_is_told_to_be_no_model(
+    wanted: Wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    told = refused("runs/nursery-1", wanted)
+    assert told.startswith("MODEL: got runs/nursery-1: no such directory here")
+    assert "expected a causal language model" in told
+
+
 def test_pickled_weights_are_told(model_dir: Path, wanted: Wanted, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(model_dir, directory)

@@ -59,10 +59,10 @@ def store(runs: Path) -> Store:
 
 
 def put(store: Store, kind: str, word: str, *, num_bytes: int = 10, **facts: object) -> Path:
-    def write(directory: Path) -> None:
+    with store.lock(kind, key_of(word)):
+        directory = store.new_directory(kind, key_of(word))
         (directory / "content").write_bytes(b"x" * num_bytes)
-
-    return store.build(kind, key_of(word), write, facts)
+        return store.publish(kind, key_of(word), directory, facts)
 
 
 def begin(store: Store, kind: str, word: str) -> Path:
@@ -239,9 +239,9 @@ def test_a_bundle_among_the_runs_has_files_of_its_own(store: Store, runs: Path) 
 
 def test_a_runs_own_measurement_keeps_that_of_the_store(store: Store, runs: Path) -> None:
     measured = {"fingerprint": "f", "device": "cuda", "attention": "sdpa"}
-    for word, parts in (("two", 2), ("one", 1)):
+    for parts in (2, 1):
         key = stored.store_key("f", device="cuda", attention="sdpa", tensor_parallel=parts)
-        store.build("evaluations", key, lambda path: (path / "x").touch(), {"parts": word})
+        store.build("evaluations", key, lambda path: (path / "x").touch())
     job = {"name": "x", "teachers": [{"name": "gpt2", "tensor_parallel": 2}]}
     run_dir = put_run(runs, "one", job=job)
     assert len(unused(runs)) == 2
@@ -367,6 +367,30 @@ def test_what_cannot_be_read_of_a_run_ends_it(
     code, _, err = ask("--remove-unused")
     assert code == 2
     assert str(run_dir / name) in err
+    assert entry.exists()
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "stages.json", "state.json"])
+def test_a_runs_file_of_another_shape_ends_it(
+    store: Store, runs: Path, ask: Callable[..., Any], name: str
+) -> None:
+    entry = put(store, "tokens", "a")
+    run_dir = put_run(runs, "one", tokens=key_of("a"))
+    (run_dir / name).write_text("teachers: 3" if name == "job.yaml" else "[3]")
+    code, _, err = ask("--remove-unused")
+    assert code == 2
+    assert f"error: {run_dir}: got a job.yaml, stages.json or state.json of another shape" in err
+    assert entry.exists()
+
+
+def test_another_list_beside_the_measurements_is_no_measurement(
+    store: Store, runs: Path, ask: Callable[..., Any]
+) -> None:
+    entry = put(store, "tokens", "a")
+    run_dir = put_run(runs, "one", tokens=key_of("a"))
+    (run_dir / "evaluation").mkdir()
+    (run_dir / "evaluation" / "predictions.json").write_text("[3]")
+    assert ask("--remove-unused")[0] == 0
     assert entry.exists()
 
 
@@ -496,8 +520,7 @@ def test_a_removal_that_dies_leaves_nothing_that_reads_as_whole(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", die)
-    with pytest.raises(KeyboardInterrupt):
-        ask("--remove", entry.name)
+    assert ask("--remove", entry.name)[0] == 130
     monkeypatch.setattr(shutil, "rmtree", whole)
     assert everything_below(store.root), "no file was removed"
     assert store.find("tokens", entry.name) is None

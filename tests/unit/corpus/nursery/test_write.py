@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from babyllama_ds.corpus.nursery.write import sentences_in, write_nursery, write_scenes
+from babyllama_ds.errors import Stopped
 
 SMALL = {"words": 2_000, "dev_words": 400, "pairs_per_task": 12, "seed": 3}
 PINNED = "9e7859432c7126800fe561f12daaa76bcb3503c3e2258170a1666b0060984654"
@@ -61,6 +62,14 @@ def test_a_longer_text_begins_with_the_shorter_one(tmp_path: Path) -> None:
     short, long = ((tmp_path / name).read_text(encoding="utf-8") for name in ("500", "3000"))
     assert long.startswith(short)
     assert len(long) > 4 * len(short)
+
+
+def test_a_long_text_can_be_stopped(tmp_path: Path) -> None:
+    def stop() -> None:
+        raise Stopped("SIGTERM")
+
+    with pytest.raises(Stopped):
+        write_nursery(tmp_path, **SMALL, check=stop)
 
 
 def test_there_is_always_a_scene(tmp_path: Path) -> None:
