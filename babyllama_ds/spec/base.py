@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,3 +73,9 @@ def repeated_names(names: Sequence[str]) -> list[Mismatch]:
         for i, name in enumerate(names)
         if (first := names.index(name)) != i
     ]
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, in order. In about √`number` steps: what a user mistypes may be huge."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

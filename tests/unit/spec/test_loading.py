@@ -421,6 +421,8 @@ def test_objectives_that_a_cache_has_not_kept_enough_for(
          "student.training.warmup_steps", "10", "< max_steps (10)", ""),
         ([("epochs: 2", "epochs: 2\n    micro_batch: 3")], "student.training.micro_batch", "3",
          "a divisor of batch_windows (8)", "2"),
+        ([("epochs: 2", "epochs: 2\n    micro_batch: 1000000000000")],  # answered at once
+         "student.training.micro_batch", "1000000000000", "a divisor of batch_windows (8)", "8"),
         ([("epochs: 2", "epochs: 2\n    micro_batch: most")], "student.training.micro_batch",
          "'most'", "a whole number, or 'auto', or null", "`auto`"),
         ([("name: wide-1.5", "name: deep")], "teachers[1].name", "'deep'",
