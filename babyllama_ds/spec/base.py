@@ -14,10 +14,10 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """A name that becomes a file or folder name."""
 
-HubName = Annotated[str, AfterValidator(os.path.expanduser)]
+HubName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A path, or an id of the Hugging Face hub."""
 
-FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
+FolderPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A directory."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -272,6 +272,15 @@ def test_a_file_that_is_not_a_mapping(tmp_path: Path, text: str, got: str) -> No
         ("name: deep", "name: deep\n    tensor_parallel: 0", "teachers[0].tensor_parallel",
          "0", "a number > 0", ""),
         ("control: {}", "control: 5", "control", "5", "a mapping, or null", ""),
+        ("epochs: 2", "epochs: nan", "student.training.epochs", "'nan'", "a number", "Passes"),
+        ("epochs: 2", "epochs: 10_00", "student.training.epochs", "'10_00'", "a number",
+         "write 1000"),
+        ("epochs: 2", "epochs: '1_000'", "student.training.epochs", "'1_000'", "a number",
+         "remove the quotes"),
+        ("control: {}", "deepspeed: {config: ''}", "deepspeed.config", "''",
+         "text that is not empty", "zero2_cuda"),
+        ("control: {}", 'control: {"\\ud800": 1}', "control", "'\\ud800' as a key",
+         "text that UTF-8 can hold", ""),
         ('["${TEXT}/train/*.train"]', "[]", "corpus.train", "a list of 0", "at least 1", ""),
     ],
 )  # fmt: skip
@@ -504,6 +513,12 @@ def test_a_variable_is_text(job_file: Path) -> None:
     assert "override" in (problem.hint or "")
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "teachers.0.model"])
+def test_an_empty_path_names_nothing(job_file: Path, name: str) -> None:
+    problem = the_problem(job_file, f"{name}={{kind: pretrained, path: ''}}")
+    assert (problem.got, problem.expected) == ("''", "text that is not empty")
+
+
 def test_a_variable_that_is_not_utf8(job_file: Path) -> None:
     assert "UTF-8" in the_problem(job_file, environ={"TEXT": "\udce9"}).expected
 
@@ -517,6 +532,7 @@ def test_a_variable_that_is_not_utf8(job_file: Path) -> None:
         ("seed", "the whole job", "'seed'", "KEY=VALUE", "KEY=null"),
         ("seed=", "the whole job", "'seed='", "KEY=VALUE", "KEY=null"),
         ("=3", "the whole job", "'=3'", "KEY=VALUE", ""),
+        ("n\udce9me=3", "the whole job", "'n\\udce9me' as a key", "UTF-8", ""),
         ("seed=many", "seed", "'many'", "a whole number", ""),
         ("sed=3", "sed", "an unknown key", "a known one", "did you mean `seed`?"),
         ("student.training.epoch=3", "student.training.epoch", "an unknown key", "a known one",
