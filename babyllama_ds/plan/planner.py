@@ -33,11 +33,13 @@ def plan_job(job: JobSpec, question: Question) -> Plan:
     """Plan `job`.
 
     Raises:
-        JobError: an unknown card, a job that none of the rank counts can cut.
+        JobError: an unknown card, a wrong DeepSpeed configuration, a job that none of the rank
+            counts can cut.
         DataError, ModelError, MachineError: what the job needs and is not there.
     """
     basis = Basis(job, question)
     machine, work = basis.machine, basis.work
+    basis.check_configurations()
     counts = [_count(basis, ranks) for ranks in question.ranks]
     if all(count.impossible for count in counts):
         raise JobError.of(

@@ -20,7 +20,7 @@ from babyllama_ds.plan.memory import (
 from babyllama_ds.plan.stages import PlannedStage
 from babyllama_ds.plan.tiers import cached_by_tier
 from babyllama_ds.spec.base import divisors
-from babyllama_ds.spec.deepspeed import deepspeed_config, micro_batch
+from babyllama_ds.spec.deepspeed import micro_batch
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 
@@ -43,9 +43,7 @@ def stage_shape(basis: Basis, stage: PlannedStage, ranks: int) -> StageShape:
 
 
 def _shape_of(basis: Basis, stage: PlannedStage, training: TrainingSpec, ranks: int) -> StageShape:
-    config = deepspeed_config(
-        basis.job, training, device=basis.machine.device, ranks=ranks, where=stage.key
-    )
+    config = basis.configuration(stage, training, ranks=ranks)
     micro = MicroBatchShape(
         windows=config["train_micro_batch_size_per_gpu"],
         length=basis.job.windows.length,
