@@ -35,7 +35,12 @@ def commit_of(name: str, revision: str | None = None, *, where: str, what: str) 
     Raises:
         HubError: nothing here, and nothing that the hub would give under this name.
     """
-    if Path(name).exists():
+    try:
+        is_here = Path(name).exists()
+    except OSError as error:  # in a folder that is another's, say
+        got = f"{name}: {(error.strerror or str(error)).lower()}"
+        raise HubError.of(where, got=got, expected=what) from error
+    if is_here:
         if revision is not None:
             raise HubError.of(
                 where,

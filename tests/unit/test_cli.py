@@ -42,6 +42,9 @@ def raising(error: BaseException) -> Callable[[], None]:
     return work
 
 
+TOO_LONG = 300 * "x"
+
+
 # -- how it ends -----------------------------------------------------------------------------------
 
 TWO_PROBLEMS = RunError(
@@ -117,6 +120,30 @@ def test_our_own_mistake_has_its_trace_from_where_it_happened(
     told = capsys.readouterr().err
     assert told.startswith("Traceback")
     assert "ZeroDivisionError: oops" in told
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", TOO_LONG],
+        ["check", f"{TOO_LONG}/job.yaml"],
+        ["plan", "nursery", f"deepspeed.config={TOO_LONG}"],
+        ["plan", "nursery", f"student.model={{kind: pretrained, path: {TOO_LONG}}}"],
+        ["export", TOO_LONG, "--to", "x"],
+        ["export", TOO_LONG, "--results", "x"],
+        ["store", "--runs", TOO_LONG],
+        ["evaluate", TOO_LONG, "--text", "x"],
+    ],
+)
+def test_a_path_that_the_system_refuses_is_told_as_one(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one in another's folder is, which tests that run as root do not see refused."""
+    assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert TOO_LONG in told
+    assert "got file name too long, expected" in told or f"{TOO_LONG}: file name too long" in told
 
 
 def test_a_mistake_on_another_rank_has_no_second_trace(capsys: pytest.CaptureFixture[str]) -> None:
