@@ -261,7 +261,8 @@ def _expected(kind: str, context: Mapping[str, Any], message: str) -> str:
         return _TYPES[kind]
     for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
         if name in context:
-            return f"a number {sign} {context[name]:g}"
+            bound = context[name]
+            return f"a number {sign} {int(bound) if bound == int(bound) else bound}"
     if kind == "literal_error":
         return f"one of {context['expected'].replace(' or ', ', ')}"
     if kind in ("too_short", "too_long"):

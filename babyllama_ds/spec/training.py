@@ -74,7 +74,7 @@ class TrainingSpec(Spec):
     """Windows in one forward pass of one rank; `auto`: the largest that fits in memory, tried out
     before training; none: the rank's whole share of the batch. Accumulation steps are derived:
     `batch_windows / (micro_batch * ranks)`."""
-    epochs: PositiveFloat
+    epochs: Annotated[float, Field(gt=0, le=1_000_000_000)]
     """Passes over the training windows; may be a fraction."""
     max_steps: PositiveInt | None = None
     """Limit on optimizer steps."""

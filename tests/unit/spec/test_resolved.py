@@ -26,7 +26,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=2
 def trainings(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "batch_windows": draw(COUNTS),
-        "epochs": draw(POSITIVE | st.integers(1, 9)),
+        "epochs": draw(st.floats(0, 10**9, exclude_min=True) | st.integers(1, 9)),
         "learning_rate": draw(POSITIVE),
         "schedule": draw(st.sampled_from(["cosine", "linear"])),
         "clip_norm": draw(st.none() | POSITIVE),
