@@ -229,13 +229,7 @@ def appearing(target: Path) -> Iterator[Path]:
     Raises:
         RunError: `target` exists (an empty folder does not count), or the disk refuses.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise RunError.of(
-            target,
-            got="something that exists",
-            expected="a new name",
-            hint="choose another, or remove it: nothing is written over",
-        )
+    check_new(target)
     temporary = temporary_beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -253,7 +247,22 @@ def appearing(target: Path) -> Iterator[Path]:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # below a file, say, where nothing can be
+                temporary.unlink()
+
+
+def check_new(target: Path) -> None:
+    """Nothing is at `target` yet, or an empty folder; and it is in a folder. Raises `RunError`."""
+    around = next((parent for parent in target.parents if parent.exists()), None)
+    if around is not None and not around.is_dir():
+        raise RunError.of(target, got=f"a place below {around}, a file", expected="one in a folder")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise RunError.of(
+            target,
+            got="something that exists",
+            expected="a new name",
+            hint="choose another, or remove it: nothing is written over",
+        )
 
 
 def fsync_directory(directory: Path) -> None:
