@@ -477,6 +477,13 @@ def test_the_doctor_says_what_it_found_and_how_it_ends(
     assert "error: doctor: got 1 failure: locks, expected none" in err
 
 
+def test_a_port_for_no_hosts_is_refused(
+    examined: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", "--device", "cpu", "--ssh-port", "2222"]) == 2
+    assert "doctor --ssh-port: got no --hostfile, expected" in capsys.readouterr().err
+
+
 def test_the_doctor_in_a_hurry(
     monkeypatch: pytest.MonkeyPatch, examined: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
