@@ -853,3 +853,13 @@ def test_a_wrong_configuration_is_told_as_what_it_is(
     (problem,) = caught.value.problems
     assert problem.where == where
     assert hint in (problem.hint or "")
+
+
+def test_more_cached_tokens_than_the_vocabulary_has_are_refused_as_a_run_would(
+    nursery: Job, tmp_path: Path
+) -> None:
+    job = nursery(
+        "distillation.cache=topk", "windows.offsets=fixed", "distillation.cache_top_k=1024"
+    )
+    with pytest.raises(JobError, match=r"cache_top_k: got 1024, expected at most .* 800 tokens"):
+        plan_job(job, Question(tokens=64 * 1000, runs=tmp_path))
