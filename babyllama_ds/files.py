@@ -231,13 +231,7 @@ def appearing(target: Path) -> Iterator[Path]:
     """
     temporary = temporary_beside(target)
     try:
-        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-            raise RunError.of(
-                target,
-                got="something that exists",
-                expected="a new name",
-                hint="choose another, or remove it: nothing is written over",
-            )
+        check_new(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.rename(target)
@@ -255,6 +249,20 @@ def appearing(target: Path) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
             else:
                 temporary.unlink(missing_ok=True)
+
+
+def check_new(target: Path) -> None:
+    """Nothing is at `target` yet, or an empty folder; and it is in a folder. Raises `RunError`."""
+    around = next((parent for parent in target.parents if parent.exists()), None)
+    if around is not None and not around.is_dir():
+        raise RunError.of(target, got=f"a place below {around}, a file", expected="one in a folder")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise RunError.of(
+            target,
+            got="something that exists",
+            expected="a new name",
+            hint="choose another, or remove it: nothing is written over",
+        )
 
 
 def fsync_directory(directory: Path) -> None:

@@ -32,10 +32,10 @@ def main(words: Sequence[str] | None = None) -> int:
 def exit_code_of(work: Callable[[], None]) -> int:
     """Do `work`; an expected end is told once, by rank 0, and becomes the exit status.
 
-    0: done. 2: an error that a user can mend, told by whom it says. 128 + signal: stopped as
-    asked, or nobody reads any more what is printed (`| head`). 1: our own mistake, with its trace
-    from the rank where it happened. (75, where another node is gone, comes from `engine.watching`,
-    which ends the process by itself.)
+    0: done. 2: an error that a user can mend, told by whom it says (a path that may not be used: by
+    the rank that came to it). 128 + signal: stopped as asked, or nobody reads any more what is
+    printed (`| head`). 1: our own mistake, with its trace from the rank where it happened. (75,
+    where another node is gone, comes from `engine.watching`, which ends the process by itself.)
     """
     try:
         work()
@@ -78,8 +78,11 @@ def _nobody_reads() -> bool:
 
 def _refused_path(error: OSError) -> Problem | None:
     """A path that the system does not let this user use, wherever it was come to."""
+    lacking = "`namei -l PATH` shows where the right to it is lacking"
     hints = {
-        errno.EACCES: "`namei -l PATH` shows where the right to it is lacking",
+        errno.EACCES: lacking,
+        errno.EPERM: lacking,
+        errno.EROFS: "choose a place that can be written to",
         errno.ENAMETOOLONG: "is a word missing before it?",
     }
     if error.errno not in hints or error.filename is None:

@@ -161,6 +161,13 @@ def doctor(options: argparse.Namespace) -> None:
     print("examining this machine ...", file=sys.stderr)
     start_s = time.monotonic()
     device = resolve_device(options.device)
+    if options.ssh_port is not None and options.hostfile is None:
+        raise MachineError.of(
+            "doctor --ssh-port",
+            got="no --hostfile",
+            expected="--hostfile beside it",
+            hint="it is for the hosts that a hostfile names",
+        )
     if options.quick:
         if options.hostfile is not None:
             raise MachineError.of(

@@ -218,8 +218,9 @@ def _too_short(split: str, tokens: TokenShards, length: int, *, needed: int) -> 
     lower = ["set windows.length lower"] if tokens.num_tokens(split) else []
     return DataError.of(
         f"corpus ({split})",
-        got=f"{tokens.num_tokens(split)} tokens, a corpus shorter than one window",
-        expected=f"at least {needed} tokens for windows.length {length}",
+        got=f"{tokens.num_tokens(split)} tokens, not enough for one window",
+        expected=f"at least {needed} tokens for windows.length {length}"
+        + (", which windows.offsets shift" if needed > length else ""),
         hint=", or ".join([_MORE_TEXT[split], *lower]),
     )
 

@@ -41,7 +41,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     except (OSError, UnicodeDecodeError) as error:
         raise MachineError.of(
             path,
-            got=str(error),
+            got=(getattr(error, "strerror", None) or str(error)).lower(),
             expected="a hostfile",
             hint="DeepSpeed would say nothing and run on this machine alone",
         ) from None

@@ -20,7 +20,7 @@ from typing import BinaryIO, cast
 
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
-from babyllama_ds.export.finished import FinishedRun
+from babyllama_ds.export.finished import FinishedRun, check_outside
 
 SUMS_NAME = "SHA256SUMS"
 LEFT_OUT = (".lock", ".lock.json", "checkpoints", SUMS_NAME)
@@ -44,7 +44,8 @@ def bundle_run(run: FinishedRun, target: Path) -> dict[str, str]:
     Raises:
         RunError: a part is missing or damaged, `target` exists, or the disk refuses.
     """
-    _check_target(run, target)
+    check_kind(target)
+    check_outside(run.path, target)
     run.check(run.parts)
     members = dict(sorted(_members(run)))
     with files.appearing(target) as place:
@@ -61,7 +62,8 @@ def bundle_run(run: FinishedRun, target: Path) -> dict[str, str]:
     return sums
 
 
-def _check_target(run: FinishedRun, target: Path) -> None:
+def check_kind(target: Path) -> None:
+    """A directory or a `.tar`: nothing packs a bundle. Raises `RunError`."""
     if target.suffix in (".gz", ".tgz", ".xz", ".bz2", ".zst", ".zip"):
         raise RunError.of(
             "--bundle",
@@ -69,8 +71,6 @@ def _check_target(run: FinishedRun, target: Path) -> None:
             expected="a directory, or a file that ends in .tar",
             hint="weights and tokens hardly compress",
         )
-    if target.resolve().is_relative_to(run.path.resolve()):
-        raise RunError.of(target, got="a place inside the run", expected="one outside of it")
 
 
 # -- what goes in ---------------------------------------------------------------------------------

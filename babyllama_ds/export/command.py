@@ -10,11 +10,13 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
+from babyllama_ds import files
 from babyllama_ds.errors import Problem, RunError
-from babyllama_ds.export.bundle import bundle_run
-from babyllama_ds.export.finished import FinishedRun, open_finished
+from babyllama_ds.export.bundle import bundle_run, check_kind
+from babyllama_ds.export.finished import FinishedRun, check_outside, open_finished
 from babyllama_ds.export.model import CardFacts, export_milestone_dir, export_model_dir
 from babyllama_ds.export.results import collect_results
 
@@ -52,6 +54,7 @@ def export_run(asked: Export) -> Iterator[str]:
             `push` and `bundle_run` raise.
     """
     _check(asked)
+    _check_targets(asked)
     if asked.results is not None:
         collect_results(asked.run_dir, asked.results)
         yield str(asked.results)
@@ -93,6 +96,26 @@ def _check(asked: Export) -> None:
         raise RunError.all_of(
             [Problem(where=option, got=f"no {other}", expected=other) for option, other in needs]
         )
+
+
+def _check_targets(asked: Export) -> None:
+    """Each directory or file is a new one, outside of the run, and of no other's content."""
+    given = {"--results": asked.results, "--to": asked.to, "--bundle": asked.bundle}
+    targets = {option: target for option, target in given.items() if target is not None}
+    if asked.bundle is not None:
+        check_kind(asked.bundle)
+    for target in targets.values():
+        check_outside(asked.run_dir, target)
+        files.check_new(target)
+    for (one, first), (other, second) in combinations(targets.items(), 2):
+        if first.resolve().is_relative_to(second.resolve()) or second.resolve().is_relative_to(
+            first.resolve()
+        ):
+            raise RunError.of(
+                other,
+                got=f"{second}, where {one} puts something else",
+                expected="a place of its own",
+            )
 
 
 def _model(asked: Export, run: FinishedRun) -> Iterator[str]:

@@ -129,3 +129,14 @@ def open_finished(run_dir: Path) -> FinishedRun:
             else "start it again with the same command: it goes on from where it was",
         )
     return FinishedRun(path=run_dir, report=collect_report(run_dir))
+
+
+def check_outside(run_dir: Path, target: Path) -> None:
+    """`target` is no place inside the run, some of whose folders are links into the store.
+
+    Raises:
+        RunError: it is.
+    """
+    as_written = target.absolute().is_relative_to(run_dir.absolute())
+    if as_written or target.resolve().is_relative_to(run_dir.resolve()):
+        raise RunError.of(target, got="a place inside the run", expected="one outside of it")

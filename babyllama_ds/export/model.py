@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
-from babyllama_ds.export.finished import FinishedRun
+from babyllama_ds.export.finished import FinishedRun, check_outside
 from babyllama_ds.report.card import render_milestone_card, render_model_card
 from babyllama_ds.rundir import METRICS_NAME
 
@@ -52,8 +52,10 @@ def export_model_dir(run: FinishedRun, model: str, target: Path, facts: CardFact
     """Write `model` (`student`, `control`, `teachers/NAME`) to `target`, whole or not at all.
 
     Raises:
-        RunError: there is no such model, it is damaged, `target` exists, or the disk refuses.
+        RunError: there is no such model, it is damaged, `target` exists or lies inside the run, or
+            the disk refuses.
     """
+    check_outside(run.path, target)
     source = run.model_dir(model)
     card = render_model_card(
         run.report,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from babyllama_ds import files
 from babyllama_ds.errors import RunError
+from babyllama_ds.export.finished import check_outside
 from babyllama_ds.report.write import write_report
 from babyllama_ds.rundir import METRICS_NAME
 
@@ -36,8 +37,7 @@ def collect_results(run_dir: Path, target: Path) -> None:
             expected="the directory of a run",
             hint="it is <runs>/<job name>",
         )
-    if target.resolve().is_relative_to(run_dir.resolve()):
-        raise RunError.of(target, got="a place inside the run", expected="one outside of it")
+    check_outside(run_dir, target)
     with files.appearing(target) as place:
         place.mkdir(parents=True)
         write_report(run_dir, place)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -20,9 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from babyllama_ds.errors import ModelError
+from babyllama_ds.errors import ModelError, UserError
 from babyllama_ds.hub import commit_of
-from babyllama_ds.models.directories import MODEL, check_weight_files, read_config
+from babyllama_ds.models.directories import (
+    MODEL,
+    check_weight_files,
+    read_config,
+    reason_of,
+)
 from babyllama_ds.models.families import missing_kernels, positions_of
 from babyllama_ds.models.fused import fuse
 from babyllama_ds.models.probe import embedding_rows
@@ -168,13 +172,10 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # for an error of ours, below
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError.of(
-            where,
-            got=f"{path}: {reason}",
-            expected=MODEL,
-        ) from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError.of(where, got=f"{path}: {reason_of(error)}", expected=MODEL) from error
     _check_whole(report, path, where=where)
     loaded: nn.Module = model
     fuse(loaded)

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
     CONFIG_MAPPING,
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from babyllama_ds.errors import ModelError
+from babyllama_ds.errors import ModelError, UserError
 from babyllama_ds.hub import commit_of
 
 MODEL = "a causal language model: its directory (config.json, *.safetensors), or a hub id"
@@ -50,15 +51,21 @@ def read_config(path: str, *, revision: str | None = None, where: str) -> Pretra
         found, _ = PretrainedConfig.get_config_dict(path, revision=commit)
         _check_found(found, path, where=where)
         config = AutoConfig.from_pretrained(path, revision=commit, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError.of(
-            where,
-            got=f"{path}: {reason}",
-            expected=MODEL,
-        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        raise ModelError.of(where, got=f"{path}: {reason_of(error)}", expected=MODEL) from error
     _check_config(config, path, where=where)
     return config
+
+
+def reason_of(error: Exception) -> str:
+    """In a line, what transformers ran into: of a value that a configuration may not have, itself.
+
+    It raises what it likes: assertions of its own, and of torch, of what a file says among them.
+    """
+    told = error.__cause__ if isinstance(error, StrictDataclassError) else error
+    return (str(told).strip() or type(told).__name__).splitlines()[0]
 
 
 def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:

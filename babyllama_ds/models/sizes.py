@@ -16,7 +16,8 @@ left out, as is customary; embedding rows are looked up, not multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -34,7 +35,7 @@ from babyllama_ds.models.build import (
     model_config,
     set_dropouts,
 )
-from babyllama_ds.models.directories import read_config
+from babyllama_ds.models.directories import read_config, reason_of
 from babyllama_ds.models.families import missing_kernels
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 
@@ -115,7 +116,7 @@ def model_sizes(spec: ModelSpec, vocab_size: int, *, where: str) -> ModelSizes:
 
     Raises:
         ModelError: a path that holds no readable configuration, a family that is no transformer,
-            or fewer rows than tokens.
+            numbers that make no model, or fewer rows than tokens.
     """
     config = _config(spec, vocab_size, where=where)
     if not hasattr(config, "num_attention_heads"):
@@ -124,7 +125,8 @@ def model_sizes(spec: ModelSpec, vocab_size: int, *, where: str) -> ModelSizes:
             got=f"a model of the family {config.model_type}, whose layers have no attention heads",
             expected="a transformer: of others neither cost nor memory is known here",
         )
-    sizes = sizes_of(config)
+    with _shapes(where):
+        sizes = sizes_of(config)
     if sizes.head_rows < vocab_size:
         raise ModelError.of(
             where,
@@ -139,9 +141,11 @@ def meta_model(spec: ModelSpec, vocab_size: int, *, where: str) -> nn.Module:
     """The model that `spec` describes on the meta device: shapes without storage.
 
     Raises:
-        ModelError: a path that holds no readable configuration.
+        ModelError: a path that holds no readable configuration, or numbers that make no model.
     """
-    return _on_meta(_config(spec, vocab_size, where=where))
+    config = _config(spec, vocab_size, where=where)
+    with _shapes(where):
+        return _on_meta(config)
 
 
 def sizes_of(config: PretrainedConfig) -> ModelSizes:
@@ -235,6 +239,20 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return self.size
+
+
+@contextmanager
+def _shapes(where: str) -> Iterator[None]:
+    """Within, a model is built on the meta device: what keeps it from that is its description."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError.of(
+            where,
+            got=f"a description that transformers can make no model of ({reason_of(error)})",
+            expected="widths, heads and other numbers of a model",
+            hint="is one of them mistyped?",
+        ) from error
 
 
 def _on_meta(config: PretrainedConfig) -> nn.Module:

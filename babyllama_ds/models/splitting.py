@@ -11,6 +11,7 @@ import os
 
 from babyllama_ds.errors import JobError, ModelError
 from babyllama_ds.models.sizes import ModelSizes
+from babyllama_ds.spec.base import divisors
 
 SPLIT_FAMILIES = (
     "llama",
@@ -70,7 +71,7 @@ def check_split(sizes: ModelSizes, parts: int, *, where: str) -> None:
         ("inner columns (intermediate_size)", sizes.intermediate_size),
     ):
         if number % parts:
-            fitting = [n for n in range(1, parts) if _divides(n, sizes)]
+            fitting = [n for n in divisors(sizes.num_heads) if n < parts and _divides(n, sizes)]
             raise ModelError.of(
                 where,
                 got=f"{parts} for a model of {number} {what}",

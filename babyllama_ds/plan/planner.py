@@ -27,17 +27,21 @@ from babyllama_ds.plan.shapes import stage_shape
 from babyllama_ds.plan.speed import seconds
 from babyllama_ds.plan.tiers import cached_by_tier
 from babyllama_ds.spec.job import JobSpec
+from babyllama_ds.teachers.cache.check import check_top_k
 
 
 def plan_job(job: JobSpec, question: Question) -> Plan:
     """Plan `job`.
 
     Raises:
-        JobError: an unknown card, a job that none of the rank counts can cut.
+        JobError: an unknown card, a wrong DeepSpeed configuration, more tokens to be cached than
+            the vocabulary has, a job that none of the rank counts can cut.
         DataError, ModelError, MachineError: what the job needs and is not there.
     """
     basis = Basis(job, question)
     machine, work = basis.machine, basis.work
+    basis.check_configurations()
+    check_top_k(job.distillation, basis.corpus.vocab_size)
     counts = [_count(basis, ranks) for ranks in question.ranks]
     if all(count.impossible for count in counts):
         raise JobError.of(

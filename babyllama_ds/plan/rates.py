@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -37,11 +38,13 @@ def read_rate(text: str) -> Rate:
     """`N`, `N tok/s`, `N FLOP/s`, with k, M, G, T, P before FLOP.
 
     Raises:
-        JobError: something else, or nothing above 0.
+        JobError: something else, or no finite number above 0.
     """
     match = _FORM.fullmatch(text.strip())
     value = float(match["number"].replace("_", "").replace(",", "")) if match else 0.0
-    if match is None or value <= 0:
+    if match is not None:
+        value *= _PREFIXES[(match["prefix"] or "").lower()]
+    if match is None or not 0 < value < math.inf:
         raise JobError.of(
             "--rate",
             got=repr(text),
@@ -49,6 +52,4 @@ def read_rate(text: str) -> Rate:
             "of one rank",
             hint="a run prints tokens per second of all its ranks together: divide by them",
         )
-    if match["prefix"] is None:
-        return Rate(value, "tok/s")
-    return Rate(value * _PREFIXES[match["prefix"].lower()], "FLOP/s")
+    return Rate(value, "tok/s" if match["prefix"] is None else "FLOP/s")

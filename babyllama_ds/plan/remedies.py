@@ -15,6 +15,7 @@ from babyllama_ds.plan.planned import Plan, Question, RankCount
 from babyllama_ds.plan.planner import plan_job
 from babyllama_ds.plan.stages import PlannedTeacher
 from babyllama_ds.plan.text import gibibytes
+from babyllama_ds.spec.base import divisors
 from babyllama_ds.spec.job import JobSpec
 
 Reload = Callable[[Sequence[str]], JobSpec]
@@ -102,7 +103,7 @@ def _smaller_micro_batches(plan: Plan, count: RankCount, reload: Reload) -> list
     chosen: dict[str, str] = {}
     for name in plan.too_large(count):
         key, share = plan.job.training_key(name), count.micro_batches[name]
-        for micro in reversed([n for n in range(1, share) if share % n == 0]):
+        for micro in reversed(divisors(share)[:-1]):
             planned = _planned_with(plan, count, reload, [f"{key}.micro_batch={micro}"])
             if planned is not None and name not in planned.too_large(planned.counts[0]):
                 chosen[key] = f"{key}.micro_batch={micro}"
@@ -126,7 +127,7 @@ def _could_offload(plan: Plan) -> bool:
 
 def _splits(plan: Plan, count: RankCount) -> Iterator[list[str]]:
     """Overrides that split the teachers that can be, over as few ranks as possible first."""
-    for parts in (n for n in range(2, count.ranks + 1) if count.ranks % n == 0):
+    for parts in divisors(count.ranks)[1:]:
         teachers = [one for one in plan.work.teachers if one.parts < parts and _can(one, parts)]
         overrides = [f"teachers.{one.name}.tensor_parallel={parts}" for one in teachers]
         if overrides and plan.job.student.training.micro_batch == "auto":

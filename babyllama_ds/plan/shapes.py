@@ -19,7 +19,8 @@ from babyllama_ds.plan.memory import (
 )
 from babyllama_ds.plan.stages import PlannedStage
 from babyllama_ds.plan.tiers import cached_by_tier
-from babyllama_ds.spec.deepspeed import deepspeed_config, micro_batch
+from babyllama_ds.spec.base import divisors
+from babyllama_ds.spec.deepspeed import micro_batch
 from babyllama_ds.spec.models import ModelSpec
 from babyllama_ds.spec.training import TrainingSpec
 
@@ -33,7 +34,7 @@ def stage_shape(basis: Basis, stage: PlannedStage, ranks: int) -> StageShape:
     if stage.training.micro_batch != "auto" or usable is None:
         return _shape_of(basis, stage, stage.training, ranks)
     share = micro_batch(stage.training, ranks, where=stage.key)
-    for windows in (n for n in range(share, 0, -1) if share % n == 0):
+    for windows in reversed(divisors(share)):
         training = stage.training.model_copy(update={"micro_batch": windows})
         shape = _shape_of(basis, stage, training, ranks)
         if rank_memory(shape).peak_bytes <= usable:
@@ -42,9 +43,7 @@ def stage_shape(basis: Basis, stage: PlannedStage, ranks: int) -> StageShape:
 
 
 def _shape_of(basis: Basis, stage: PlannedStage, training: TrainingSpec, ranks: int) -> StageShape:
-    config = deepspeed_config(
-        basis.job, training, device=basis.machine.device, ranks=ranks, where=stage.key
-    )
+    config = basis.configuration(stage, training, ranks=ranks)
     micro = MicroBatchShape(
         windows=config["train_micro_batch_size_per_gpu"],
         length=basis.job.windows.length,

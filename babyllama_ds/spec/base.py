@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,10 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 """A name that becomes a file or folder name."""
 
-HubName = Annotated[str, AfterValidator(os.path.expanduser)]
+HubName = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A path, or an id of the Hugging Face hub."""
 
-FolderPath = Annotated[str, AfterValidator(os.path.expanduser)]
+FolderPath = Annotated[str, Field(min_length=1), AfterValidator(os.path.expanduser)]
 """A directory."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -72,3 +73,9 @@ def repeated_names(names: Sequence[str]) -> list[Mismatch]:
         for i, name in enumerate(names)
         if (first := names.index(name)) != i
     ]
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, in order. In about √`number` steps: what a user mistypes may be huge."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})

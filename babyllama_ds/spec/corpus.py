@@ -219,7 +219,7 @@ class TrainedTokenizer(Spec):
     """Byte-level BPE trained on the training text (`<pad>` 0, `<s>` 1, `</s>` 2)."""
 
     kind: Literal["bpe"]
-    vocab_size: Annotated[int, Field(ge=260)] = 16_000
+    vocab_size: Annotated[int, Field(ge=260, le=10_000_000)] = 16_000
     """Rows of the embedding: 3 special tokens, 256 bytes, merges."""
     min_frequency: PositiveInt = 2
     """Occurrences that a merge needs."""

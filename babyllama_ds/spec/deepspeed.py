@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from babyllama_ds.errors import JobError
+from babyllama_ds.spec.base import divisors
 from babyllama_ds.spec.deepspeed_file import Device, check_config, read_config
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.training import TrainingSpec
@@ -125,6 +126,6 @@ def _multiples_around(number: int, unit: int) -> str:
 
 
 def _divisors_around(number: int, near: int) -> list[int]:
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
-    below, above = [n for n in divisors if n < near], [n for n in divisors if n > near]
+    fitting = divisors(number)
+    below, above = [n for n in fitting if n < near], [n for n in fitting if n > near]
     return below[-1:] + above[:1]

@@ -84,12 +84,17 @@ class AlphaSchedule(Spec):
     """The way from `start` to `end`: straight, or half a cosine."""
 
 
+Degree = Annotated[float, Field(ge=0.001, le=1000)]
+"""A temperature. Far beyond these limits fp32 holds neither T^2 nor what logits divided by T differ
+by."""
+
+
 class TemperatureSchedule(Spec):
     """A temperature that changes in the course of the training."""
 
-    start: PositiveFloat
+    start: Degree
     """At the first step."""
-    end: PositiveFloat
+    end: Degree
     """From `over` on."""
     over: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the training's optimizer steps after which `end` is reached."""
@@ -105,8 +110,7 @@ Alpha = Annotated[
     ),
 ]
 Temperature = Annotated[
-    Annotated[PositiveFloat, Tag("number")]
-    | Annotated[TemperatureSchedule, Tag("TemperatureSchedule")],
+    Annotated[Degree, Tag("number")] | Annotated[TemperatureSchedule, Tag("TemperatureSchedule")],
     Discriminator(
         lambda value: (
             "TemperatureSchedule" if isinstance(value, dict | TemperatureSchedule) else "number"

@@ -107,6 +107,18 @@ def show(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+IN_UTF8 = "text that UTF-8 can hold"
+
+
+def is_utf8(text: str) -> bool:
+    """Whether it is: half a surrogate pair is text to Python and to YAML alone."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def read_document(text: str, source: str, *, place: Place | None = None) -> Document:
     """Read one YAML document.
 
@@ -116,7 +128,7 @@ def read_document(text: str, source: str, *, place: Place | None = None) -> Docu
     try:
         return _Builder(source, place).build(yaml.compose(text, Loader=Loader))
     except yaml.YAMLError as error:
-        raise _syntax_error(error, source, place) from None
+        raise _syntax_error(error, text, source, place) from None
     except RecursionError:
         raise JobError.of(source, got="values nested too deeply", expected="YAML") from None
 
@@ -229,9 +241,12 @@ class _Builder:
             if merge:
                 merged = {**self._merge(value_node, path), **merged}
         for merge, (key_node, value_node) in zip(is_merge, node.value, strict=True):
-            child = (*path, str(key_node.value))
+            key = str(key_node.value)
+            child = (*path, key)
             if not isinstance(key_node, yaml.ScalarNode):
                 self._document.complain(path, got="a mapping or list as a key", expected="text")
+            elif not is_utf8(key):
+                self._document.complain(path, got=f"{show(key)} as a key", expected=IN_UTF8)
             elif child[-1] in result:
                 first = self._document.place(child).source
                 self._document.complain_at(
@@ -272,8 +287,10 @@ class _Builder:
             return None
 
 
-def _syntax_error(error: yaml.YAMLError, source: str, place: Place | None) -> JobError:
+def _syntax_error(error: yaml.YAMLError, text: str, source: str, place: Place | None) -> JobError:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if isinstance(error, yaml.reader.ReaderError):
+        mark = _mark(text, error.position)
     said = getattr(error, "problem", None) or str(error).splitlines()[0]
     hint = None
     if "'\\t'" in said:
@@ -289,3 +306,10 @@ def _syntax_error(error: yaml.YAMLError, source: str, place: Place | None) -> Jo
     return JobError.of(
         where, got=f"text that is not YAML ({said})", expected="YAML", hint=hint, source=line
     )
+
+
+def _mark(text: str, position: int) -> yaml.Mark:
+    """A place in the text, where PyYAML gives no more than its number."""
+    before = text[:position]
+    column = position - (before.rfind("\n") + 1)
+    return yaml.Mark("", position, before.count("\n"), column, None, 0)

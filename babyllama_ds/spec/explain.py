@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from babyllama_ds.spec.base import MismatchError
-from babyllama_ds.spec.document import Document, KeyPath, key_text, show
+from babyllama_ds.spec.document import CoreResolver, Document, KeyPath, key_text, show
 
 # What people who know transformers and DeepSpeed write, and what it is called here.
 OTHER_NAMES: Mapping[str, str] = {
@@ -47,6 +48,10 @@ OTHER_NAMES: Mapping[str, str] = {
     "type": "kind",
     "warmup": "warmup_steps",
 }
+
+
+OTHER_WORDS: Mapping[str, str] = {"gpu": "cuda"}
+"""Likewise of values; `cpu`, which is nearer, would be the contrary."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +134,9 @@ def did_you_mean(word: object, known: Iterable[str]) -> str | None:
 def closest(word: object, known: Iterable[str]) -> str | None:
     """The known word that a misspelt one was meant to be, whatever its case; none: no one knows."""
     by_lower = {one.lower(): one for one in sorted(set(known), reverse=True)}
+    other = OTHER_WORDS.get(str(word).lower())
+    if other in by_lower:
+        return by_lower[other]
     close = difflib.get_close_matches(str(word).lower(), by_lower, n=1)
     return by_lower[close[0]] if close else None
 
@@ -240,6 +248,7 @@ _TYPES = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_too_short": "text that is not empty",
     "tuple_type": "a list",
     "list_type": "a list",
     "dict_type": "a mapping",
@@ -252,7 +261,8 @@ def _expected(kind: str, context: Mapping[str, Any], message: str) -> str:
         return _TYPES[kind]
     for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
         if name in context:
-            return f"a number {sign} {context[name]:g}"
+            bound = context[name]
+            return f"a number {sign} {int(bound) if bound == int(bound) else bound}"
     if kind == "literal_error":
         return f"one of {context['expected'].replace(' or ', ', ')}"
     if kind in ("too_short", "too_long"):
@@ -275,8 +285,13 @@ def _hint(kind: str, value: object, context: Mapping[str, Any]) -> str | None:
         return "write a value or leave it out: `auto` has no meaning here"
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
-    if kind in ("int_type", "float_type") and isinstance(value, str) and _is_number(value):
-        return f"remove the quotes; for a number from the environment, use an override: KEY={value}"
+    if kind in ("int_type", "float_type") and isinstance(value, str):
+        plain = value.replace("_", "")
+        if _is_number(value):
+            remedy = "for a number from the environment, use an override"
+            return f"remove the quotes; {remedy}: KEY={value}"
+        if _is_number(plain):
+            return f"write {plain}"
     if kind == "bool_type" and value in (0, 1):
         return f"write {'true' if value else 'false'}"
     if kind == "bool_type" and str(value).lower() in ("yes", "no", "on", "off"):
@@ -293,9 +308,9 @@ def _as_a_kind(value: object, models: list[type[BaseModel]]) -> str | None:
     return f"write {{kind: {near}}}" if near else None
 
 
+_NUMBER = re.compile("|".join(CoreResolver.table[kind][0] for kind in ("int", "float")))
+
+
 def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    """Whether it is read as one where there are no quotes."""
+    return _NUMBER.fullmatch(text) is not None

@@ -126,7 +126,7 @@ class DeepSpeedSpec(Spec):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is one. A device asked for by name must be there."""
-    config: str = "auto"
+    config: Annotated[str, Field(min_length=1)] = "auto"
     """A shipped configuration (`zero2_cuda`, `zero2_cpu`), a path to a JSON file, or `auto`:
     the shipped one for the device."""
     compile: Literal["auto", "none", "student", "all"] = "auto"

@@ -23,7 +23,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from babyllama_ds.errors import JobError
-from babyllama_ds.spec.document import Document, KeyPath, Place, key_text, read_document, show
+from babyllama_ds.spec.document import (
+    IN_UTF8,
+    Document,
+    KeyPath,
+    Place,
+    is_utf8,
+    key_text,
+    read_document,
+    show,
+)
 from babyllama_ds.spec.explain import closest, explain
 from babyllama_ds.spec.job import JobSpec
 
@@ -103,6 +112,9 @@ def _apply(document: Document, override: str, place: Place) -> None:
     if not equals or not key.strip() or not text.strip():
         hint = "for example student.training.epochs=2; to unset: KEY=null"
         document.complain_at(place, (), got=repr(override), expected="KEY=VALUE", hint=hint)
+        return
+    if not is_utf8(key):
+        document.complain_at(place, (), got=f"{show(key)} as a key", expected=IN_UTF8)
         return
     value = read_document(text, place.source, place=place)
     path = _resolve(document, key.strip(), place)
@@ -214,9 +226,7 @@ def _fill(document: Document, value: Any, path: KeyPath, environ: Mapping[str, s
         return environ.get(name or "", "")
 
     filled = _DOLLAR.sub(one, value)
-    try:
-        filled.encode("utf-8")
-    except UnicodeEncodeError:
-        document.complain(path, got=show(filled), expected="text that UTF-8 can hold")
+    if not is_utf8(filled):
+        document.complain(path, got=show(filled), expected=IN_UTF8)
         return None
     return filled

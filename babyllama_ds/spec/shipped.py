@@ -7,6 +7,7 @@ editable install and a wheel (which holds copies) are all read the same way.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Literal
@@ -37,9 +38,11 @@ def shipped_path(room: Room, name: str) -> Path:
 def find_file(room: Room, text: str) -> Path:
     """The file at the path `text`, or the shipped one of that name. Raises `JobError`."""
     path = Path(text)
-    if path.is_file() or len(path.parts) > 1:
-        return path  # reading it says what is wrong, if anything is
-    return shipped_path(room, text)
+    if len(path.parts) < 2:
+        with suppress(OSError):  # a name that is too long, say
+            if not path.is_file():
+                return shipped_path(room, text)
+    return path  # reading it says what is wrong, if anything is
 
 
 def find_job(text: str) -> Path:

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from babyllama_ds.spec.base import Mismatch, Spec, consistent
+from babyllama_ds.spec.base import Mismatch, Spec, consistent, divisors
 
 MicroBatch = Annotated[
     Annotated[PositiveInt, Tag("number")] | Annotated[Literal["auto"], Tag("word")],
@@ -74,7 +74,7 @@ class TrainingSpec(Spec):
     """Windows in one forward pass of one rank; `auto`: the largest that fits in memory, tried out
     before training; none: the rank's whole share of the batch. Accumulation steps are derived:
     `batch_windows / (micro_batch * ranks)`."""
-    epochs: PositiveFloat
+    epochs: Annotated[float, Field(gt=0, le=1_000_000_000)]
     """Passes over the training windows; may be a fraction."""
     max_steps: PositiveInt | None = None
     """Limit on optimizer steps."""
@@ -139,7 +139,7 @@ class TrainingSpec(Spec):
                 Mismatch(("warmup_steps",), self.warmup_steps, f"< max_steps ({self.max_steps})")
             )
         if isinstance(self.micro_batch, int) and self.batch_windows % self.micro_batch:
-            fitting = [n for n in range(1, self.micro_batch) if self.batch_windows % n == 0]
+            fitting = [n for n in divisors(self.batch_windows) if n < self.micro_batch]
             found.append(
                 Mismatch(
                     ("micro_batch",),

@@ -26,6 +26,7 @@ from babyllama_ds.engine.training import TrainingEngine
 from babyllama_ds.errors import MachineError
 from babyllama_ds.memory import available_host_bytes
 from babyllama_ds.models.documents import Pieces
+from babyllama_ds.spec.base import divisors
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.teachers.ensemble import Ensemble
 from babyllama_ds.training.batches import micro_batch
@@ -99,7 +100,7 @@ def find_micro_batch(
 def largest_fitting(share: int, fits: Callable[[int], bool]) -> int | None:
     """The largest divisor of `share` up to which every one fits on all ranks. A collective."""
     best = None
-    for windows in (n for n in range(1, share + 1) if share % n == 0):
+    for windows in divisors(share):
         if ranks.max_int(0 if fits(windows) else 1):
             break
         best = windows

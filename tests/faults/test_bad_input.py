@@ -100,7 +100,7 @@ def test_corpus_shorter_than_a_window(job: Path, tmp_path: Path, refuse: Refuse)
         "teachers.0.model.max_positions=8192",
         "student.model.max_positions=8192",
     )
-    assert "shorter than one window" in said
+    assert "not enough for one window" in said
     assert "windows.length" in said
     assert nothing_trained(tmp_path)
 

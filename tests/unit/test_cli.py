@@ -44,6 +44,9 @@ def raising(error: BaseException) -> Callable[[], None]:
     return work
 
 
+TOO_LONG = 300 * "x"
+
+
 # -- how it ends -----------------------------------------------------------------------------------
 
 TWO_PROBLEMS = RunError(
@@ -121,6 +124,33 @@ def test_our_own_mistake_has_its_trace_from_where_it_happened(
     assert "ZeroDivisionError: oops" in told
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["check", TOO_LONG],
+        ["check", f"{TOO_LONG}/job.yaml"],
+        ["plan", "nursery", f"deepspeed.config={TOO_LONG}"],
+        ["plan", "nursery", f"student.model={{kind: pretrained, path: {TOO_LONG}}}"],
+        ["export", TOO_LONG, "--to", "x"],
+        ["export", TOO_LONG, "--results", "x"],
+        ["store", "--runs", TOO_LONG],
+        ["evaluate", TOO_LONG, "--text", "x"],
+        ["generate", TOO_LONG, "a prompt"],
+        ["gains", TOO_LONG],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_path_that_the_system_refuses_is_told_as_one(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one in another's folder is, which tests that run as root do not see refused."""
+    assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert TOO_LONG in told
+    assert "file name too long, expected" in told.lower()
+
+
 def test_a_mistake_on_another_rank_has_no_second_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.exit_code_of(raising(RemoteError(1, "ZeroDivisionError", "oops"))) == 1
     assert capsys.readouterr() == ("", "")
@@ -130,6 +160,8 @@ def test_a_mistake_on_another_rank_has_no_second_trace(capsys: pytest.CaptureFix
     ("number", "hint"),
     [
         (errno.EACCES, "`namei -l PATH` shows where the right to it is lacking"),
+        (errno.EPERM, "`namei -l PATH` shows where the right to it is lacking"),
+        (errno.EROFS, "choose a place that can be written to"),
         (errno.ENAMETOOLONG, "is a word missing before it?"),
     ],
 )
@@ -146,14 +178,6 @@ def test_a_path_that_the_system_refuses_is_told_in_words(
 def test_other_failures_of_the_system_have_their_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.exit_code_of(raising(OSError(errno.EIO, "Input/output error", "/some/path"))) == 1
     assert capsys.readouterr().err.startswith("Traceback")
-
-
-@pytest.mark.parametrize(
-    "words", [["generate", "a prompt " * 60, "x"], ["check", "x" * 300], ["gains", "x" * 300]]
-)
-def test_a_word_too_long_for_a_path(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(words) == 2
-    assert "got File name too long, expected a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("rank", "told"), [("0", "stopped (SIGINT)\n"), ("1", "")])
@@ -500,6 +524,13 @@ def test_the_doctor_says_what_it_found_and_how_it_ends(
     out, err = capsys.readouterr()
     assert json.loads(out)["counts"]["failure"] == 1
     assert "error: doctor: got 1 failure: locks, expected none" in err
+
+
+def test_a_port_for_no_hosts_is_refused(
+    examined: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["doctor", "--device", "cpu", "--ssh-port", "2222"]) == 2
+    assert "doctor --ssh-port: got no --hostfile, expected" in capsys.readouterr().err
 
 
 def test_the_doctor_in_a_hurry(

@@ -117,13 +117,17 @@ def test_write_below_a_file_is_a_run_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "got"), [("file/model", "File exists"), ("x" * 300, "File name too long")]
+    ("name", "got"),
+    [
+        ("file/model", "a place below {0}/file, a file"),
+        ("x" * 300, "File name too long while writing it"),
+    ],
 )
 def test_what_cannot_appear_is_a_run_error(tmp_path: Path, name: str, got: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError) as caught, files.appearing(tmp_path / name):
         pytest.fail("there is no such place")
-    assert caught.value.problems[0].got == f"{got} while writing it"
+    assert caught.value.problems[0].got == got.format(tmp_path)
 
 
 def test_json_round_trip_keeps_order_and_text(tmp_path: Path) -> None:

@@ -391,7 +391,7 @@ def test_nothing_is_written_over(run_dir: Path, tmp_path: Path) -> None:
     export(run_dir, "student", target)  # an empty folder is as good as none
     problem = refused(run_dir, "student", target)
     assert (problem.where, problem.got) == (str(target), "something that exists")
-    assert refused(run_dir, "student", run_dir / "student").got == "something that exists"
+    assert refused(run_dir, "student", run_dir / "student").got == "a place inside the run"
 
 
 def test_a_disk_that_fills(run_dir: Path, tmp_path: Path) -> None:
@@ -438,3 +438,44 @@ def test_options_that_do_not_go_together(
     out, err = capsys.readouterr()
     assert out == ""
     assert told in err
+
+
+@pytest.mark.parametrize("place", ["model", "student/model", "tokens/model", "teachers/gpt2/model"])
+def test_a_place_inside_the_run(
+    run_dir: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where a folder of it is a link, the model would lie in the store."""
+    assert cli.main(["export", str(run_dir), "--to", str(run_dir / place)]) == 2
+    assert "got a place inside the run, expected one outside of it" in capsys.readouterr().err
+    assert not (run_dir / place).exists()
+
+
+@pytest.mark.parametrize(
+    ("places", "told"),
+    [
+        (["--to", "a", "--bundle", "a"], "--bundle: got a, where --to puts something else"),
+        (["--to", "a/b", "--bundle", "a"], "--bundle: got a, where --to puts something else"),
+        (["--results", "a", "--to", "a/b"], "--to: got a/b, where --results puts something else"),
+        (["--to", "a", "--bundle", "taken"], "taken: got something that exists"),
+        (["--to", "a", "--bundle", "b.zip"], "--bundle: got b.zip, expected a directory"),
+        (["--to", "file/a"], "file/a: got a place below file, a file"),
+    ],
+    ids=" ".join,
+)
+def test_places_are_refused_before_anything_is_written(
+    run_dir: Path,
+    tmp_path: Path,
+    places: list[str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("")
+    (tmp_path / "file").write_text("")
+    assert cli.main(["export", str(run_dir), *places]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err
+    assert not (tmp_path / "a").exists()

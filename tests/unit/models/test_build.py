@@ -292,6 +292,14 @@ def no_language_model(directory: Path) -> None:
     change_config(directory, model_type="vit")
 
 
+def of_wrong_values(directory: Path) -> None:
+    change_config(directory, num_attention_heads=5)
+
+
+def padded_by_no_token(directory: Path) -> None:
+    change_config(directory, pad_token_id=999)
+
+
 def quantised(directory: Path) -> None:
     change_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
 
@@ -336,6 +344,8 @@ DAMAGES: dict[Callable[[Path], None], str] = {
     unknown_family: "nonesuch",
     another_task: r"an encoder-decoder \(t5\), expected a causal language model",
     no_language_model: "vit, of which transformers has no causal language model",
+    of_wrong_values: r": The hidden size \(24\) is not a multiple of .*, expected a causal",
+    padded_by_no_token: r": Padding_idx must be within num_embeddings, expected a causal language",
     own_code: r"a family \(own\) that is defined by code of its own, .* no code of a model's",
     quantised: r"quantised weights \(gptq\), expected weights in fp32, bf16 or fp16",
     of_more_than_text: r"a model of more than text \(gemma3, with text_config, vision_config\)",

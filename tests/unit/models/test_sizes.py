@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from babyllama_ds.errors import ModelError
 from babyllama_ds.models.build import count_parameters
-from babyllama_ds.models.sizes import model_sizes, sizes_of
+from babyllama_ds.models.sizes import meta_model, model_sizes, sizes_of
 from babyllama_ds.spec.models import Gpt2Model, LlamaModel, ModelSpec, PretrainedModel
 from references.flops import forward_flops
 
@@ -113,6 +114,35 @@ def test_a_path_without_a_configuration_is_refused(tmp_path: Path) -> None:
     assert "expected a causal language model: its directory (config.json, *.safetensors)" in str(
         caught.value
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hidden_size": "24"}, "Field 'hidden_size' expected int, got str (value: '24')"),
+        ({"num_attention_heads": 5}, "is not a multiple of the number of attention heads (5)"),
+        ({"num_attention_heads": 0}, "integer modulo by zero"),
+        ({"pad_token_id": 999}, "Padding_idx must be within num_embeddings"),
+    ],
+)
+def test_a_configuration_with_wrong_values_is_refused_in_words(
+    tmp_path: Path, tiny_model: Callable[..., Any], changes: dict[str, Any], told: str
+) -> None:
+    tiny_model("llama").config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ModelError) as caught:
+        model_sizes(PretrainedModel(kind="pretrained", path=str(tmp_path)), 61, where="a.model")
+    (problem,) = caught.value.problems
+    assert problem.where == "a.model"
+    assert told in problem.got
+
+
+@pytest.mark.parametrize("make", [model_sizes, meta_model])
+def test_a_mistyped_width_is_refused_in_words(make: Callable[..., Any]) -> None:
+    spec = llama(10**12, 1, 10, 64)
+    with pytest.raises(ModelError, match=r"a\.model: got a description .* \(Storage size"):
+        make(spec, VOCAB, where="a.model")
 
 
 def test_no_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

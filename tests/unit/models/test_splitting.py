@@ -51,6 +51,7 @@ def test_what_divides_is_split(family: str, parts: int) -> None:
         (3, {}, "3 for a model of 4 key-value heads", 4, 2),
         (4, {"intermediate_size": 42}, "4 for a model of 42 inner columns (inter", 42, 2),
         (16, {"num_heads": 16}, "16 for a model of 4 key-value heads", 4, 4),
+        (10**12, {}, "1000000000000 for a model of 12 attention heads", 12, 4),  # at once
     ],
 )
 def test_heads_and_columns_are_dealt_out_in_equal_numbers(

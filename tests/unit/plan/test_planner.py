@@ -832,3 +832,34 @@ def test_models_of_other_families_are_run_on_shapes_or_said_to_be_estimates(
     said, _ = [line for line in plan.assumptions if line.startswith("memory of")]
     assert said.startswith("memory of student: activations of qwen2 counted as those of a LLaMA")
     assert plan.counts[0].memory["student"].moments["forward"]["activations"] < exact
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "hint"),
+    [
+        ("deepspeed.config=zero2_cup", "zero2_cup", "did you mean `zero2_cpu`?"),
+        ("deepspeed.config=no/such.json", "no/such.json", "paths are relative to"),
+        ("control={training: {batch_windows: 4, epochs: 9, learning_rate: 1, muon: {}}}",
+         "control.training.muon", "longer than the step"),
+    ],
+)  # fmt: skip
+def test_a_wrong_configuration_is_told_as_what_it_is(
+    nursery: Job, tmp_path: Path, override: str, where: str, hint: str
+) -> None:
+    """Once, and not as numbers of ranks that the job cannot be cut for."""
+    job = nursery(ON_CPU, "deepspeed.config=zero2_offload", override)
+    with pytest.raises(JobError) as caught:
+        plan_job(job, Question(tokens=64 * 1000, runs=tmp_path))
+    (problem,) = caught.value.problems
+    assert problem.where == where
+    assert hint in (problem.hint or "")
+
+
+def test_more_cached_tokens_than_the_vocabulary_has_are_refused_as_a_run_would(
+    nursery: Job, tmp_path: Path
+) -> None:
+    job = nursery(
+        "distillation.cache=topk", "windows.offsets=fixed", "distillation.cache_top_k=1024"
+    )
+    with pytest.raises(JobError, match=r"cache_top_k: got 1024, expected at most .* 800 tokens"):
+        plan_job(job, Question(tokens=64 * 1000, runs=tmp_path))

@@ -346,7 +346,9 @@ def test_a_rate_in_words() -> None:
     assert str(Rate(40e12, "FLOP/s")) == "40 TFLOP/s"
 
 
-@pytest.mark.parametrize("text", ["", "fast", "0", "-3", "3 apples", "1e3 TFLOP/h"])
+@pytest.mark.parametrize(
+    "text", ["", "fast", "0", "-3", "3 apples", "1e3 TFLOP/h", "1e999", "1e300 PFLOP/s"]
+)
 def test_other_rates_are_refused(text: str) -> None:
     with pytest.raises(JobError) as caught:
         read_rate(text)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from babyllama_ds.errors import JobError
+from babyllama_ds.spec.base import divisors
 from babyllama_ds.spec.deepspeed import (
     accumulation_steps,
     deepspeed_config,
@@ -158,6 +159,11 @@ def test_batches_multiply_out(ranks: int, micro: int, steps: int) -> None:
     assert micro_batch(whole, ranks) == micro * steps
 
 
+@given(number=st.integers(1, 2_000))
+def test_divisors(number: int) -> None:
+    assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
 @pytest.mark.parametrize(
     ("batch", "micro", "ranks", "got", "expected", "hint"),
     [
@@ -167,6 +173,8 @@ def test_batches_multiply_out(ranks: int, micro: int, steps: int) -> None:
          "batch_windows 16 or 32 would do, or micro_batch 6 or 12"),
         (8, 8, 2, "8 windows for 2 ranks with micro_batch 8", "a multiple of 2 × 8 = 16",
          "batch_windows 16 would do, or micro_batch 4"),
+        (10**12, 10**12, 2, "1000000000000 windows for 2 ranks with micro_batch 1000000000000",
+         "a multiple of 2 × 1000000000000 = 2000000000000", "or micro_batch 500000000000"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("function", [accumulation_steps, micro_batch])

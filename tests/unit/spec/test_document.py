@@ -127,7 +127,7 @@ def test_what_is_not_plain_data_is_refused(text: str, got: str) -> None:
         ("a: {b: ${NAME}}\n", "f:1: column 9", '"${NAME}"'),
         ("a: 1\n---\nb: 2\n", "f:2: column 1", None),
         ("a: *none\n", "f:1: column 4", None),
-        ("a: \x07\n", "f: the whole job", None),
+        ("a: 1\nb: \x07\n", "f:2: column 4", None),
         ("[" * 5000, "f: ", None),
     ],
 )

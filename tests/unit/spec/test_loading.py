@@ -211,6 +211,8 @@ def test_a_file_that_is_not_a_mapping(tmp_path: Path, text: str, got: str) -> No
     ("old", "new", "where", "got", "expected", "hint"),
     [
         ("seed: 3", "seed: '5'", "seed", "'5'", "a whole number", "remove the quotes"),
+        ("seed: 3", "seed: 9223372036854775808", "seed", "9223372036854775808",
+         "a number < 9223372036854775808", ""),
         ("seed: 3", "seed: true", "seed", "true", "a whole number", "derives its own seed"),
         ("seed: 3", "seed: 1e3", "seed", "1000.0", "a whole number", "write 1000"),
         ("seed: 3", "seed: -1", "seed", "-1", "a number >= 0", ""),
@@ -272,6 +274,19 @@ def test_a_file_that_is_not_a_mapping(tmp_path: Path, text: str, got: str) -> No
         ("name: deep", "name: deep\n    tensor_parallel: 0", "teachers[0].tensor_parallel",
          "0", "a number > 0", ""),
         ("control: {}", "control: 5", "control", "5", "a mapping, or null", ""),
+        ("epochs: 2", "epochs: 1e308", "student.training.epochs", "1e+308",
+         "a number <= 1000000000", ""),
+        ("vocab_size: 400", "vocab_size: 4000000000", "tokenizer.vocab_size", "4000000000",
+         "a number <= 10000000", ""),
+        ("epochs: 2", "epochs: nan", "student.training.epochs", "'nan'", "a number", "Passes"),
+        ("epochs: 2", "epochs: 10_00", "student.training.epochs", "'10_00'", "a number",
+         "write 1000"),
+        ("epochs: 2", "epochs: '1_000'", "student.training.epochs", "'1_000'", "a number",
+         "remove the quotes"),
+        ("control: {}", "deepspeed: {config: ''}", "deepspeed.config", "''",
+         "text that is not empty", "zero2_cuda"),
+        ("control: {}", 'control: {"\\ud800": 1}', "control", "'\\ud800' as a key",
+         "text that UTF-8 can hold", ""),
         ('["${TEXT}/train/*.train"]', "[]", "corpus.train", "a list of 0", "at least 1", ""),
     ],
 )  # fmt: skip
@@ -340,7 +355,8 @@ def test_duplicate_keys(job_file: Path) -> None:
         ("alpha={start: 0.9, end: 0.1, over: 0}", "alpha.over", "0", "a number > 0", ""),
         ("alpha={start: 0.9, end: 0.1, shape: cosin}", "alpha.shape", "'cosin'", "one of",
          "did you mean `cosine`?"),
-        ("temperature={start: 2, end: 0}", "temperature.end", "0", "a number > 0", ""),
+        ("temperature={start: 2, end: 0}", "temperature.end", "0", "a number >= 0.001", ""),
+        ("temperature=1e200", "temperature", "1e+200", "a number <= 1000", ""),
         ("temperature={begin: 2, start: 1, end: 1}", "temperature.begin", "an unknown key",
          "a known one", ""),
         ("hidden_matching={weight: 0, layers: [{teacher: deep, "
@@ -421,6 +437,8 @@ def test_objectives_that_a_cache_has_not_kept_enough_for(
          "student.training.warmup_steps", "10", "< max_steps (10)", ""),
         ([("epochs: 2", "epochs: 2\n    micro_batch: 3")], "student.training.micro_batch", "3",
          "a divisor of batch_windows (8)", "2"),
+        ([("epochs: 2", "epochs: 2\n    micro_batch: 1000000000000")],  # answered at once
+         "student.training.micro_batch", "1000000000000", "a divisor of batch_windows (8)", "8"),
         ([("epochs: 2", "epochs: 2\n    micro_batch: most")], "student.training.micro_batch",
          "'most'", "a whole number, or 'auto', or null", "`auto`"),
         ([("name: wide-1.5", "name: deep")], "teachers[1].name", "'deep'",
@@ -502,6 +520,12 @@ def test_a_variable_is_text(job_file: Path) -> None:
     assert "override" in (problem.hint or "")
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "teachers.0.model"])
+def test_an_empty_path_names_nothing(job_file: Path, name: str) -> None:
+    problem = the_problem(job_file, f"{name}={{kind: pretrained, path: ''}}")
+    assert (problem.got, problem.expected) == ("''", "text that is not empty")
+
+
 def test_a_variable_that_is_not_utf8(job_file: Path) -> None:
     assert "UTF-8" in the_problem(job_file, environ={"TEXT": "\udce9"}).expected
 
@@ -515,6 +539,7 @@ def test_a_variable_that_is_not_utf8(job_file: Path) -> None:
         ("seed", "the whole job", "'seed'", "KEY=VALUE", "KEY=null"),
         ("seed=", "the whole job", "'seed='", "KEY=VALUE", "KEY=null"),
         ("=3", "the whole job", "'=3'", "KEY=VALUE", ""),
+        ("n\udce9me=3", "the whole job", "'n\\udce9me' as a key", "UTF-8", ""),
         ("seed=many", "seed", "'many'", "a whole number", ""),
         ("sed=3", "sed", "an unknown key", "a known one", "did you mean `seed`?"),
         ("student.training.epoch=3", "student.training.epoch", "an unknown key", "a known one",

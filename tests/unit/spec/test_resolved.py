@@ -19,14 +19,14 @@ NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
 COUNTS = st.integers(1, 10**9)
 # Any text that UTF-8 can hold; control characters are quoted and escaped.
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 
 
 @st.composite
 def trainings(draw: st.DrawFn) -> dict[str, Any]:
     return {
         "batch_windows": draw(COUNTS),
-        "epochs": draw(POSITIVE | st.integers(1, 9)),
+        "epochs": draw(st.floats(0, 10**9, exclude_min=True) | st.integers(1, 9)),
         "learning_rate": draw(POSITIVE),
         "schedule": draw(st.sampled_from(["cosine", "linear"])),
         "clip_norm": draw(st.none() | POSITIVE),

@@ -49,6 +49,7 @@ def problems(*overrides: str, path: Path = NURSERY) -> dict[str, Problem]:
         ("distillation.mean_of=logit", "distillation.mean_of", "logits"),
         ("distillation.soft_reduction=tokens", "distillation.soft_reduction", "token"),
         ("distillation.cache=hiden", "distillation.cache", "hidden"),
+        ("deepspeed.device=gpu", "deepspeed.device", "cuda"),  # not `cpu`, which is nearer
         ("deepspeed.compile=studnet", "deepspeed.compile", "student"),
         ("windows.offsets=randon", "windows.offsets", "random"),
         ("student.training.micro_batch=aut", "student.training.micro_batch", "auto"),
