@@ -22,7 +22,7 @@ from babyllama_ds import files
 from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.spec.document import show
 from babyllama_ds.spec.job import JobSpec
-from babyllama_ds.spec.resolved import dump_job
+from babyllama_ds.spec.resolved import dump_job, read_values
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import STORE_LOST, Store, lost_target
 
@@ -270,7 +270,7 @@ def _with_defaults(written: dict[str, Any]) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = read_values(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise _not_a_job(path, got=str(error).splitlines()[0]) from error
     if not isinstance(loaded, dict):

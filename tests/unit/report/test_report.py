@@ -14,6 +14,7 @@ from babyllama_ds.report.collect import collect_report
 from babyllama_ds.report.formatting import count, duration, number, percent, table
 from babyllama_ds.report.markdown import render_markdown
 from babyllama_ds.report.write import write_report
+from babyllama_ds.spec.resolved import dump_values
 
 TRAINING = {
     "batch_windows": 32,
@@ -318,6 +319,18 @@ def test_the_loss_is_written_as_it_is(run_dir: Path, settings: dict, formula: st
     assert f"nat of {'the ' * (name != 'KL')}{name} weighs 512 times" in page
     if "hidden_matching" in settings:
         assert "Hidden states of 2 pairs of layers are matched beside it" in page
+
+
+def test_dollar_signs_of_a_job_are_as_they_were_given(run_dir: Path) -> None:
+    """The file escapes them, and so does the job that the pages show, to be run again."""
+    training = TRAINING | {"unlabelled_tokens": ["$"]}
+    job = make_job(student={"model": {"kind": "llama"}, "training": training})
+    (run_dir / "job.yaml").write_text(dump_values(job))
+    report = write_report(run_dir)
+    assert report["job"] == job
+    assert "No cross-entropy where the next token is `$`." in report["loss"]["explanation"]
+    page = (run_dir / "report" / "report.md").read_text()
+    assert (run_dir / "job.yaml").read_text() in page
 
 
 def test_schedules_z_loss_and_unlabelled_tokens_are_told(run_dir: Path) -> None:
