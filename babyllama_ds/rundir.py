@@ -76,7 +76,7 @@ class RunDirectory:
                     hint="give the job another `name`, or remove the directory",
                 )
                 for key, theirs, ours in differing_keys(
-                    _with_defaults(self.written_job()), _plain(job)
+                    with_defaults(self.written_job()), _plain(job)
                 )
             ]
             if problems and any((self.path / name).exists() for name in WORK):
@@ -225,6 +225,14 @@ def differing_keys(
             yield key, left.get(key), right.get(key)
 
 
+def with_defaults(written: dict[str, Any]) -> dict[str, Any]:
+    """A job with the defaults of options that came after it was written down."""
+    try:
+        return _plain(JobSpec.model_validate_json(json.dumps(written, default=str)))
+    except ValidationError:  # of options that are no more: named among the differing keys
+        return written
+
+
 def flat_job(job: JobSpec) -> dict[str, Any]:
     """Every value of a job, by key path."""
     return dict(_flat(_plain(job)))
@@ -258,14 +266,6 @@ def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 def _plain(job: JobSpec) -> dict[str, Any]:
     plain: dict[str, Any] = job.model_dump(mode="json")
     return plain
-
-
-def _with_defaults(written: dict[str, Any]) -> dict[str, Any]:
-    """A job with the defaults of options that came after it was written down."""
-    try:
-        return _plain(JobSpec.model_validate_json(json.dumps(written, default=str)))
-    except ValidationError:  # of options that are no more: named among the differing keys
-        return written
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
