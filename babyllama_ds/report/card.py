@@ -334,7 +334,7 @@ def _results_of_milestone(report: Mapping[str, Any], model_name: str, name: str)
     if name not in measured:
         return []
     scores = [[title, number(value, 4)] for title, value in measures(measured[name]).items()]
-    return ["## Results", table(["measure", "value"], scores), how_measured(report["job"])]
+    return ["## Results", table(["measure", "value"], scores), how_measured(report)]
 
 
 def _license(license_id: str | None) -> str:

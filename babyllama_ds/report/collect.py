@@ -48,6 +48,7 @@ TRAINING_FACTS = (
     "steps",
     "planned_steps",
     "ended_by",
+    "kept",
     "averaged",
     "best_step",
     "best_dev_ce",

@@ -151,7 +151,7 @@ def _tasks(report: Mapping[str, Any]) -> list[str]:
 def _milestones(report: Mapping[str, Any]) -> list[str]:
     if not report["milestones"]:
         return []
-    return ["## Milestones", _laid_out(tables.milestones(report)), how_measured(report["job"])]
+    return ["## Milestones", _laid_out(tables.milestones(report)), how_measured(report)]
 
 
 def _environment(report: Mapping[str, Any]) -> list[str]:
