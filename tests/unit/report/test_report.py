@@ -1027,6 +1027,35 @@ def test_card_of_a_run_without_a_control_and_with_a_loaded_teacher(run_dir: Path
     assert "pretrained" not in front_matter(card)["tags"]
 
 
+def test_a_card_says_whose_weights_a_model_has_or_began_with(run_dir: Path) -> None:
+    """Text that was seen elsewhere is no text of the run's. Paths are nobody's business."""
+    own, hub = ({"kind": "pretrained", "path": path} for path in ("/home/me/big", "org/big"))
+    loaded = [
+        {"name": "wide", "model": own, "training": None},
+        {"name": "deep", "model": hub | {"revision": "v2"}, "training": None},
+    ]
+    job = make_job(teachers=loaded, student={"model": hub, "training": TRAINING})
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(job))
+    settled = {"hub": {"org/big": "a1", "org/big@v2": "b2"}}
+    write(run_dir / "environment.json", ENVIRONMENT | {"settled": settled})
+    report = collect_report(run_dir)
+    told = {
+        "wide": "Its weights are those of another model, loaded by the run: it was not trained",
+        "deep": "Its weights are those of `org/big` (commit b2), loaded by the run: it was not",
+        "student": "It began with the weights of `org/big` (commit a1) and was trained further on",
+        "control": "It began with the weights of `org/big` (commit a1) and was trained further on",
+    }
+    for name, words in told.items():
+        card = render_model_card(report, name)
+        assert words in card
+        assert "It saw little text" not in card
+        assert "/home/me" not in card
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job()))
+    plain = render_model_card(collect_report(run_dir), "student")
+    assert "It saw little text" in plain
+    assert "weights of" not in plain
+
+
 # -- writing ------------------------------------------------------------------------------------
 
 
