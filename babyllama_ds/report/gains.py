@@ -265,7 +265,7 @@ def _read(run_dir: Path) -> dict[str, Any]:
             run_dir,
             got="no report/report.json",
             expected="the directory of a finished run",
-            hint="run the job first",
+            hint=f"run the job first; of one that is done, babyllama-ds report {run_dir} writes it",
         )
     report: dict[str, Any] = files.read_json(path)
     return report

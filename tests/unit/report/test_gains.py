@@ -47,8 +47,9 @@ def test_a_single_run_has_no_standard_error(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_report_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path}: got no report"):
+    with pytest.raises(DataError, match=f"{tmp_path}: got no report") as error:
         render_gains([tmp_path])
+    assert f"of one that is done, babyllama-ds report {tmp_path} writes it" in str(error.value)
 
 
 def changed(run_dir: Path, **changes: object) -> Path:
