@@ -51,7 +51,7 @@ class BatchBar:
     def __call__(self, done: int, of: int) -> None:
         """Show that `done` batches of `of` are."""
         bar = self._bar
-        if bar is None or of != bar.total or done <= bar.n:
+        if bar is None or of != bar.total or done < bar.n:
             self._close()
             bar = tqdm(total=of, unit="batch", leave=False, file=sys.stderr, disable=None)
         bar.update(done - bar.n)

@@ -22,7 +22,7 @@ from babyllama_ds import files
 from babyllama_ds.errors import Problem, RunError
 from babyllama_ds.spec.document import show
 from babyllama_ds.spec.job import JobSpec
-from babyllama_ds.spec.resolved import dump_job
+from babyllama_ds.spec.resolved import dump_job, read_values
 from babyllama_ds.storages import Storages
 from babyllama_ds.store import STORE_LOST, Store, lost_target
 
@@ -76,7 +76,7 @@ class RunDirectory:
                     hint="give the job another `name`, or remove the directory",
                 )
                 for key, theirs, ours in differing_keys(
-                    _with_defaults(self.written_job()), _plain(job)
+                    with_defaults(self.written_job()), _plain(job)
                 )
             ]
             if problems and any((self.path / name).exists() for name in WORK):
@@ -225,6 +225,14 @@ def differing_keys(
             yield key, left.get(key), right.get(key)
 
 
+def with_defaults(written: dict[str, Any]) -> dict[str, Any]:
+    """A job with the defaults of options that came after it was written down."""
+    try:
+        return _plain(JobSpec.model_validate_json(json.dumps(written, default=str)))
+    except ValidationError:  # of options that are no more: named among the differing keys
+        return written
+
+
 def flat_job(job: JobSpec) -> dict[str, Any]:
     """Every value of a job, by key path."""
     return dict(_flat(_plain(job)))
@@ -260,17 +268,9 @@ def _plain(job: JobSpec) -> dict[str, Any]:
     return plain
 
 
-def _with_defaults(written: dict[str, Any]) -> dict[str, Any]:
-    """A job with the defaults of options that came after it was written down."""
-    try:
-        return _plain(JobSpec.model_validate_json(json.dumps(written, default=str)))
-    except ValidationError:  # of options that are no more: named among the differing keys
-        return written
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = read_values(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise _not_a_job(path, got=str(error).splitlines()[0]) from error
     if not isinstance(loaded, dict):

@@ -7,7 +7,7 @@ Shapes: B examples, S positions, D width, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,15 +67,16 @@ class Classifier(nn.Module):
             logits_BL: Tensor = self.head(states_BSD.flatten(0, 1).index_select(0, last_B))
         return logits_BL.float()
 
-    def predict(self, examples: Encoded, batch_tokens: int) -> str:
-        """The likeliest label of each example."""
+    def predict(self, examples: Encoded, batch_tokens: int) -> Generator[None, None, str]:
+        """The likeliest label of each example, batch by batch."""
         self.eval()
         lengths = [len(ids) for ids in examples.token_ids]
         batches = length_batches(lengths, batch_tokens, shortest=1)
-        with torch.no_grad():
-            found = [
-                self([examples.token_ids[index] for index in batch]).argmax(1) for batch in batches
-            ]
+        found = []
+        for batch in batches:
+            with torch.no_grad():
+                found.append(self([examples.token_ids[index] for index in batch]).argmax(1))
+            yield
         labels = [0] * len(lengths)
         # One device synchronisation for all batches.
         indices = [index for batch in batches for index in batch]

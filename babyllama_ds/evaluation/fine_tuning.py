@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Set
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -252,22 +252,28 @@ def fine_tune(
         _check_embedded(model, encoded, learner, f"{learner.where}: {suite.name}/{task.name}")
         classifier = Classifier(model, task.num_labels).to(learner.device)
         update = Update(classifier, settings.learning_rate, steps)
+
+        def heed() -> None:
+            if on_step is not None:
+                on_step(update.done, steps)
+
+        def predict(name: str) -> Generator[None, None, str]:
+            return _heeding(classifier.predict(encoded[name], learner.batch_tokens), heed)
+
         for epoch in range(1, settings.epochs + 1):
             classifier.train()
             for chosen in batches(epoch):
                 update(encoded["train"], chosen, learner.batch_tokens)
-                if on_step is not None:
-                    on_step(update.done, steps)
+                heed()
                 yield
             update.check_finite(f"{learner.where}: {suite.name}/{task.name}")
-            predicted = classifier.predict(encoded[task.name], learner.batch_tokens)
+            predicted = yield from predict(task.name)
             curve.append(score(metric, labels, predicted))
             if not best or curve[-1] > best["score"]:
-                predictions = {task.name: predicted} | {
-                    name: classifier.predict(encoded[name], learner.batch_tokens)
-                    for name in task.valid
-                    if name != task.name
-                }
+                predictions = {task.name: predicted}
+                for name in task.valid:
+                    if name not in predictions:
+                        predictions[name] = yield from predict(name)
                 best = {"epoch": epoch, "score": curve[-1], "predictions": predictions}
             elif suite.patience is not None and epoch - best["epoch"] >= suite.patience:
                 break
@@ -284,6 +290,19 @@ def fine_tune(
         seconds,
     )
     return {**best, "curve": curve, "seconds": seconds}
+
+
+def _heeding(
+    steps: Generator[None, None, str], heed: Callable[[], None]
+) -> Generator[None, None, str]:
+    """The same, with a look after each step whether to go on: predicting may take minutes."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return str(end.value)
+        heed()
+        yield
 
 
 def _check_embedded(

@@ -176,12 +176,15 @@ def _load_task(
     train_path = directory / (name + TRAIN)
     valid_paths = {other: directory / (other + VALID) for other in (name, *others)}
     form, train = _read(train_path, max_train)
+    few = "more labels may come later: raise max_train_examples"
+    hint = few if max_train is not None and len(train) == max_train else None
     values = sorted({label for _, label, _ in train}, key=lambda label: (str(type(label)), label))
     if not 2 <= len(values) <= len(LABELS):
         raise DataError.of(
             train_path,
             got=f"{len(values)} labels" if len(values) != 1 else f"only the label {values[0]!r}",
             expected=f"2 to {len(LABELS)} labels",
+            hint=hint if len(values) < 2 else None,
         )
     if len(values) > 2 and metric_of(name) != "accuracy":
         raise DataError.of(
@@ -200,9 +203,9 @@ def _load_task(
     numbers = {label: number for number, label in enumerate(values)}
     return LabelledTask(
         name=name,
-        train=_examples(train, numbers),
+        train=_examples(train, numbers, hint),
         valid={
-            other: _examples(_read(path, max_valid, form)[1], numbers)
+            other: _examples(_read(path, max_valid, form)[1], numbers, hint)
             for other, path in valid_paths.items()
         },
         num_labels=len(values),
@@ -260,13 +263,16 @@ def _label_of(record: Mapping[str, Any], source: str) -> str | int:
     return label
 
 
-def _examples(read: Sequence[_Read], numbers: Mapping[str | int, int]) -> tuple[Example, ...]:
+def _examples(
+    read: Sequence[_Read], numbers: Mapping[str | int, int], hint: str | None
+) -> tuple[Example, ...]:
     for _, label, source in read:
         if label not in numbers:
             raise DataError.of(
                 "label",
                 got=repr(label),
                 expected=f"one of the training examples': {', '.join(map(repr, numbers))}",
+                hint=hint,
                 source=source,
             )
     return tuple(Example(texts, numbers[label]) for texts, label, _ in read)

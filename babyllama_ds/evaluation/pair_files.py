@@ -54,8 +54,6 @@ class Task:
     """At least one."""
     term: str | None = None
     """BLiMP's `linguistics_term` (the phenomenon that several tasks share), where given."""
-    field: str | None = None
-    """BLiMP's `field` (syntax, morphology, …), where given."""
 
 
 def load_tasks(directory: Path, *, max_pairs: int | None, where: str = PATH_KEY) -> list[Task]:
@@ -83,8 +81,7 @@ def load_tasks(directory: Path, *, max_pairs: int | None, where: str = PATH_KEY)
         Task(
             name=name,
             items=tuple(group.items),
-            term=group.first.label("linguistics_term"),
-            field=group.first.label("field"),
+            term=group.first.term(),
         )
         for name, group in sorted(groups.items(), key=lambda one: (one[1].first.path, one[0]))
     ]
@@ -107,8 +104,9 @@ class _Line(NamedTuple):
     def text(self, key: str, expected: str = "a sentence (a JSON string)") -> str:
         return text_of(self.record, key, self.source, expected=expected)
 
-    def label(self, key: str) -> str | None:
-        """What a task says of itself; none where it says nothing."""
+    def term(self) -> str | None:
+        """What a task says that it is about; none where it says nothing."""
+        key = "linguistics_term"
         return None if self.record.get(key) is None else self.text(key, "a JSON string")
 
     def words(self, key: str) -> str:

@@ -1,6 +1,6 @@
-"""Report: a finished run's directory enters, one JSON object and readable pages leave.
+"""Report: a run's directory enters, done or not; one JSON object and readable pages leave.
 
-`collect` reads the directory into a plain dictionary, `markdown` and `card` put that into words,
-`write` stores the report. Everything shown comes from the dictionary, so the page, the model card
-and the JSON never disagree.
+`collect` reads the directory into a plain dictionary, `markdown`, `html` and `card` put that into
+words, `write` stores the report. Everything shown but the curves (`metrics`) comes from the
+dictionary, so the pages, the model card and the JSON never disagree.
 """

@@ -44,9 +44,15 @@ CITATION = """@misc{timiryasov2023babyllama,
   archivePrefix = {arXiv}
 }"""
 
-LIMITS = """\
+SAW_LITTLE = """\
 - It saw little text, of few kinds: it knows few words and almost no facts, and what it writes is
-  not to be relied on. It is made for research, not for production.
+  not to be relied on. It is made for research, not for production."""
+
+SAW_MORE = """\
+- What it saw before this run is not told here. What it writes is not to be relied on: it is made
+  for research, not for production."""
+
+LIMITS = """\
 - It continues text; it follows no instructions and was not aligned or filtered. It may repeat
   biases of its training text.
 - Development cross-entropy compares with other models only on the same text and, per token, the
@@ -91,7 +97,7 @@ def render_model_card(
         "## Results",
         *_results(report),
         "## Limits",
-        LIMITS,
+        f"{SAW_MORE if _is_pretrained(report, model_name) else SAW_LITTLE}\n{LIMITS}",
         "## License",
         _license(license_id),
         "## Provenance",
@@ -219,7 +225,31 @@ def _what_it_is(report: Mapping[str, Any], model_name: str) -> str:
         "order, but without teachers: the comparison that tells what distillation gave",
         "teacher": "a teacher, from which the student of its run was distilled",
     }
-    return f"A small causal language model{size}, {by_role[model['role']]}."
+    sentence = f"A small causal language model{size}, {by_role[model['role']]}."
+    return " ".join([sentence, *_weights_of_others(report, model_name)])
+
+
+def _is_pretrained(report: Mapping[str, Any], model_name: str) -> bool:
+    return bool(_spec(report, model_name)["model"]["kind"] == "pretrained")
+
+
+def _weights_of_others(report: Mapping[str, Any], model_name: str) -> Iterator[str]:
+    """Whose weights it has or began with, if not its own: those of a hub id are named, a directory
+    is nobody's but the run's."""
+    if not _is_pretrained(report, model_name):
+        return
+    spec = _spec(report, model_name)
+    path, revision = spec["model"]["path"], spec["model"].get("revision")
+    known = path if revision is None else f"{path}@{revision}"
+    commits = (report["environment"].get("settled") or {}).get("hub") or {}
+    whose = f"`{path}` (commit {commits[known]})" if known in commits else "another model"
+    if spec.get("training"):
+        yield f"It began with the weights of {whose} and was trained further on the text below."
+    else:
+        yield (
+            f"Its weights are those of {whose}, loaded by the run: it was not trained on the text "
+            "below, only measured on it."
+        )
 
 
 def _data(report: Mapping[str, Any]) -> list[str]:
@@ -334,7 +364,7 @@ def _results_of_milestone(report: Mapping[str, Any], model_name: str, name: str)
     if name not in measured:
         return []
     scores = [[title, number(value, 4)] for title, value in measures(measured[name]).items()]
-    return ["## Results", table(["measure", "value"], scores), how_measured(report["job"])]
+    return ["## Results", table(["measure", "value"], scores), how_measured(report)]
 
 
 def _license(license_id: str | None) -> str:

@@ -30,6 +30,7 @@ from babyllama_ds.report.uncertainty import (
     fine_tuning_error,
 )
 from babyllama_ds.report.unfinished import how_it_stands, what_is_missing
+from babyllama_ds.spec.resolved import read_values
 from babyllama_ds.store import STORE_LOST, lost_target
 from babyllama_ds.teachers.watch import warnings_of
 
@@ -47,6 +48,7 @@ TRAINING_FACTS = (
     "steps",
     "planned_steps",
     "ended_by",
+    "kept",
     "averaged",
     "best_step",
     "best_dev_ce",
@@ -131,7 +133,7 @@ def collect_report(run_dir: Path) -> dict[str, Any]:
 def _read_job(path: Path) -> dict[str, Any]:
     expected = "the resolved job that every run directory holds"
     try:
-        job = yaml.safe_load(path.read_text(encoding="utf-8"))
+        job = read_values(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RunError.of(
             path,

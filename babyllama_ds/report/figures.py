@@ -182,12 +182,17 @@ def draw_curves(
 
 
 def _count_by_powers(axes: Axes) -> None:
-    """A logarithmic axis to the right; where it shows few powers of ten, with numbers between."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    """A logarithmic axis to the right; where it shows few powers of ten, with numbers between, and
+    where it may show none, with a few round numbers."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     axes.set_xscale("log")
     first, last = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if last < 200 * first else (1,)))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=4, steps=[1, 2, 5, 10], integer=True)
+        if last < 5 * first
+        else LogLocator(subs=(1, 2, 5) if last < 200 * first else (1,))
+    )
     axes.xaxis.set_minor_locator(NullLocator())
 
 

@@ -17,7 +17,7 @@ from babyllama_ds import files
 from babyllama_ds.errors import DataError, Problem
 from babyllama_ds.report.fine_tuning import BEST_EPOCH, TASK_FACTS
 from babyllama_ds.report.formatting import number, percent
-from babyllama_ds.rundir import differing_keys
+from babyllama_ds.rundir import differing_keys, with_defaults
 
 _SEEDS = re.compile(r"name|(.*\.)?seed")
 """Keys in which the runs of one experiment may differ."""
@@ -61,7 +61,8 @@ def render_gains(run_dirs: Sequence[Path]) -> str:
     reports = [_read(run_dir) for run_dir in run_dirs]
     _check_measured(run_dirs, reports)
     _check_independent(run_dirs, reports)
-    tables = [*_runs_table(reports), "", *_gains_table(collect_gains(reports))]
+    names = _names(run_dirs, reports)
+    tables = [*_runs_table(names, reports), "", *_gains_table(collect_gains(reports))]
     notes = [
         *_suites(reports),
         *_milestones(reports),
@@ -151,7 +152,16 @@ def _changed_suites(reports: Sequence[dict[str, Any]]) -> list[str]:
     return [name for name, kinds in found.items() if any(kind != kinds[0] for kind in kinds)]
 
 
-def _runs_table(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _names(run_dirs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> list[str]:
+    """What each run is called; of several of one name, by the directories given."""
+    names = [report["name"] for report in reports]
+    return [
+        name if names.count(name) == 1 else str(run_dir)
+        for name, run_dir in zip(names, run_dirs, strict=True)
+    ]
+
+
+def _runs_table(names: Sequence[str], reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     benchmarks = list(
         dict.fromkeys(name for one in reports for name in one["models"]["student"]["minimal_pairs"])
     )
@@ -159,12 +169,12 @@ def _runs_table(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     titles = [*(f"{name} (%)" for name in benchmarks), *(f"{name} (score)" for name in suites)]
     yield "| " + " | ".join(["run", "model", "dev CE (nats/token)", *titles]) + " |"
     yield "|---|---|" + "---:|" * (1 + len(titles))
-    for report in reports:
+    for run_name, report in zip(names, reports, strict=True):
         for name, model in report["models"].items():
             scores = [percent(model["minimal_pairs"].get(name)) for name in benchmarks]
             of_suite = model.get("fine_tuning") or {}  # a report of before has none
             scores += [percent(of_suite.get(name)) for name in suites]
-            row = [report["name"], name, f"{model['dev_ce']:.4f}", *scores]
+            row = [run_name, name, f"{model['dev_ce']:.4f}", *scores]
             yield "| " + " | ".join(row) + " |"
 
 
@@ -221,8 +231,8 @@ def _other_measurements(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 def _other_jobs(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
     """What the runs differ in beside their seeds, as far as it changes a model."""
-    first, *others = (report.get("job") or {} for report in reports)
-    found = {key for other in others for key, _, _ in differing_keys(first, other)}
+    first, *others = reports
+    found = {key for other in others for key in _differing(first, other)}
     if keys := sorted(key for key in found if not _SEEDS.fullmatch(key)):
         yield ""
         yield f"These runs differ in more than their seeds: {', '.join(keys)}."
@@ -232,6 +242,12 @@ def _other_jobs(reports: Sequence[dict[str, Any]]) -> Iterator[str]:
             "The text or the tokenizer is not the same in these runs (tokens sha256 in their "
             "reports), so their nats per token are not of the same tokens."
         )
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """Keys of the jobs of two reports; one may be of before an option that the other has."""
+    jobs = [with_defaults(report.get("job") or {}) for report in (one, other)]
+    return {key for key, _, _ in differing_keys(*jobs)}
 
 
 def _made_of_several_texts(reports: Sequence[dict[str, Any]]) -> bool:
@@ -249,7 +265,7 @@ def _read(run_dir: Path) -> dict[str, Any]:
             run_dir,
             got="no report/report.json",
             expected="the directory of a finished run",
-            hint="run the job first",
+            hint=f"run the job first; of one that is done, babyllama-ds report {run_dir} writes it",
         )
     report: dict[str, Any] = files.read_json(path)
     return report
@@ -272,19 +288,33 @@ def _check_measured(run_dirs: Sequence[Path], reports: Sequence[dict[str, Any]])
 
 def _check_independent(run_dirs: Sequence[Path], reports: Sequence[dict[str, Any]]) -> None:
     """The standard error is of runs that have nothing of chance in common: no run counts twice."""
-    first: dict[str, int] = {}
     problems = []
-    for place, (run_dir, report) in enumerate(zip(run_dirs, reports, strict=True)):
-        weights = (report.get("weights") or {}).get("student")
-        student = files.hash_json(weights) if weights else str(run_dir.resolve())
-        if (other := first.setdefault(student, place)) != place:
-            problems.append(
-                Problem(
-                    where=str(run_dir),
-                    got=f"the same student as {run_dirs[other]}",
-                    expected="runs of different seeds",
-                    hint="leave one out: counted twice, it makes the standard error too small",
+    for place, run_dir in enumerate(run_dirs):
+        for before in range(place):
+            if what := _in_common(run_dirs, reports, before, place):
+                problems.append(
+                    Problem(
+                        where=str(run_dir),
+                        got=f"the same {what} as {run_dirs[before]}",
+                        expected="runs of different seeds",
+                        hint="leave one out: counted twice, it makes the standard error too small",
+                    )
                 )
-            )
+                break
     if problems:
         raise DataError.all_of(problems)
+
+
+def _in_common(
+    run_dirs: Sequence[Path], reports: Sequence[dict[str, Any]], one: int, other: int
+) -> str | None:
+    """What makes two runs one: its weights, or all that they came of but for the machine."""
+    weights = [(reports[place].get("weights") or {}).get("student") for place in (one, other)]
+    if run_dirs[one].resolve() == run_dirs[other].resolve() or (
+        weights[0] and weights[0] == weights[1]
+    ):
+        return "student"
+    pair = (reports[one], reports[other])
+    seeded = all("seed" in (report.get("job") or {}) for report in pair)
+    alike = not _differing(*pair) - {"name"} and not _made_of_several_texts(pair)
+    return "job and seed" if seeded and alike else None

@@ -13,8 +13,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from babyllama_ds import __version__
 from babyllama_ds.report import milestones, tables, words
 from babyllama_ds.report.figures import (
@@ -30,6 +28,7 @@ from babyllama_ds.report.fine_tuning import METRICS
 from babyllama_ds.report.loss import in_words
 from babyllama_ds.report.metrics import Curve
 from babyllama_ds.report.tables import Table
+from babyllama_ds.spec.resolved import dump_values
 
 Report = Mapping[str, Any]
 
@@ -120,7 +119,7 @@ def render_html(view: View) -> str:
         tables=tables,
         milestones=milestones,
         colours=variables(),
-        job=yaml.safe_dump(dict(view.report["job"]), sort_keys=False, allow_unicode=True),
+        job=dump_values(view.report["job"]),
         version=__version__,
     )
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from babyllama_ds.report import tables, words
 from babyllama_ds.report.formatting import number, table
 from babyllama_ds.report.milestones import how_measured
 from babyllama_ds.report.tables import Table
+from babyllama_ds.spec.resolved import dump_values
 
 MOST_TASKS_SHOWN = 20
 """A longer table of tasks is folded away."""
@@ -152,7 +151,7 @@ def _tasks(report: Mapping[str, Any]) -> list[str]:
 def _milestones(report: Mapping[str, Any]) -> list[str]:
     if not report["milestones"]:
         return []
-    return ["## Milestones", _laid_out(tables.milestones(report)), how_measured(report["job"])]
+    return ["## Milestones", _laid_out(tables.milestones(report)), how_measured(report)]
 
 
 def _environment(report: Mapping[str, Any]) -> list[str]:
@@ -179,7 +178,7 @@ print(tokenizer.decode(model.generate(ids, max_length=60, do_sample=True)[0]))
 
 
 def _job(report: Mapping[str, Any]) -> list[str]:
-    text = yaml.safe_dump(dict(report["job"]), sort_keys=False, allow_unicode=True).rstrip()
+    text = dump_values(report["job"]).rstrip()
     return ["## Job", f"<details><summary>job.yaml</summary>\n\n```yaml\n{text}\n```\n\n</details>"]
 
 

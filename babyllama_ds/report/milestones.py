@@ -76,9 +76,9 @@ def measures(milestone: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in scores.items() if value is not None}
 
 
-def how_measured(job: Mapping[str, Any]) -> str:
-    """On how much, in a sentence."""
-    asked = job["evaluation"]["milestones"]
+def how_measured(report: Mapping[str, Any]) -> str:
+    """On how much, and how finished models may differ from the last of them, in sentences."""
+    asked = report["job"]["evaluation"]["milestones"]
     less = [
         f"the first {asked['max_pairs_per_task']:,} pairs of each task"
         if asked["max_pairs_per_task"]
@@ -86,10 +86,16 @@ def how_measured(job: Mapping[str, Any]) -> str:
         f"at most {asked['dev_windows']:,} development windows" if asked["dev_windows"] else "",
     ]
     on = " and ".join(filter(None, less)) or "what the finished models are measured on"
-    return (
-        "Each is the model as it was on its way, at the learning rate of then; measured on "
-        f"{on}. The finished model is that of the best evaluation, not always of the last step."
-    )
+    said = [
+        f"Each is the model as it was on its way, at the learning rate of then; measured on {on}."
+    ]
+    best = [name for name in report["milestones"] if report["models"][name]["kept"] == "best"]
+    if best:
+        said.append(
+            f"The finished {' and '.join(best)} {'have' if len(best) > 1 else 'has'} the weights "
+            "of the best evaluation, not always those of the last step."
+        )
+    return " ".join(said)
 
 
 def _all(milestones: Milestones) -> Iterator[dict[str, Any]]:

@@ -88,7 +88,7 @@ def _compared(report: Mapping[str, Any]) -> str:
     measured = [name for name, gain in gains.items() if gain["dev_ce"] is not None]
     teachers = [name for name in measured if models[name]["role"] == "teacher"]
     phrases = []
-    if "control" in measured and models["control"]["role"] == "control":
+    if "control" in measured:
         phrases.append(f"{_than(gains['control']['dev_ce'])} its undistilled control")
     if teachers:
         best = min(teachers, key=lambda name: models[name]["dev_ce"])
@@ -280,11 +280,14 @@ def unfinished(report: Mapping[str, Any]) -> list[str]:
     facts = report["unfinished"]
     if facts is None:
         return []
-    why = (facts["why"] or "it does not say why").rstrip(". \n")
+    # An error has lines for its hint and for each problem more: none of them runs into another.
+    lines = [line.strip() for line in (facts["why"] or "").splitlines() if line.strip()]
+    why, *more = lines or ["it does not say why"]
+    why = why.rstrip(". ")
     state = {
         "failed": f"The run failed: {why}.",
         "stopped": f"The run was stopped: {why}. The same command goes on from there.",
         # A run that is killed cannot say so.
         "running": "The run was going on when this was written, or had been killed before.",
     }.get(facts["status"], "The run is not complete.")
-    return [state, *(f"Missing: {missing}." for missing in facts["missing"])]
+    return [state, *more, *(f"Missing: {missing}." for missing in facts["missing"])]

@@ -1,11 +1,12 @@
 """A job written back: what `<run>/job.yaml` holds.
 
 Enters: a `JobSpec`. Leaves: YAML with every default spelled out, which `load_job` reads back to
-an equal job in any environment.
+an equal job in any environment, and `read_values` to its values, also where they are no job today.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import yaml
@@ -16,10 +17,20 @@ from babyllama_ds.spec.job import JobSpec
 
 def dump_job(job: JobSpec) -> str:
     """The resolved job as YAML. Dollar signs are escaped: no variable is left to fill."""
-    data = _escape(job.model_dump(mode="json"))
+    return dump_values(job.model_dump(mode="json"))
+
+
+def dump_values(values: Mapping[str, Any]) -> str:
+    """As `dump_job`, of a job's values."""
+    data = _map_texts(values, lambda text: text.replace("$", "$$"))
     return yaml.dump(
         data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=False
     )
+
+
+def read_values(text: str) -> Any:
+    """What `dump_job` wrote, as plain values. Raises `yaml.YAMLError`."""
+    return _map_texts(yaml.safe_load(text), lambda text: text.replace("$$", "$"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -41,9 +52,9 @@ CoreResolver.add_to(_Dumper)
 _Dumper.add_representer(str, _represent_text)
 
 
-def _escape(data: Any) -> Any:
-    if isinstance(data, dict):
-        return {key: _escape(value) for key, value in data.items()}
+def _map_texts(data: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _map_texts(value, change) for key, value in data.items()}
     if isinstance(data, list):
-        return [_escape(value) for value in data]
-    return data.replace("$", "$$") if isinstance(data, str) else data
+        return [_map_texts(value, change) for value in data]
+    return change(data) if isinstance(data, str) else data

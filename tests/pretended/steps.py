@@ -224,7 +224,7 @@ def classifier_waits(*, learning: bool) -> dict[str, int]:
     classifier = Classifier(model(GPT2, "sdpa").bfloat16(), num_labels=3).to(DEVICE)
     examples = Encoded(token_ids=[[1, 2, 3], [4, 5, 6, 7], [3], [8, 7, 6]], labels=[0, 2, 1, 0])
     if not learning:
-        return dict(card.waits(lambda: classifier.predict(examples, batch_tokens=8)))
+        return dict(card.waits(lambda: [*classifier.predict(examples, batch_tokens=8)]))
     update = Update(classifier.train(), 1e-3, steps=9)
 
     def step() -> None:

@@ -32,8 +32,9 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> list[Bar]:
 
 
 def test_a_bar_for_each_piece_of_work(bars: list[Bar]) -> None:
+    """What is told twice is no other piece."""
     with BatchBar() as tell:
-        for done, of in ((1, 2), (2, 2), (1, 2), (2, 2), (1, 9)):
+        for done, of in ((1, 2), (2, 2), (2, 2), (1, 2), (2, 2), (1, 9)):
             tell(done, of)
     assert [(bar.n, bar.total) for bar in bars] == [(2, 2), (2, 2), (1, 9)]
 

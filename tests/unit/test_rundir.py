@@ -85,6 +85,16 @@ def test_the_same_job_may_be_opened_again(
     directory.open(job_of(name))
 
 
+def test_a_job_with_dollar_signs_may_be_opened_again(
+    job_of: JobOf, directory: RunDirectory
+) -> None:
+    """They are escaped in the file: no token of the job is another for it."""
+    job = job_of("nursery", 'student.training.unlabelled_tokens=["$$", "$${x}$$"]')
+    assert job.student.training.unlabelled_tokens == ("$", "${x}$")
+    directory.open(job)
+    directory.open(job)
+
+
 def test_what_was_settled_is_kept_for_later_starts(directory: RunDirectory) -> None:
     assert directory.settled() == {}
     directory.settle("student on 2 cpu ranks", {"micro_batch": 4})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from itertools import pairwise, product
@@ -331,10 +330,11 @@ def test_dropout_is_for_learning_alone(
 
 def test_a_tasks_own_settings_are_taken(learner: Learner, suite_of) -> None:
     own = FineTunedTask(name="cola", epochs=1, batch_size=32, learning_rate=1e-6)
-    steps: Counter[int] = Counter()
+    steps: dict[int, set[int]] = {}
     suite = suite_of(tasks=(own, *tasks("coin")))
-    result = learnt(learner, suite, on_step=lambda _, of: steps.update([of]))
-    assert steps == {1: 1, 8: 8}  # 32 examples: one step, and two epochs of four
+    result = learnt(learner, suite, on_step=lambda done, of: steps.setdefault(of, set()).add(done))
+    # 32 examples: one step, and two epochs of four.
+    assert steps == {1: {1}, 8: set(range(1, 9))}
     assert result["settings"]["per_task"] == {
         "cola": {"learning_rate": 1e-6, "batch_size": 32, "epochs": 1}
     }
@@ -415,6 +415,27 @@ def test_a_stop_ends_a_training_within_a_step(learner: Learner, suite_of) -> Non
     with pytest.raises(BaseException, match="SIGTERM"):
         learnt(learner, suite_of(), on_step=on_step)
     assert steps == [1, 2, 3]
+
+
+def test_a_stop_ends_a_prediction_within_a_batch(
+    learner: Learner, suite_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of some tasks it takes longer than a launcher waits."""
+    passes: list[bool] = []
+    forward = Classifier.forward
+
+    def noted(classifier: Classifier, token_ids: list[list[int]]) -> torch.Tensor:
+        passes.append(classifier.training)
+        return forward(classifier, token_ids)
+
+    def on_step(done: int, of: int) -> None:
+        if passes.count(False) == 2:
+            raise stopped("SIGTERM")
+
+    monkeypatch.setattr(Classifier, "forward", noted)
+    with pytest.raises(BaseException, match="SIGTERM"):
+        learnt(replace(learner, batch_tokens=16), suite_of(tasks=tasks("cola")), on_step=on_step)
+    assert passes.count(False) == 2
 
 
 @pytest.mark.parametrize("numbers", [(0, 0), (3, 0), (0, 3), (5, 2)])

@@ -164,6 +164,19 @@ def test_a_label_to_predict_that_cannot_be_learnt(tmp_path: Path) -> None:
     )
 
 
+def test_labels_that_a_limit_hides_are_told_of(tmp_path: Path) -> None:
+    """Where files are sorted by label, the first examples have one."""
+    hint = "hint: more labels may come later: raise max_train_examples"
+    write_task(tmp_path, "x", [{"sentence": "a", "label": label} for label in (0, 0, 1, 2)])
+    assert f"only the label 0, expected 2 to 36 labels\n    {hint}" in refusal(
+        tmp_path, max_train=2
+    )
+    told = refusal(tmp_path, max_train=3)
+    assert f"expected one of the training examples': 0, 1\n    {hint}" in told
+    write_task(tmp_path, "x", [{"sentence": "a", "label": 0}])
+    assert "hint" not in refusal(tmp_path, max_train=9)
+
+
 def test_a_metric_of_two_labels_has_two(tmp_path: Path) -> None:
     write_task(tmp_path, "cola", [{"sentence": "a", "label": i} for i in range(3)])
     assert "got 3 labels, expected 2 labels, since cola is measured by mcc" in refusal(tmp_path)

@@ -32,10 +32,10 @@ def test_tasks_are_read_in_order_of_name(tmp_path: Path) -> None:
     write_lines(tmp_path / "a_island.jsonl", record(**facts), record("x", "y", **facts))
     write_lines(tmp_path / "notes.txt", "not a task")
     island, plain = load_tasks(tmp_path, max_pairs=None)
-    assert (island.name, island.term, island.field) == ("a_island", "island_effects", "syntax")
+    assert (island.name, island.term) == ("a_island", "island_effects")
     path = tmp_path / "a_island.jsonl"
     assert island.items == (pair("the cat sees", "the cat see", path, 1), pair("x", "y", path, 2))
-    assert (plain.name, plain.term, plain.field) == ("b_plain", None, None)
+    assert (plain.name, plain.term) == ("b_plain", None)
     path = tmp_path / "b_plain.jsonl"  # of which blank lines count as lines
     assert plain.items == (pair("é", "e", path, 1), pair("c", "d", path, 3))
 
@@ -125,14 +125,19 @@ def test_the_supplements_lines(tmp_path: Path) -> None:
     aux, turns = load_tasks(tmp_path, max_pairs=None)
     path = tmp_path / "turn_taking.jsonl"
     assert turns.items[1] == pair(dialogue["sentence_good"], dialogue["sentence_bad"], path, 2)
-    assert (turns.name, turns.term, turns.field) == ("turn_taking", None, None)
+    assert (turns.name, turns.term) == ("turn_taking", None)
     assert (aux.name, len(aux.items)) == ("subject_aux_inversion", 1)
 
 
 def test_a_term_that_is_null_is_none(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", record(linguistics_term=None, field=None))
+    write_lines(tmp_path / "a.jsonl", record(linguistics_term=None))
     (task,) = load_tasks(tmp_path, max_pairs=None)
-    assert (task.term, task.field) == (None, None)
+    assert task.term is None
+
+
+def test_what_is_not_used_of_a_line_may_be_anything(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.jsonl", record(field=["syntax"], UID=3))
+    assert len(load_tasks(tmp_path, max_pairs=None)) == 1
 
 
 def test_a_term_that_is_no_text_is_an_error(tmp_path: Path) -> None:

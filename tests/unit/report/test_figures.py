@@ -119,6 +119,22 @@ def test_against_words_all_of_a_curve_is_in_the_frame_and_guessing_is_a_line_acr
     assert {"1M", "2M"} <= set(texts(draw()))
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ((1_539.0, 3_079.0), ["1.5k", "2k", "2.5k", "3k"]),
+        ((3e6, 4e6), ["3M", "3.5M", "4M"]),
+        ((7.0, 9.0), ["7", "8", "9"]),
+        ((1e6, 5.5e6), ["1M", "2M", "5M"]),
+    ],
+)
+def test_words_that_are_close_have_few_ticks(words: tuple[float, ...], shown: list[str]) -> None:
+    """More would run into each other."""
+    rising = {"student": Curve(seen=words, values=(40.0, 45.0), per_point=1)}
+    drawn = texts(draw_curves("m", "On the way", rising, STYLES, unit="%", against="words"))
+    assert drawn[: drawn.index("words seen")] == shown
+
+
 def test_models_differ_in_more_than_colour() -> None:
     many = {f"t{n}": {"role": "teacher"} for n in range(12)} | MODELS
     styles = styles_of(many)

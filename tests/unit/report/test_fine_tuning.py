@@ -363,13 +363,13 @@ def test_the_terminal_has_every_task() -> None:
 
 
 def runs_of(tmp_path: Path, run: Path, student: dict[str, Any]) -> list[Path]:
-    """The run, and a second with another student."""
-    write_report(run)
+    """The run, and a second with another seed and student."""
     other = tmp_path / "other"
     put(run, "student", {"glue": student})
-    write_report(run)
-    (other / "report").mkdir(parents=True)
-    (run / "report" / "report.json").rename(other / "report" / "report.json")
+    report = write_report(run)
+    path = other / "report" / "report.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(report | {"name": "demo-12", "job": report["job"] | {"seed": 12}}))
     put(run, "student", {"glue": SUITES["student"]})
     write_report(run)
     return [run, other]

@@ -7,6 +7,10 @@ import pytest
 
 from babyllama_ds.errors import DataError
 from babyllama_ds.report.gains import collect_gains, render_gains
+from babyllama_ds.spec.loading import load_job
+from babyllama_ds.spec.resolved import dump_job, read_values
+
+SHIPPED = Path(__file__).resolve().parents[3] / "launcher" / "jobs"
 
 
 def model(ce: float, accuracy: float) -> dict[str, object]:
@@ -43,8 +47,9 @@ def test_a_single_run_has_no_standard_error(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_report_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=f"{tmp_path}: got no report"):
+    with pytest.raises(DataError, match=f"{tmp_path}: got no report") as error:
         render_gains([tmp_path])
+    assert f"of one that is done, babyllama-ds report {tmp_path} writes it" in str(error.value)
 
 
 def changed(run_dir: Path, **changes: object) -> Path:
@@ -123,6 +128,38 @@ def test_runs_of_different_jobs_are_told(tmp_path: Path) -> None:
     other = job("c", 3, windows={"length": 64}, distillation={"alpha": 0.1})
     told = "These runs differ in more than their seeds: distillation.alpha, windows.length."
     assert told in render_gains([*seeds, other])
+
+
+def test_a_run_of_before_an_option_differs_in_nothing(tmp_path: Path) -> None:
+    runs = []
+    for seed in (1, 2):
+        job = dict(read_values(dump_job(load_job(SHIPPED / "nursery.yaml", [f"seed={seed}"]))))
+        if seed == 1:
+            del job["windows"]["attention"]
+        runs.append(changed(run(tmp_path, f"nursery-{seed}", 2.0, 2.1), job=job))
+    assert "differ" not in render_gains(runs)
+
+
+def test_one_seed_on_two_machines_is_no_second_seed(tmp_path: Path) -> None:
+    """Its weights differ by roundings, or by the kernels of another card, and by nothing else."""
+
+    def made(name: str, seed: int, micro_batch: int) -> Path:
+        training = {"epochs": 2.0, "micro_batch": micro_batch}
+        job = {"name": name, "seed": seed, "student": {"training": training}}
+        weights = {"student": {"model.safetensors": name}}
+        return changed(run(tmp_path, name, 2.0, 2.1), job=job, weights=weights)
+
+    one, other, again = made("a", 1, 4), made("b", 2, 4), made("c", 1, 8)
+    assert "| 2 |" in render_gains([one, other])
+    with pytest.raises(DataError, match=f"{again}: got the same job and seed as {one}, expected"):
+        render_gains([one, other, again])
+
+
+def test_runs_of_one_name_are_told_apart_by_their_directories(tmp_path: Path) -> None:
+    runs = [run(tmp_path / place, "a", 2.0, 2.1) for place in ("x", "y")]
+    table = render_gains([*runs, run(tmp_path, "b", 2.0, 2.3)])
+    for name in (*runs, "b"):
+        assert f"| {name} | student |" in table
 
 
 def test_a_text_that_changed_beneath_the_job_is_told(tmp_path: Path) -> None:

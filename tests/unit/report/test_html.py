@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 
+from babyllama_ds.errors import TrainingError
 from babyllama_ds.report import html
 from babyllama_ds.report.collect import collect_report
 from babyllama_ds.report.figures import draw_dots
 from babyllama_ds.report.html import _by_term, _file_name, render_html, view_of
 from babyllama_ds.report.metrics import collect_curves
+from babyllama_ds.report.words import unfinished
 from babyllama_ds.report.write import write_report
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -289,7 +291,7 @@ def test_in_the_middle(make_run: Any) -> None:
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"status": "failed", "error": "disk <full>\nx"}, "The run failed: disk <full> x."),
+        ({"status": "failed", "error": "disk <full>\n"}, "The run failed: disk <full>."),
         ({"status": "failed"}, "The run failed: it does not say why."),
         (
             {"status": "stopped", "reason": "SIGTERM", "at": "student, step 3"},
@@ -300,6 +302,17 @@ def test_in_the_middle(make_run: Any) -> None:
 )
 def test_failed_and_stopped(make_run: Any, state: dict[str, Any], words: str) -> None:
     assert words in page_of(make_run(state=state)).said
+
+
+def test_an_errors_lines_do_not_run_into_each_other(make_run: Any) -> None:
+    hint = "lower the learning rate"
+    error = str(TrainingError.of("student", got="a loss of nan", expected="a number", hint=hint))
+    report = collect_report(make_run("control", state={"status": "failed", "error": error}))
+    assert unfinished(report) == [
+        "The run failed: student: got a loss of nan, expected a number.",
+        f"hint: {hint}",
+        "Missing: the control (logged up to step 600).",
+    ]
 
 
 @pytest.mark.parametrize("status", ["done", "running"])

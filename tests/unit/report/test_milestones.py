@@ -104,6 +104,26 @@ def test_a_milestones_card_has_its_own_numbers(run: Path) -> None:
     assert "Results" not in render_milestone_card(report, "student", facts)
 
 
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [
+        ({"student": "best", "control": "best"}, "The finished control and student have the"),
+        ({"student": "last", "control": "best"}, "The finished control has the weights of the"),
+        ({"student": "last", "control": "last"}, None),
+    ],
+)
+def test_the_best_evaluations_weights_are_told_of_where_they_are_kept(
+    run: Path, kept: dict[str, str], told: str | None
+) -> None:
+    """`keep: last` leaves those of the last step."""
+    for model, which in kept.items():
+        path = run / model / "training.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"kept": which}))
+    page = render_markdown(collect_report(run))
+    assert ("best evaluation" in page) == (told is not None)
+    assert told is None or told in page
+
+
 def test_what_was_not_measured_is_told_of(run: Path) -> None:
     for name in ("chck_1M", "chck_2M", "chck_10M"):
         (run / "milestones" / "student" / name).mkdir(parents=True)

@@ -14,6 +14,7 @@ from babyllama_ds.report.collect import collect_report
 from babyllama_ds.report.formatting import count, duration, number, percent, table
 from babyllama_ds.report.markdown import render_markdown
 from babyllama_ds.report.write import write_report
+from babyllama_ds.spec.resolved import dump_values
 
 TRAINING = {
     "batch_windows": 32,
@@ -60,6 +61,7 @@ def training(params: int, seconds: float) -> dict:
         "steps": 488,
         "planned_steps": 488,
         "ended_by": "steps",
+        "kept": "best",
         "averaged": None,
         "best_dev_ce": 4.5,
         "best_step": 400,
@@ -198,6 +200,7 @@ def test_models_side_by_side(run_dir: Path) -> None:
         "steps": 488,
         "planned_steps": 488,
         "ended_by": "steps",
+        "kept": "best",
         "averaged": None,
         "best_step": 400,
         "best_dev_ce": 4.5,
@@ -318,6 +321,18 @@ def test_the_loss_is_written_as_it_is(run_dir: Path, settings: dict, formula: st
     assert f"nat of {'the ' * (name != 'KL')}{name} weighs 512 times" in page
     if "hidden_matching" in settings:
         assert "Hidden states of 2 pairs of layers are matched beside it" in page
+
+
+def test_dollar_signs_of_a_job_are_as_they_were_given(run_dir: Path) -> None:
+    """The file escapes them, and so does the job that the pages show, to be run again."""
+    training = TRAINING | {"unlabelled_tokens": ["$"]}
+    job = make_job(student={"model": {"kind": "llama"}, "training": training})
+    (run_dir / "job.yaml").write_text(dump_values(job))
+    report = write_report(run_dir)
+    assert report["job"] == job
+    assert "No cross-entropy where the next token is `$`." in report["loss"]["explanation"]
+    page = (run_dir / "report" / "report.md").read_text()
+    assert (run_dir / "job.yaml").read_text() in page
 
 
 def test_schedules_z_loss_and_unlabelled_tokens_are_told(run_dir: Path) -> None:
@@ -1010,6 +1025,35 @@ def test_card_of_a_run_without_a_control_and_with_a_loaded_teacher(run_dir: Path
     card = render_model_card(report, "big")
     assert "Loaded, not trained here." in card
     assert "pretrained" not in front_matter(card)["tags"]
+
+
+def test_a_card_says_whose_weights_a_model_has_or_began_with(run_dir: Path) -> None:
+    """Text that was seen elsewhere is no text of the run's. Paths are nobody's business."""
+    own, hub = ({"kind": "pretrained", "path": path} for path in ("/home/me/big", "org/big"))
+    loaded = [
+        {"name": "wide", "model": own, "training": None},
+        {"name": "deep", "model": hub | {"revision": "v2"}, "training": None},
+    ]
+    job = make_job(teachers=loaded, student={"model": hub, "training": TRAINING})
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(job))
+    settled = {"hub": {"org/big": "a1", "org/big@v2": "b2"}}
+    write(run_dir / "environment.json", ENVIRONMENT | {"settled": settled})
+    report = collect_report(run_dir)
+    told = {
+        "wide": "Its weights are those of another model, loaded by the run: it was not trained",
+        "deep": "Its weights are those of `org/big` (commit b2), loaded by the run: it was not",
+        "student": "It began with the weights of `org/big` (commit a1) and was trained further on",
+        "control": "It began with the weights of `org/big` (commit a1) and was trained further on",
+    }
+    for name, words in told.items():
+        card = render_model_card(report, name)
+        assert words in card
+        assert "It saw little text" not in card
+        assert "/home/me" not in card
+    (run_dir / "job.yaml").write_text(yaml.safe_dump(make_job()))
+    plain = render_model_card(collect_report(run_dir), "student")
+    assert "It saw little text" in plain
+    assert "weights of" not in plain
 
 
 # -- writing ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from babyllama_ds.spec.job import JobSpec
 from babyllama_ds.spec.loading import load_job
-from babyllama_ds.spec.resolved import dump_job
+from babyllama_ds.spec.resolved import dump_job, read_values
 
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,12}", fullmatch=True)
 POSITIVE = st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False)
@@ -111,6 +111,7 @@ def test_any_text_survives(text: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_bytes(dump_job(job).encode())
     assert load_job(path, environ={}).deepspeed.config == text
+    assert read_values(path.read_bytes().decode()) == job.model_dump(mode="json")
 
 
 def small_job(**changes: Any) -> JobSpec:
