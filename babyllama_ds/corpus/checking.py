@@ -87,8 +87,8 @@ def read_file(
 ) -> TextFile:
     """Read a file whole, block by block; `check` is called between them and may raise to stop.
 
-    Raises `DataError`: it cannot be read or unpacked, is not UTF-8, or is not called so, or is a
-    table without text in `column` in every row.
+    Raises `DataError`: it is no regular file, cannot be read or unpacked, is not UTF-8 (or hardly:
+    null bytes in plenty), or is not called so, or is a table without text in `column` in every row.
     """
     check_name(path)
     form = form_of(path) or "text"
@@ -156,6 +156,8 @@ class _Content:
         if self._decoder is not None:
             self.lines.add(block)
             text = self._decode(self._decoder, block)
+            if not self.size and 4 * block.count(0) > len(block):
+                raise _two_byte_text(self._path, block)
             text = text if self.size else text.removeprefix("\ufeff")
             self.has_text = self.has_text or bool(text.strip())
             self._digest_text(text)
@@ -227,6 +229,17 @@ def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> DataError:
         got=f"byte 0x{error.object[error.start]:02X} at offset {offset}{inside} ({error.reason})",
         expected="UTF-8 text",
         hint=hint,
+    )
+
+
+def _two_byte_text(path: Path, block: bytes) -> DataError:
+    """UTF-16 without a byte order mark: of English every second byte is 0, which UTF-8 allows."""
+    encoding = "UTF-16LE" if block[1::2].count(0) > block[::2].count(0) else "UTF-16BE"
+    return DataError.of(
+        path,
+        got=f"{block.count(0):,} null bytes among the first {len(block):,}",
+        expected="UTF-8 text",
+        hint=f"convert it, for instance: iconv -f {encoding} -t UTF-8 OLD > NEW",
     )
 
 

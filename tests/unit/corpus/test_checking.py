@@ -119,6 +119,25 @@ def test_bytes_that_are_not_utf8_inside(tmp_path: Path, packing: str) -> None:
     assert "iconv" in hint
 
 
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE"])
+def test_text_of_two_bytes_a_letter_without_a_mark_is_no_utf8(
+    tmp_path: Path, encoding: str
+) -> None:
+    """It would be: every second byte is a null, which is a character."""
+    path = tmp_path / "a.txt"
+    path.write_bytes("A plain cat.\n".encode(encoding))
+    got, expected, hint = refused(path)
+    assert got == "13 null bytes among the first 26"
+    assert expected == "UTF-8 text"
+    assert f"iconv -f {encoding} " in hint
+
+
+def test_a_null_byte_here_and_there_is_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"a\0cat sat\n" * 9)
+    assert read_file(path, "train", "text").lines == 9
+
+
 def test_check_can_stop_the_reading_of_a_packed_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(TEXT))
