@@ -11,7 +11,7 @@ spare; a tier asked for by name is refused when it does not fit.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -85,14 +85,14 @@ def choose_tier(asked: Literal["auto", "device", "host", "disk"], need: Need, ro
         if kept:
             fitting.append("disk")
         if not fitting:
-            raise _too_large(need, room, "in a memory or on the disk", free)
+            raise _too_large(need, room, free, on_disk=True)
         return Choice(fitting[0], kept)
     tier: Tier = "host" if asked == "device" and room.device is None else asked
     if tier == "disk":
         if not kept:
-            raise _too_large(need, room, "on the disk", {})
+            raise _too_large(need, room, {}, on_disk=True)
     elif need.memory_bytes > free[tier]:
-        raise _too_large(need, room, f"in the {tier}'s memory", {tier: free[tier]})
+        raise _too_large(need, room, {tier: free[tier]}, on_disk=False)
     return Choice(tier, kept)
 
 
@@ -161,15 +161,18 @@ def _spared(need: Need, room: Room) -> dict[Tier, int]:
     }
 
 
-def _too_large(need: Need, room: Room, where: str, free: dict[Tier, int]) -> MachineError:
+def _too_large(need: Need, room: Room, free: Mapping[Tier, int], *, on_disk: bool) -> MachineError:
+    """It fits in none of the memories whose free bytes are given, nor, `on_disk`, there."""
     found = [f"{free_bytes:,} free in the {tier}'s memory" for tier, free_bytes in free.items()]
-    if where.endswith("disk"):
+    places = [f"in the {tier}'s memory" for tier in free]
+    if on_disk:
         found.append(f"{room.disk:,} on the disk, of which {DISK_SPARED_BYTES:,} are spared")
-    needed = need.disk_bytes if where == "on the disk" else need.memory_bytes
+        places.append("on the disk")
+    needed = need.memory_bytes if free else need.disk_bytes
     return MachineError.of(
         "distillation.cache_tier",
         got=f"{', '.join(found)} (bytes, for each rank)",
-        expected=f"{needed:,} bytes {where}, for the {need.name}",
+        expected=f"{needed:,} bytes {' or '.join(places)}, for the {need.name}",
         hint="free some memory or disk space, lower windows.offsets.phases, "
         "or set distillation.cache=topk or none",
     )

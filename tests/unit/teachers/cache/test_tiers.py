@@ -129,7 +129,7 @@ def test_a_named_tier_is_taken(
             room(device=50 * GB),
             "50,000,000,000 free in the device's memory, 60,000,000,000 free in the host's "
             "memory, 20,000,000,000 on the disk",
-            "86,000,000,000 bytes in a memory or on the disk",
+            "86,000,000,000 bytes in the device's memory or in the host's memory or on the disk",
         ),
     ],
 )
