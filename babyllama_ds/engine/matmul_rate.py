@@ -47,6 +47,12 @@ class Product:
         """A multiplication and an addition each."""
         return 2 * self.rows * self.inner * self.columns
 
+    @property
+    def bytes(self) -> int:
+        """Of its operands and its result."""
+        rows, inner, columns = self.rows, self.inner, self.columns
+        return 2 * (rows * inner + inner * columns + rows * columns)
+
 
 Products = Mapping[Product, float]
 """Products, and how often each is made in a step."""
@@ -92,8 +98,7 @@ def step_products(
 
 def measure_matmul_rates(products: Collection[Product], device: torch.device) -> MatmulRates:
     """The rates of all ranks together, measured now. A collective: all ranks ask for the same."""
-    side = SQUARE[device.type]
-    square = Product(side, side, side)
+    square = square_product(device)
     budget_s = BUDGET_S[device.type]
     ranks.barrier()
     own = [square.flops / _seconds(square, device, budget_s / 4)]
@@ -102,6 +107,12 @@ def measure_matmul_rates(products: Collection[Product], device: torch.device) ->
     own += [product.flops / _seconds(product, device, share_s) for product in products]
     of_square, *of_products = ranks.sum_floats(*own)
     return MatmulRates(of_square, dict(zip(products, of_products, strict=True)))
+
+
+def square_product(device: torch.device) -> Product:
+    """The large one."""
+    side = SQUARE[device.type]
+    return Product(side, side, side)
 
 
 @dataclass(frozen=True)

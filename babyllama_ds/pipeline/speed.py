@@ -6,17 +6,16 @@ The rates are measured once for all stages, when first asked for: to ask is a co
 from __future__ import annotations
 
 from babyllama_ds.corpus.prepare import Corpus
-from babyllama_ds.engine.matmul_rate import MatmulRates, measure_matmul_rates
+from babyllama_ds.engine.matmul_rate import (
+    MatmulRates,
+    measure_matmul_rates,
+    square_product,
+)
 from babyllama_ds.pipeline.job_setup import JobSetup
 from babyllama_ds.spec.training import TrainingSpec
 from babyllama_ds.training.batches import total_steps
 from babyllama_ds.training.meter import Meter, Work, work_of
 from babyllama_ds.training.out_of_memory import memory_needed
-
-_WHO_HOLDS_IT = (
-    "before any model is there, the products that this machine is measured by take some 400 MB: "
-    "another program holds the rest (on a card, nvidia-smi names it)"
-)
 
 
 class Speed:
@@ -56,8 +55,15 @@ class Speed:
             stages = [where for where, _, training in models if training is not None]
             works = [self._work(stage, corpus) for stage in (*stages, "control")]
             products = dict.fromkeys(product for work in works for product in work.products)
-            with memory_needed("deepspeed.device", hint=_WHO_HOLDS_IT):
-                self._rates = measure_matmul_rates(products, self.setup.device)
+            device = self.setup.device
+            largest = max(product.bytes for product in (*products, square_product(device)))
+            hint = (
+                f"before any model is there, products of theirs are measured, of up to {largest:,} "
+                "bytes: either another program holds the memory (on a card, nvidia-smi names it), "
+                "or a model is too wide for it"
+            )
+            with memory_needed("deepspeed.device", hint=hint):
+                self._rates = measure_matmul_rates(products, device)
         return self._rates
 
     def _work(self, stage: str, corpus: Corpus) -> Work:

@@ -1,4 +1,4 @@
-"""A card that others hold: measuring its products is the first thing that needs room there."""
+"""Measuring products is the first thing that needs room: a machine where there is none is told."""
 
 from __future__ import annotations
 
@@ -15,14 +15,22 @@ from babyllama_ds.spec.loading import load_job
 from babyllama_ds.spec.shipped import find_job
 
 
-def test_a_card_that_is_full_before_the_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("width", "largest"), [(64, 3 * 2 * 2048**2), (40_000, 2 * (2 * 838 * 40_000 + 40_000**2))]
+)
+def test_a_machine_without_room_for_the_first_products_is_told(
+    width: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 128.00 MiB.")
 
     monkeypatch.setattr(module, "measure_matmul_rates", full)
-    job = load_job(find_job("nursery"), [])
+    job = load_job(
+        find_job("nursery"),
+        [f"student.model.hidden_size={width}", f"student.model.intermediate_size={width}"],
+    )
     setup: Any = SimpleNamespace(
-        job=job, models=lambda: [], device=torch.device("cpu"), micro_batch=lambda *_: 4
+        job=job, models=lambda: [], device=torch.device("cpu"), micro_batch=lambda *_: 64
     )
     corpus: Any = SimpleNamespace(tokenizer=range(300))
     with pytest.raises(NoRoomError) as caught:
@@ -31,4 +39,5 @@ def test_a_card_that_is_full_before_the_run_is_told(monkeypatch: pytest.MonkeyPa
     assert problem.where == "deepspeed.device"
     assert problem.got.startswith("no memory left (CUDA out of memory.")
     assert problem.hint is not None
-    assert "another program holds the rest" in problem.hint
+    assert f"of up to {largest:,} bytes" in problem.hint
+    assert "another program" in problem.hint
