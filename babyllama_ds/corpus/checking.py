@@ -148,6 +148,7 @@ class _Content:
         self.text_digest = hashlib.sha256()
         self._newlines = io.IncrementalNewlineDecoder(None, translate=True)
         self._line_ended = True
+        self._nulls, self._begins_null = 0, False
         self._path = path
         self._decoder = codecs.getincrementaldecoder("utf-8")() if is_text else None
 
@@ -156,8 +157,8 @@ class _Content:
         if self._decoder is not None:
             self.lines.add(block)
             text = self._decode(self._decoder, block)
-            if not self.size and 4 * block.count(0) > len(block):
-                raise _two_byte_text(self._path, block)
+            self._nulls += block.count(0)
+            self._begins_null = self._begins_null or (not self.size and not block[0])
             text = text if self.size else text.removeprefix("\ufeff")
             self.has_text = self.has_text or bool(text.strip())
             self._digest_text(text)
@@ -169,6 +170,9 @@ class _Content:
             self._digest_text("", final=True)
             if not self._line_ended:
                 self.text_digest.update(b"\n")
+            if 4 * self._nulls > self.size:
+                encoding = "UTF-16BE" if self._begins_null else "UTF-16LE"
+                raise _two_byte_text(self._path, self._nulls, self.size, encoding)
 
     def _digest_text(self, text: str, *, final: bool = False) -> None:
         if text := self._newlines.decode(text, final):
@@ -232,12 +236,11 @@ def _not_utf8(path: Path, error: UnicodeDecodeError, offset: int) -> DataError:
     )
 
 
-def _two_byte_text(path: Path, block: bytes) -> DataError:
+def _two_byte_text(path: Path, nulls: int, size: int, encoding: str) -> DataError:
     """UTF-16 without a byte order mark: of English every second byte is 0, which UTF-8 allows."""
-    encoding = "UTF-16LE" if block[1::2].count(0) > block[::2].count(0) else "UTF-16BE"
     return DataError.of(
         path,
-        got=f"{block.count(0):,} null bytes among the first {len(block):,}",
+        got=f"{nulls:,} null bytes among {size:,}",
         expected="UTF-8 text",
         hint=f"convert it, for instance: iconv -f {encoding} -t UTF-8 OLD > NEW",
     )

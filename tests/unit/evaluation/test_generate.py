@@ -98,7 +98,7 @@ def test_an_empty_prompt_is_refused(model_dir: Path) -> None:
 def test_a_name_that_is_none_is_told_to_be_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match=r"no such directory here; .* expected a causal language"):
-        list(generate("runs/nursery-1", ["the"], GREEDY, device=CPU))
+        list(generate("runs/no-such-run", ["the"], GREEDY, device=CPU))
 
 
 def test_a_directory_without_a_model_is_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -462,8 +462,8 @@ def test_a_name_that_is_none_is_told_to_be_no_model(
     wanted: Wanted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    told = refused("runs/nursery-1", wanted)
-    assert told.startswith("MODEL: got runs/nursery-1: no such directory here")
+    told = refused("runs/no-such-run", wanted)
+    assert told.startswith("MODEL: got runs/no-such-run: no such directory here")
     assert "expected a causal language model" in told
 
 
