@@ -132,9 +132,12 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(parent, prefix)
-        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        lock = FileLock(folder / _HELD_NAME)
-        try_lock(lock)
+        while True:
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            lock = FileLock(folder / _HELD_NAME)
+            if try_lock(lock):
+                break
+            # Another process saw the lock before it was taken, and removes the folder as abandoned.
     except OSError as error:
         raise cannot_write(parent, error) from error
     try:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from babyllama_ds import locks as module
 from babyllama_ds.errors import RunError
@@ -256,6 +258,27 @@ def test_a_killed_process_leaves_its_folder_to_the_next(
         assert there == {theirs.name, folder.name, ".trial-just-made"}
         assert (theirs / "weights").exists()
     assert not folder.exists()
+
+
+def test_a_folder_that_is_taken_for_abandoned_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process tidies up between the moments in which a lock is made and taken."""
+    real, tidied = module.try_lock, []
+
+    def while_another_tidies_up(lock: Any) -> bool:
+        if tidied:
+            return real(lock)
+        tidied.append(Path(lock.lock_file).parent)
+        with FileLock(lock.lock_file):
+            taken = real(lock)
+            shutil.rmtree(tidied[0])
+        return taken
+
+    monkeypatch.setattr(module, "try_lock", while_another_tidies_up)
+    with scratch_folder(tmp_path, ".trial-") as folder:
+        assert folder.is_dir()
+        assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_a_place_for_no_folder_is_told(tmp_path: Path) -> None:
