@@ -19,8 +19,16 @@ def write_report(run_dir: Path, folder: Path | None = None) -> dict[str, Any]:
     Raises:
         RunError: the run's files are missing or garbled, or the directory is not writable.
     """
-    report = collect_report(run_dir)
     folder = folder or run_dir / "report"
+    while True:
+        report = collect_report(run_dir)
+        _write(report, run_dir, folder)
+        # A run that ended meanwhile has written its own, which this one may have replaced.
+        if report["unfinished"] is None or collect_report(run_dir)["unfinished"] is not None:
+            return report
+
+
+def _write(report: dict[str, Any], run_dir: Path, folder: Path) -> None:
     write_json(folder / "report.json", report)
     write_atomic(folder / "report.md", render_markdown(report))
     view = view_of(report, collect_curves(run_dir / "metrics.jsonl", report["models"]))
@@ -29,4 +37,3 @@ def write_report(run_dir: Path, folder: Path | None = None) -> dict[str, Any]:
     write_atomic(folder / "report.html", render_html(view))
     for left_over in {*folder.glob("*.svg")} - {folder / f"{one.name}.svg" for one in view.figures}:
         left_over.unlink(missing_ok=True)  # of an earlier report, of what is no longer there
-    return report

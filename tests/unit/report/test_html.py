@@ -14,6 +14,7 @@ import pytest
 
 from babyllama_ds.errors import TrainingError
 from babyllama_ds.report import html
+from babyllama_ds.report import write as module
 from babyllama_ds.report.collect import collect_report
 from babyllama_ds.report.figures import draw_dots
 from babyllama_ds.report.html import _by_term, _file_name, render_html, view_of
@@ -302,6 +303,23 @@ def test_in_the_middle(make_run: Any) -> None:
 )
 def test_failed_and_stopped(make_run: Any, state: dict[str, Any], words: str) -> None:
     assert words in page_of(make_run(state=state)).said
+
+
+def test_a_run_that_ends_meanwhile_is_not_reported_as_unfinished(
+    make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own report may come first, and be replaced by one of what was there before."""
+    missing = "evaluation/control.json"
+    run = make_run(missing, state={"status": "running"})
+    render = module.render_markdown
+
+    def as_the_run_ends(report: Any) -> str:
+        (run / missing).write_text((run / "evaluation" / "student.json").read_text())
+        return render(report)
+
+    monkeypatch.setattr(module, "render_markdown", as_the_run_ends)
+    assert write_report(run)["unfinished"] is None
+    assert json.loads((run / "report" / "report.json").read_text())["unfinished"] is None
 
 
 def test_an_errors_lines_do_not_run_into_each_other(make_run: Any) -> None:
