@@ -76,6 +76,11 @@ class UserError(Exception):
         return cls(*problems)
 
 
+def first_line(error: BaseException) -> str:
+    """What another's error says, in a line; of one that says nothing, its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @contextmanager
 def told_by_each_node() -> Iterator[None]:
     """Within, ranks have not met: an error may be one node's alone, whose first rank tells it."""

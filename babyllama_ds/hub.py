@@ -12,7 +12,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from babyllama_ds.errors import HubError
+from babyllama_ds.errors import HubError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def _asked(name: str, revision: str | None) -> str:
     except errors.RepositoryNotFoundError as error:
         raise _NotThereError("there is none of this name, or it is private") from error
     except Exception as error:  # the library and its HTTP client raise what they like
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if (commit := _cached(name, revision)) is None:
             raise _NotThereError(reason) from error
         log.warning("%s: %s; commit %s is taken, from the hub's cache here", name, reason, commit)

@@ -26,6 +26,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from babyllama_ds.errors import first_line
 from babyllama_ds.losses.divergences import (
     FORWARD_KL,
     Divergence,
@@ -134,7 +135,7 @@ def why_no_kernel() -> str | None:
 
         triton_rows.check_driver()
     except Exception as error:  # no Triton, no compiler of C, no headers of Python, an old driver
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return first_line(error)
     return None
 
 

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from babyllama_ds.errors import ModelError, UserError
+from babyllama_ds.errors import ModelError, UserError, first_line
 from babyllama_ds.hub import commit_of
 
 MODEL = "a causal language model: its directory (config.json, *.safetensors), or a hub id"
@@ -64,8 +64,8 @@ def reason_of(error: Exception) -> str:
 
     It raises what it likes: assertions of its own, and of torch, of what a file says among them.
     """
-    told = error.__cause__ if isinstance(error, StrictDataclassError) else error
-    return (str(told).strip() or type(told).__name__).splitlines()[0]
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    return first_line(cause or error)
 
 
 def causal_lm_class(config: PretrainedConfig) -> type[PreTrainedModel]:

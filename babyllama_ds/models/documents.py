@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from babyllama_ds.errors import ModelError
+from babyllama_ds.errors import ModelError, first_line
 from babyllama_ds.models.probe import probe_tokens
 
 
@@ -131,8 +131,8 @@ def check_documents(model: nn.Module, states: States, *, where: str) -> None:
     try:
         packed, apart, joined = _tried(model, states)
     except (TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise _crosses(model, where, f"whose forward pass refuses positions ({reason})") from error
+        refusal = f"whose forward pass refuses positions ({first_line(error)})"
+        raise _crosses(model, where, refusal) from error
     finally:
         for module, training in modes.items():
             module.training = training

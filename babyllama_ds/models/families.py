@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from babyllama_ds.errors import ModelError
+from babyllama_ds.errors import ModelError, first_line
 from babyllama_ds.models.directories import causal_lm_class
 from babyllama_ds.models.probe import probe_tokens
 
@@ -116,7 +116,7 @@ def check_runs(model: nn.Module, *, where: str) -> None:
         _run(model, probe_tokens(model, PROBE_TOKENS))
     except (RuntimeError, ValueError, TypeError) as error:
         kind = str(next(model.parameters()).dtype).removeprefix("torch.")
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise ModelError.of(
             where,
             got=f"{type(model).__name__}, which does not run in {kind} ({reason})",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from babyllama_ds.errors import NoRoomError
+from babyllama_ds.errors import NoRoomError, first_line
 from babyllama_ds.ranks import RemoteError
 
 _NO_MEMORY = re.compile(
@@ -42,7 +42,6 @@ def memory_needed(where: str, *, hint: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NoRoomError.of(
-            where, got=f"no memory left ({first_line})", expected="what fits here", hint=hint
+            where, got=f"no memory left ({first_line(error)})", expected="what fits here", hint=hint
         ) from error

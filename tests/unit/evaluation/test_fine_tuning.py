@@ -23,7 +23,7 @@ from transformers import (
 
 from babyllama_ds import ranks
 from babyllama_ds.corpus.tokenizer import load_tokenizer, train_tokenizer
-from babyllama_ds.errors import DataError, ModelError
+from babyllama_ds.errors import DataError, ModelError, Stopped
 from babyllama_ds.evaluation import fine_tuning
 from babyllama_ds.evaluation.classifier import Classifier, Encoded, Update
 from babyllama_ds.evaluation.fine_tuning import (
@@ -412,7 +412,7 @@ def test_a_stop_ends_a_training_within_a_step(learner: Learner, suite_of) -> Non
         if len(steps) == 3:
             raise stopped("SIGTERM")
 
-    with pytest.raises(BaseException, match="SIGTERM"):
+    with pytest.raises(Stopped, match="SIGTERM"):
         learnt(learner, suite_of(), on_step=on_step)
     assert steps == [1, 2, 3]
 
@@ -433,7 +433,7 @@ def test_a_stop_ends_a_prediction_within_a_batch(
             raise stopped("SIGTERM")
 
     monkeypatch.setattr(Classifier, "forward", noted)
-    with pytest.raises(BaseException, match="SIGTERM"):
+    with pytest.raises(Stopped, match="SIGTERM"):
         learnt(replace(learner, batch_tokens=16), suite_of(tasks=tasks("cola")), on_step=on_step)
     assert passes.count(False) == 2
 
